@@ -1,0 +1,44 @@
+"""The one error type a user may see."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class CryoreconError(Exception):
+    """Something the user can mend: what is wrong and where, then what to do.
+
+    The command line prints it as two sentences and exits with status 1.
+
+    Parameters
+    ----------
+    problem : str
+        What is wrong, naming the file and, where there is one, the row or column.
+    remedy : str
+        What the user can do about it.
+    """
+
+    def __init__(self, problem: str, remedy: str) -> None:
+        self.problem = problem.rstrip(". ")
+        self.remedy = remedy.rstrip(". ")
+        super().__init__(f"{self.problem}. {self.remedy}.")
+
+
+def require_file(path: str | Path, what: str) -> Path:
+    """Return `path` when it is a readable file, else say what it is instead.
+
+    Raises
+    ------
+    CryoreconError
+        If the path is missing or is a directory.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise CryoreconError(
+            f"{path} is a directory, not a {what}", f"Give the path of the {what} inside it"
+        )
+    if not path.is_file():
+        raise CryoreconError(
+            f"{path} does not exist", f"Check the path of the {what} and the current directory"
+        )
+    return path

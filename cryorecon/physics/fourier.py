@@ -1,0 +1,231 @@
+"""Centred discrete Fourier transforms and the list of coefficients that a box holds.
+
+Transforms are unnormalised forward and carry 1/N^d backward. Frequencies are in cycles per
+box; sample ``N // 2`` is the origin in both spaces.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+def fft_centred(array: Tensor, ndim: int) -> Tensor:
+    """Centred DFT over the last `ndim` axes: ``fftshift(fft(ifftshift(array)))``.
+
+    Parameters
+    ----------
+    array : Tensor, shape (..., N, ..., N)
+        Real or complex samples, origin at ``N // 2`` along each transformed axis.
+    ndim : int
+        How many trailing axes to transform.
+    """
+    dims = tuple(range(-ndim, 0))
+    return torch.fft.fftshift(torch.fft.fftn(torch.fft.ifftshift(array, dims), dim=dims), dims)
+
+
+def ifft_centred(array: Tensor, ndim: int) -> Tensor:
+    """Inverse of :func:`fft_centred`; the result is complex."""
+    dims = tuple(range(-ndim, 0))
+    return torch.fft.fftshift(torch.fft.ifftn(torch.fft.ifftshift(array, dims), dim=dims), dims)
+
+
+def centred_frequencies(box: int, device: torch.device | None = None) -> Tensor:
+    """Integer frequencies, in cycles per box, of a centred DFT of `box` samples."""
+    return torch.arange(box, device=device) - box // 2
+
+
+def crop_or_pad_centred(array: Tensor, box: int, ndim: int) -> Tensor:
+    """Cut or zero-pad the last `ndim` axes to `box` samples, keeping the origin at ``N // 2``.
+
+    Works in real space (a larger or smaller box) and in Fourier space (another sampling).
+    """
+    for dim in range(-ndim, 0):
+        size = array.shape[dim]
+        low = box // 2 - size // 2
+        if box > size:
+            pad = [0, 0] * (-dim - 1) + [low, box - size - low]
+            array = torch.nn.functional.pad(array, pad)
+        elif box < size:
+            array = array.narrow(dim, -low, box)
+    return array
+
+
+def resample_volume(volume: Tensor, box: int) -> Tensor:
+    """The same real volume on a grid of `box` samples a side, by Fourier cropping or padding.
+
+    Values keep their scale (density, not sums). The field of view is unchanged, so the pixel
+    size becomes ``old * old_box / box``.
+
+    Parameters
+    ----------
+    volume : Tensor, shape (N, N, N)
+    """
+    old_box = volume.shape[-1]
+    transform = crop_or_pad_centred(fft_centred(volume, 3), box, 3)
+    return ifft_centred(transform, 3).real * (box / old_box) ** 3
+
+
+def radius_grid(box: int, ndim: int, device: torch.device | None = None) -> Tensor:
+    """Distance from the origin, in samples, of each point of a centred grid; float64."""
+    axis = centred_frequencies(box, device).double()
+    grids = torch.meshgrid(*([axis] * ndim), indexing="ij")
+    return torch.sqrt(sum(grid**2 for grid in grids))  # type: ignore[arg-type]
+
+
+def lowpass(array: Tensor, band: float, ndim: int, width: float = 2.0) -> Tensor:
+    """Low-pass filter with a raised-cosine edge.
+
+    Parameters
+    ----------
+    array : Tensor, shape (..., N, ..., N)
+        Real samples.
+    band : float
+        Radius, in cycles per box, where the gain has fallen to one half.
+    width : float
+        Full width of the edge in cycles per box.
+    """
+    radius = radius_grid(array.shape[-1], ndim, array.device).to(array.dtype)
+    ramp = ((radius - band) / width + 0.5).clamp(0, 1)
+    gain = 0.5 + 0.5 * torch.cos(torch.pi * ramp)
+    return ifft_centred(fft_centred(array, ndim) * gain, ndim).real
+
+
+@dataclass(frozen=True)
+class HalfPlane:
+    """One of each Friedel pair of an image's Fourier coefficients, sorted by radius.
+
+    A real image's coefficient at -k is the conjugate of that at k, so half the plane holds it
+    all; sorted by radius, a band limit is a prefix of the list.
+
+    Attributes
+    ----------
+    box : int
+        Samples a side of the image.
+    frequencies : Tensor, shape (m, 2), int64
+        (kx, ky) in cycles per box; the first is (0, 0).
+    radius : Tensor, shape (m,), float64
+    shell : Tensor, shape (m,), int64
+        Radius rounded to the nearest shell.
+    multiplicity : Tensor, shape (m,), float64
+        How many coefficients of the full plane each stands for: 2, and 1 at the origin.
+    """
+
+    box: int
+    frequencies: Tensor
+    radius: Tensor
+    shell: Tensor
+    multiplicity: Tensor
+
+    def __len__(self) -> int:
+        return self.frequencies.shape[0]
+
+    @property
+    def n_shells(self) -> int:
+        """One more than the largest shell in the list."""
+        return int(self.shell[-1]) + 1
+
+    def within(self, band: float) -> HalfPlane:
+        """The coefficients with radius <= `band`: a prefix of this list."""
+        count = int(torch.searchsorted(self.radius, band + 1e-9))
+        return replace(
+            self,
+            frequencies=self.frequencies[:count],
+            radius=self.radius[:count],
+            shell=self.shell[:count],
+            multiplicity=self.multiplicity[:count],
+        )
+
+
+def max_band(box: int) -> int:
+    """Largest radius whose circle holds whole Friedel pairs: ``(N - 1) // 2``."""
+    return (box - 1) // 2
+
+
+def half_plane(
+    box: int, band: float | None = None, device: torch.device | None = None
+) -> HalfPlane:
+    """List the half-plane coefficients of a box up to a radius.
+
+    Parameters
+    ----------
+    box : int
+        Samples a side, even or odd.
+    band : float, optional
+        Largest radius in cycles per box; at most ``(N - 1) // 2``, the default.
+    """
+    limit = max_band(box) if band is None else min(band, max_band(box))
+    axis = torch.arange(-max_band(box), max_band(box) + 1, device=device)
+    ky, kx = torch.meshgrid(axis, axis, indexing="ij")
+    keep = ((kx > 0) | ((kx == 0) & (ky >= 0))) & (kx**2 + ky**2 <= (limit + 1e-9) ** 2)
+    frequencies = torch.stack([kx[keep], ky[keep]], -1)
+    squared = (frequencies**2).sum(-1)
+    frequencies = frequencies[torch.sort(squared, stable=True).indices]
+    radius = (frequencies.double() ** 2).sum(-1).sqrt()
+    multiplicity = torch.full_like(radius, 2.0)
+    multiplicity[0] = 1.0
+    return HalfPlane(box, frequencies, radius, (radius + 0.5).long(), multiplicity)
+
+
+def _flat_index(plane: HalfPlane, sign: int) -> Tensor:
+    centre = plane.box // 2
+    kx, ky = plane.frequencies.unbind(-1)
+    return (sign * ky + centre) * plane.box + sign * kx + centre
+
+
+def to_coefficients(images: Tensor, plane: HalfPlane) -> Tensor:
+    """Half-plane Fourier coefficients of real images.
+
+    Parameters
+    ----------
+    images : Tensor, shape (..., N, N)
+    plane : HalfPlane
+
+    Returns
+    -------
+    Tensor, shape (..., m), complex
+    """
+    return fft_centred(images, 2).flatten(-2)[..., _flat_index(plane, 1)]
+
+
+def to_images(coefficients: Tensor, plane: HalfPlane) -> Tensor:
+    """Real images of half-plane coefficients; what the list does not hold is zero.
+
+    Parameters
+    ----------
+    coefficients : Tensor, shape (..., m), complex
+
+    Returns
+    -------
+    Tensor, shape (..., N, N), real
+    """
+    batch = coefficients.shape[:-1]
+    full = coefficients.new_zeros(*batch, plane.box * plane.box)
+    full[..., _flat_index(plane, -1)] = coefficients.conj()
+    full[..., _flat_index(plane, 1)] = coefficients
+    return ifft_centred(full.unflatten(-1, (plane.box, plane.box)), 2).real
+
+
+def shell_sums(values: Tensor, shells: Tensor, n_shells: int) -> Tensor:
+    """Sum real values over shells along the last axis: shape (..., m) to (..., n_shells)."""
+    sums = values.new_zeros(*values.shape[:-1], n_shells)
+    return sums.index_add_(-1, shells, values)
+
+
+def shift_phases(offsets_px: Tensor, plane: HalfPlane) -> Tensor:
+    """Factors that turn ``P(x, y)`` into ``P(x + ox, y + oy)`` in Fourier space.
+
+    Parameters
+    ----------
+    offsets_px : Tensor, shape (..., 2)
+        (ox, oy): the RELION origin in pixels; content moves by its negative.
+
+    Returns
+    -------
+    Tensor, shape (..., m), complex
+    """
+    frequencies = plane.frequencies.to(offsets_px.dtype)
+    angle = (2 * torch.pi / plane.box) * (offsets_px @ frequencies.T)
+    return torch.polar(torch.ones_like(angle), angle)
