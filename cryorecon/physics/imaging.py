@@ -1,0 +1,144 @@
+"""The image model: map, pose, in-plane offset and CTF to an image with noise.
+
+``Y_k = CTF_k * S_k(A) * exp(2 pi i k . o / N) + noise_k``, with S the central slice of the map's
+transform at rotation A, o the RELION origin in pixels, and noise independent between
+coefficients with a variance that depends on the shell. Simulation, engines and tests all call
+this module.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cryorecon.physics.fourier import (
+    HalfPlane,
+    half_plane,
+    radius_grid,
+    shell_sums,
+    shift_phases,
+    to_coefficients,
+    to_images,
+)
+from cryorecon.physics.projection import Transform, extract_slices, padded_transform
+
+
+def predict(
+    transform: Transform,
+    rotations: Tensor,
+    offsets_px: Tensor | None,
+    ctf_values: Tensor | None,
+    plane: HalfPlane,
+) -> Tensor:
+    """Noise-free half-plane coefficients of images; differentiable in map, rotation, offset.
+
+    Parameters
+    ----------
+    transform : Transform
+        From :func:`cryorecon.physics.projection.padded_transform`.
+    rotations : Tensor, shape (b, 3, 3)
+        A, reference to image coordinates.
+    offsets_px : Tensor, shape (b, 2), or None for none
+        (ox, oy), RELION origin over pixel size; content moves by its negative.
+    ctf_values : Tensor, shape (b, m), or None for 1
+    plane : HalfPlane of m coefficients
+
+    Returns
+    -------
+    Tensor, shape (b, m), complex
+    """
+    slices = extract_slices(transform, rotations, plane)
+    if offsets_px is not None:
+        slices = slices * shift_phases(offsets_px, plane).to(slices.dtype)
+    return slices if ctf_values is None else slices * ctf_values
+
+
+def render(
+    volume: Tensor,
+    rotations: Tensor,
+    offsets_px: Tensor | None = None,
+    ctf_values: Tensor | None = None,
+    padding: int = 2,
+) -> Tensor:
+    """Noise-free images of a map, shape (b, N, N); coefficients up to ``(N - 1) // 2``.
+
+    Parameters
+    ----------
+    volume : Tensor, shape (N, N, N), real
+    rotations, offsets_px, ctf_values
+        As in :func:`predict`, with the CTF on ``half_plane(N)``.
+    padding : int
+        Oversampling of the transform; 2 carries some percent of error at high resolution, 4
+        a fifth of that.
+    """
+    plane = half_plane(volume.shape[-1], device=volume.device)
+    transform = padded_transform(volume, padding)
+    return to_images(predict(transform, rotations, offsets_px, ctf_values, plane), plane)
+
+
+def soft_disc(
+    box: int,
+    radius_px: float,
+    edge_px: float,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,
+) -> Tensor:
+    """Circular mask, 1 inside `radius_px`, falling to 0 over `edge_px` as a raised cosine."""
+    ramp = ((radius_grid(box, 2, device).to(dtype) - radius_px) / max(edge_px, 1e-6)).clamp(0, 1)
+    return 0.5 + 0.5 * torch.cos(torch.pi * ramp)
+
+
+def noise_power_outside(images: Tensor, radius_px: float, plane: HalfPlane) -> Tensor:
+    """Noise power by shell, from the part of the images outside a circle, averaged over images.
+
+    Parameters
+    ----------
+    images : Tensor, shape (b, N, N), real
+    radius_px : float
+        Radius of the circle that holds the particle.
+    plane : HalfPlane of the box
+
+    Returns
+    -------
+    Tensor, shape (n_shells,)
+        Expected ``|noise_k|^2`` of the unnormalised transform of a whole image.
+    """
+    box = images.shape[-1]
+    outside = 1 - soft_disc(box, radius_px, 2.0, images.dtype, images.device)
+    level = (images * outside).sum((-2, -1), keepdim=True) / outside.sum()
+    power = to_coefficients((images - level) * outside, plane).abs() ** 2
+    scale = box**2 / (outside**2).sum()
+    spectrum = shell_means((power * scale).mean(0), plane)
+    spectrum[0] = spectrum[min(1, len(spectrum) - 1)]
+    return spectrum
+
+
+def shell_means(values: Tensor, plane: HalfPlane) -> Tensor:
+    """Mean over each shell along the last axis: shape (..., m) to (..., n_shells)."""
+    shells = plane.shell.to(values.device)
+    counts = shell_sums(
+        torch.ones_like(values[..., :1]).expand(values.shape), shells, plane.n_shells
+    )
+    return shell_sums(values, shells, plane.n_shells) / counts.clamp(min=1)
+
+
+def log_likelihood(
+    observed: Tensor, predicted: Tensor, noise_power: Tensor, plane: HalfPlane
+) -> Tensor:
+    """Log-likelihood of each image, up to a constant of the noise alone.
+
+    ``- sum_k |Y_k - X_k|^2 / noise_k`` over the half plane: each kept coefficient's real and
+    imaginary parts have variance ``noise_k / 2``; the origin is real and counts one half.
+
+    Parameters
+    ----------
+    observed, predicted : Tensor, shape (..., m), complex
+    noise_power : Tensor, shape (n_shells,) or (..., n_shells)
+        Expected ``|noise_k|^2`` by shell.
+
+    Returns
+    -------
+    Tensor, shape (...)
+    """
+    weights = plane.multiplicity.to(noise_power) / 2 / noise_power[..., plane.shell]
+    return -((observed - predicted).abs() ** 2 * weights).sum(-1)

@@ -1,0 +1,116 @@
+"""Rotations of space: random ones, uniform grids, exponential map and distances.
+
+A rotation is a matrix A of shape (..., 3, 3) that takes reference to image coordinates (see
+:mod:`cryorecon.conventions`).
+"""
+
+from __future__ import annotations
+
+import healpix
+import numpy as np
+import roma
+import torch
+from torch import Tensor
+
+from cryorecon.conventions import euler_to_matrix
+
+
+def random_rotations(
+    n: int, generator: torch.Generator, dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """Rotations drawn from the Haar measure, on the generator's device.
+
+    A unit quaternion with Gaussian components is uniform on the 3-sphere (Shoemake 1992).
+
+    Parameters
+    ----------
+    n : int
+    generator : torch.Generator
+
+    Returns
+    -------
+    Tensor, shape (n, 3, 3)
+    """
+    quaternions = torch.randn(n, 4, generator=generator, dtype=dtype, device=generator.device)
+    return roma.unitquat_to_rotmat(torch.nn.functional.normalize(quaternions, dim=-1))
+
+
+def exp_map(vectors_rad: Tensor) -> Tensor:
+    """Rotation matrices of rotation vectors (axis times angle in radians).
+
+    Parameters
+    ----------
+    vectors_rad : Tensor, shape (..., 3)
+        Differentiable everywhere, also at zero.
+    """
+    x, y, z = vectors_rad.unbind(-1)
+    zero = torch.zeros_like(x)
+    skew = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], -1)
+    return torch.linalg.matrix_exp(skew.reshape(*x.shape, 3, 3))
+
+
+def log_map(rotations: Tensor) -> Tensor:
+    """Rotation vectors, in radians and shorter than or equal to pi, of rotation matrices."""
+    return roma.rotmat_to_rotvec(rotations)
+
+
+def geodesic_distance_deg(first: Tensor, second: Tensor) -> Tensor:
+    """Angle in degrees of the rotation from one matrix to the other; shapes broadcast.
+
+    Exact for tiny angles too: uses the chord ``|A - B| = 2 sqrt(2) sin(angle / 2)``.
+    """
+    chord = torch.linalg.matrix_norm(first - second) / (2 * 2**0.5)
+    return torch.rad2deg(2 * torch.asin(chord.clamp(max=1.0)))
+
+
+def so3_grid(nside: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, int]:
+    """Uniform grid of rotations: HEALPix viewing directions times equispaced in-plane angles.
+
+    RELION's HEALPix order o is ``nside = 2**o``: order 2 is 192 directions x 24 in-plane angles,
+    15 degrees apart; an `nside` between powers of two is allowed (Gorski et al. 2005, ring order).
+
+    Parameters
+    ----------
+    nside : int
+        The grid's step is about 60 / nside degrees; it has ``72 nside^3`` rotations.
+
+    Returns
+    -------
+    rotations : Tensor, shape (12 nside^2 * 6 nside, 3, 3)
+        The in-plane angle runs fastest.
+    n_inplane : int
+    """
+    tilt, rot = healpix.pix2ang(nside, np.arange(12 * nside**2))
+    n_inplane = 6 * nside
+    psi = torch.arange(n_inplane, dtype=dtype) * (360.0 / n_inplane)
+    views = torch.stack([torch.as_tensor(rot, dtype=dtype), torch.as_tensor(tilt, dtype=dtype)], -1)
+    views = torch.rad2deg(views)[:, None, :].expand(-1, n_inplane, -1)
+    angles = torch.cat([views, psi.expand(views.shape[0], -1)[..., None]], -1)
+    return euler_to_matrix(angles.reshape(-1, 3)), n_inplane
+
+
+def grid_step_deg(nside: int) -> float:
+    """Angle between neighbours of :func:`so3_grid` in degrees."""
+    return 60.0 / nside
+
+
+def local_grid(step_deg: float, radius_steps: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Small rotations around the identity on a cubic lattice within a ball.
+
+    Parameters
+    ----------
+    step_deg : float
+        Lattice step of the rotation vector.
+    radius_steps : int
+        Radius of the ball in steps.
+
+    Returns
+    -------
+    Tensor, shape (g, 3, 3)
+        The identity comes first.
+    """
+    axis = torch.arange(-radius_steps, radius_steps + 1, dtype=dtype)
+    lattice = torch.cartesian_prod(axis, axis, axis)
+    lattice = lattice[lattice.norm(dim=-1) <= radius_steps + 0.01]
+    lattice = lattice[torch.sort(lattice.norm(dim=-1), stable=True).indices]
+    return exp_map(torch.deg2rad(lattice * step_deg))
