@@ -116,10 +116,8 @@ def noise_power_outside(images: Tensor, radius_px: float, plane: HalfPlane) -> T
 def shell_means(values: Tensor, plane: HalfPlane) -> Tensor:
     """Mean over each shell along the last axis: shape (..., m) to (..., n_shells)."""
     shells = plane.shell.to(values.device)
-    counts = shell_sums(
-        torch.ones_like(values[..., :1]).expand(values.shape), shells, plane.n_shells
-    )
-    return shell_sums(values, shells, plane.n_shells) / counts.clamp(min=1)
+    counts = torch.bincount(shells, minlength=plane.n_shells).clamp(min=1)
+    return shell_sums(values, shells, plane.n_shells) / counts.to(values.dtype)
 
 
 def log_likelihood(
