@@ -136,9 +136,7 @@ class ResidualMfn(nn.Module):
         hidden = output = points.new_zeros(())
         outputs = []
         for scale in range(count):
-            angle = torch.addmm(
-                self.phases[scale], points, frequencies[scale].T, alpha=2 * math.pi
-            )
+            angle = torch.addmm(self.phases[scale], points, frequencies[scale].T, alpha=2 * math.pi)
             filters = torch.sin(angle)
             hidden = filters if scale == 0 else filters * (hidden @ self.hidden[scale - 1].T)
             output = output + hidden @ self.readout[scale]

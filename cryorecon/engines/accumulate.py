@@ -1,0 +1,120 @@
+"""Normal equations of a map: what images with known poses say of its transform.
+
+Every image adds its CTF-weighted coefficients to ``signal`` and its CTF^2 over noise to
+``weight`` on an oversampled grid; ``signal / (weight + prior)`` is the Wiener estimate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cryorecon.physics.fourier import HalfPlane, crop_or_pad_centred, radius_grid
+from cryorecon.physics.projection import insert_slices
+
+
+@dataclass
+class NormalEquations:
+    """Sums over images on a centred grid of P points a side, P even.
+
+    Attributes
+    ----------
+    signal : Tensor, shape (P, P, P), complex
+    weight : Tensor, shape (P, P, P), real
+        Inverse of the noise variance of each coefficient.
+    padding : int
+        Oversampling factor: steps of ``1 / padding`` cycles per box.
+    """
+
+    signal: Tensor
+    weight: Tensor
+    padding: int
+
+    @staticmethod
+    def empty(
+        band: float, padding: int, dtype: torch.dtype, device: torch.device | str
+    ) -> NormalEquations:
+        """Nothing seen yet; reaches as far as `band` cycles per box."""
+        size = 2 * (int(band * padding) + 2)
+        weight = torch.zeros(size, size, size, dtype=dtype, device=device)
+        return NormalEquations(torch.complex(weight, weight.clone()), weight.clone(), padding)
+
+    def add(self, signal: Tensor, weight: Tensor, rotations: Tensor, plane: HalfPlane) -> None:
+        """Insert slices.
+
+        Parameters
+        ----------
+        signal : Tensor, shape (b, m), complex
+            ``precision * CTF * Y``, offsets undone.
+        weight : Tensor, shape (b, m), real
+            ``precision * CTF^2``.
+        rotations : Tensor, shape (b, 3, 3)
+        """
+        size = self.weight.shape[-1]
+        self.signal += insert_slices(signal, rotations, plane, size, self.padding)
+        self.weight += insert_slices(weight, rotations, plane, size, self.padding)
+
+    def scaled(self, factor: float) -> NormalEquations:
+        """The same sums times a factor."""
+        return NormalEquations(self.signal * factor, self.weight * factor, self.padding)
+
+    def plus(self, other: NormalEquations) -> NormalEquations:
+        """Sums over both sets of images."""
+        return NormalEquations(self.signal + other.signal, self.weight + other.weight, self.padding)
+
+    def symmetrised(self) -> NormalEquations:
+        """Both members of each Friedel pair filled: the transform of a real map."""
+        dims = (-3, -2, -1)
+
+        def mate(grid: Tensor) -> Tensor:
+            return grid.flip(dims).roll((1, 1, 1), dims)
+
+        return NormalEquations(
+            (self.signal + mate(self.signal).conj()) / 2,
+            (self.weight + mate(self.weight)) / 2,
+            self.padding,
+        )
+
+    def shells(self) -> Tensor:
+        """Shell, in cycles per box, of each grid point; shape (P, P, P), int64."""
+        radius = radius_grid(self.weight.shape[-1], 3, self.weight.device) / self.padding
+        return (radius + 0.5).long()
+
+    def shell_mean_weight(self) -> Tensor:
+        """Mean weight by shell, shape (n_shells,)."""
+        shells = self.shells().flatten()
+        counts = torch.bincount(shells)
+        return torch.bincount(shells, weights=self.weight.flatten()) / counts.clamp(min=1)
+
+    def solve(self, prior: Tensor) -> Tensor:
+        """Wiener estimate of the oversampled transform.
+
+        Parameters
+        ----------
+        prior : Tensor, shape (n_shells,), real
+            Added to the weight: inverse of the signal's power by shell; shells beyond its
+            end are set to zero.
+
+        Returns
+        -------
+        Tensor, shape (P, P, P), complex
+            Before gridding correction.
+        """
+        sums, shells = self.symmetrised(), self.shells()
+        inside = shells < len(prior)
+        prior = prior.to(self.weight)
+        weight = sums.weight + prior[shells.clamp(max=len(prior) - 1)]
+        floor = 1e-3 * sums.weight.max().clamp(min=torch.finfo(weight.dtype).tiny)
+        weight = weight.clamp(min=float(floor) * 1e-3)
+        return torch.where(inside, sums.signal / weight, torch.zeros_like(sums.signal))
+
+    def resized(self, band: float) -> NormalEquations:
+        """The same sums on a grid that reaches just as far as `band`."""
+        size = 2 * (int(band * self.padding) + 2)
+        return NormalEquations(
+            crop_or_pad_centred(self.signal, size, 3),
+            crop_or_pad_centred(self.weight, size, 3),
+            self.padding,
+        )

@@ -1,0 +1,224 @@
+"""MRC maps and particle stacks: modes 0, 1, 2, 6 and 12, both byte orders, memory-mapped."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from mrcfile.dtypes import HEADER_DTYPE
+from numpy.typing import NDArray
+
+from cryorecon.errors import CryoreconError, require_file
+from cryorecon.io.files import replacing
+
+_HEADER_BYTES = 1024
+_MODES = {0: "i1", 1: "i2", 2: "f4", 6: "u2", 12: "f2"}
+
+
+@dataclass(frozen=True)
+class Map:
+    """A density map.
+
+    Attributes
+    ----------
+    data : array, shape (N, N, N), float32
+        Indexed [z, y, x].
+    pixel_size_angst : float
+    """
+
+    data: NDArray[np.float32]
+    pixel_size_angst: float
+
+
+@dataclass(frozen=True)
+class Header:
+    """What cryorecon needs of an MRC header.
+
+    Attributes
+    ----------
+    shape : tuple of int
+        (sections, rows, columns).
+    dtype : numpy dtype with byte order
+    offset : int
+        Bytes before the data.
+    pixel_size_angst : float
+        Along x; 0 when the header does not say.
+    """
+
+    shape: tuple[int, int, int]
+    dtype: np.dtype[np.generic]
+    offset: int
+    pixel_size_angst: float
+
+
+def read_header(path: str | Path) -> Header:
+    """Read and check the header of an MRC file.
+
+    RELION leaves version, mz and cella.z empty in stacks, so only what is used is checked.
+
+    Raises
+    ------
+    CryoreconError
+        If the file is missing, is no MRC file, or is shorter than its header says.
+    """
+    path = require_file(path, "MRC file")
+    try:
+        with path.open("rb") as file:
+            raw = file.read(_HEADER_BYTES)
+    except OSError as error:
+        raise CryoreconError(
+            f"{path} cannot be read: {error.strerror}", "Check its permissions"
+        ) from error
+    no_mrc = CryoreconError(
+        f"{path} is not an MRC file that cryorecon can read",
+        "Give an uncompressed MRC file of mode 0, 1, 2, 6 or 12",
+    )
+    if len(raw) < _HEADER_BYTES:
+        raise no_mrc
+    for order in ("<", ">"):
+        header = np.frombuffer(raw, HEADER_DTYPE.newbyteorder(order))[0]
+        nx, ny, nz, mode = (int(header[k]) for k in ("nx", "ny", "nz", "mode"))
+        extended = int(header["nsymbt"])
+        if mode in _MODES and min(nx, ny, nz) > 0 and max(nx, ny) < 2**20 and extended >= 0:
+            break
+    else:
+        raise no_mrc
+    dtype = np.dtype(_MODES[mode]).newbyteorder(order)
+    expected = _HEADER_BYTES + extended + nx * ny * nz * dtype.itemsize
+    found = path.stat().st_size
+    if found < expected:
+        raise CryoreconError(
+            f"{path} is truncated: its header promises {nz} sections of {nx} x {ny} "
+            f"({expected} bytes) but the file has {found} bytes",
+            "Copy or write the file again",
+        )
+    cell, mx = float(header["cella"]["x"]), int(header["mx"])
+    pixel_size = cell / mx if mx > 0 and np.isfinite(cell) and cell > 0 else 0.0
+    return Header((nz, ny, nx), dtype, _HEADER_BYTES + extended, pixel_size)
+
+
+def open_stack(path: str | Path) -> NDArray[np.generic]:
+    """Memory-map a particle stack or a single image; shape (n, y, x), the file's own type."""
+    header = read_header(path)
+    return np.memmap(path, header.dtype, "r", header.offset, header.shape)
+
+
+def read_map(path: str | Path) -> Map:
+    """Read a cubic density map.
+
+    Raises
+    ------
+    CryoreconError
+        If the map is not cubic, holds NaN or infinite values, or names no voxel size.
+    """
+    header = read_header(path)
+    if len(set(header.shape)) != 1:
+        nz, ny, nx = header.shape
+        raise CryoreconError(
+            f"{path} is not a cubic map: it has {nx} x {ny} x {nz} voxels (x, y, z)",
+            "Pad or crop it to a cube, and check that it is a map and not a particle stack",
+        )
+    if header.pixel_size_angst <= 0:
+        raise CryoreconError(
+            f"{path} does not state its voxel size", "Set the cell size in the header, in angstrom"
+        )
+    data = np.asarray(open_stack(path), dtype=np.float32)
+    if not np.isfinite(data).all():
+        bad = int((~np.isfinite(data)).sum())
+        raise CryoreconError(
+            f"{path} holds {bad} voxels that are NaN or infinite", "Replace or mask them first"
+        )
+    return Map(data, header.pixel_size_angst)
+
+
+def _header_bytes(
+    shape: tuple[int, int, int],
+    pixel_size_angst: float,
+    is_volume: bool,
+    stats: NDArray[np.float64],
+) -> bytes:
+    header = np.zeros((), HEADER_DTYPE)
+    nz, ny, nx = shape
+    header["nx"], header["ny"], header["nz"], header["mode"] = nx, ny, nz, 2
+    header["mx"], header["my"], header["mz"] = nx, ny, nz if is_volume else 1
+    depth = nz if is_volume else 1
+    header["cella"] = (nx * pixel_size_angst, ny * pixel_size_angst, depth * pixel_size_angst)
+    header["cellb"] = (90, 90, 90)
+    header["mapc"], header["mapr"], header["maps"] = 1, 2, 3
+    header["dmin"], header["dmax"], header["dmean"], header["rms"] = stats
+    header["ispg"] = 1 if is_volume else 0
+    header["nversion"] = 20140
+    header["map"] = b"MAP "
+    header["machst"] = (0x44, 0x44, 0, 0)
+    header["nlabl"] = 1
+    header["label"][0] = b"cryorecon"
+    return header.astype(HEADER_DTYPE.newbyteorder("<")).tobytes()
+
+
+def write_map(path: str | Path, volume: NDArray[np.floating], pixel_size_angst: float) -> None:
+    """Write a map as float32 with its voxel size, origin 0 and nstart 0.
+
+    Parameters
+    ----------
+    volume : array, shape (N, N, N)
+        Indexed [z, y, x].
+    """
+    data = np.ascontiguousarray(volume, dtype="<f4")
+    stats = np.array([data.min(), data.max(), data.mean(), data.std()], dtype=np.float64)
+    nz, ny, nx = data.shape
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        file.write(_header_bytes((nz, ny, nx), pixel_size_angst, True, stats))
+        file.write(data.tobytes())
+
+
+class StackWriter:
+    """Writes images block by block; made by :func:`stack_writer`."""
+
+    def __init__(self, file: BinaryIO, box: int, pixel_size_angst: float) -> None:
+        self._file, self._box, self._pixel_size = file, box, pixel_size_angst
+        self.n_images = 0
+        self._low, self._high, self._sum, self._squares = np.inf, -np.inf, 0.0, 0.0
+        file.write(bytes(_HEADER_BYTES))
+
+    def append(self, images: NDArray[np.floating]) -> None:
+        """Add images of shape (b, N, N)."""
+        data = np.ascontiguousarray(images, dtype="<f4")
+        if data.shape[1:] != (self._box, self._box):
+            raise ValueError(f"images are {data.shape[1:]}, the stack's box is {self._box}")
+        self._file.write(data.tobytes())
+        self.n_images += len(data)
+        self._low, self._high = min(self._low, data.min()), max(self._high, data.max())
+        self._sum += float(data.sum(dtype=np.float64))
+        self._squares += float(np.square(data, dtype=np.float64).sum())
+
+    def finish(self) -> None:
+        """Write the header, now that the number of images is known."""
+        count = max(self.n_images * self._box**2, 1)
+        mean = self._sum / count
+        rms = max(self._squares / count - mean**2, 0.0) ** 0.5
+        stats = np.array([self._low, self._high, mean, rms], dtype=np.float64)
+        self._file.seek(0)
+        shape = (self.n_images, self._box, self._box)
+        self._file.write(_header_bytes(shape, self._pixel_size, False, stats))
+
+
+@contextmanager
+def stack_writer(path: str | Path, box: int, pixel_size_angst: float) -> Iterator[StackWriter]:
+    """Write a float32 stack larger than memory; the file appears when the block ends well.
+
+    Yields
+    ------
+    StackWriter
+        Call ``append(images)`` on it.
+    """
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        writer = StackWriter(file, box, pixel_size_angst)
+        yield writer
+        writer.finish()
+        file.flush()
+        os.fsync(file.fileno())

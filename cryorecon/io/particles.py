@@ -1,0 +1,367 @@
+"""Particles: a RELION table, its optics groups, and images that are read when asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+
+from cryorecon.errors import CryoreconError
+from cryorecon.io.mrc import open_stack
+from cryorecon.io.paths import resolve_stacks
+from cryorecon.io.star import Tables, numbers, read_star, write_star
+from cryorecon.physics.ctf import CtfParameters
+
+_ANGLES = ["rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi"]
+_PER_PARTICLE_CTF = {
+    "defocus_u_angst": "rlnDefocusU",
+    "defocus_v_angst": "rlnDefocusV",
+    "defocus_angle_deg": "rlnDefocusAngle",
+}
+_MICROSCOPE = {
+    "voltage_kv": "rlnVoltage",
+    "spherical_aberration_mm": "rlnSphericalAberration",
+    "amplitude_contrast": "rlnAmplitudeContrast",
+}
+
+
+@dataclass(frozen=True)
+class Particles:
+    """Rows of a RELION particle table and the images that they name.
+
+    Attributes
+    ----------
+    path : Path
+        The STAR file.
+    table : DataFrame
+        Every column of every particle, as text, in the file's order.
+    blocks : dict of DataFrame
+        The file's other tables, `optics` among them from RELION 3.1 on.
+    block_name : str
+        Name of the particle table: ``particles``, or ``images`` or empty in RELION 3.0.
+    box : int
+        Samples a side.
+    pixel_size_angst : float
+    rows : array of int
+        Row of each particle in the file, 0-based.
+    """
+
+    path: Path
+    table: pd.DataFrame
+    blocks: Tables
+    block_name: str
+    box: int
+    pixel_size_angst: float
+    rows: NDArray[np.int64]
+    _stack_of: NDArray[np.int64] = field(repr=False)
+    _section: NDArray[np.int64] = field(repr=False)
+    _stacks: tuple[Path, ...] = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @property
+    def has_optics_table(self) -> bool:
+        """Whether the file is of RELION 3.1 or later."""
+        return "optics" in self.blocks
+
+    def subset(self, rows: Sequence[int] | NDArray[np.int64]) -> Particles:
+        """Some particles, in the given order."""
+        index = np.asarray(rows, dtype=np.int64)
+        return replace(
+            self,
+            table=self.table.iloc[index].reset_index(drop=True),
+            rows=self.rows[index],
+            _stack_of=self._stack_of[index],
+            _section=self._section[index],
+        )
+
+    def images(self, rows: Sequence[int] | NDArray[np.int64]) -> NDArray[np.float32]:
+        """Images of some rows, shape (b, N, N), read in file order, returned in the order asked.
+
+        Raises
+        ------
+        CryoreconError
+            If a pixel is NaN or infinite.
+        """
+        index = np.asarray(rows, dtype=np.int64)
+        images = np.empty((len(index), self.box, self.box), np.float32)
+        order = np.lexsort((self._section[index], self._stack_of[index]))
+        for stack in np.unique(self._stack_of[index]):
+            chosen = order[self._stack_of[index][order] == stack]
+            data = open_stack(self._stacks[stack])
+            images[chosen] = data[self._section[index[chosen]]]
+        bad = np.flatnonzero(~np.isfinite(images.sum((1, 2), dtype=np.float64)))
+        if len(bad):
+            row = index[bad[0]]
+            raise CryoreconError(
+                f"{self.path}, row {self.rows[row] + 1}: image {self._section[row] + 1} of "
+                f"{self._stacks[self._stack_of[row]]} holds NaN or infinite pixels "
+                f"({len(bad)} of {len(index)} images read)",
+                "Remove these rows or write the stack again",
+            )
+        return images
+
+    def file_order(self) -> NDArray[np.int64]:
+        """Rows in the order in which the stacks hold them."""
+        return np.lexsort((self._section, self._stack_of))
+
+    def _column(self, name: str) -> NDArray[np.float64]:
+        return numbers(self.path, self.table, name)
+
+    def euler_deg(self) -> NDArray[np.float64]:
+        """(rot, tilt, psi) in degrees, shape (n, 3)."""
+        missing = [c for c in _ANGLES if c not in self.table]
+        if missing:
+            raise CryoreconError(
+                f"{self.path} has no column {', '.join(missing)}",
+                "Give a STAR file with poses, such as run_data.star of an abinitio job",
+            )
+        return np.stack([self._column(c) for c in _ANGLES], -1)
+
+    def origins_angst(self) -> NDArray[np.float64]:
+        """In-plane origins (x, y) in angstrom, shape (n, 2); zero where the file has none."""
+        if {"rlnOriginXAngst", "rlnOriginYAngst"} <= set(self.table):
+            return np.stack([self._column(f"rlnOrigin{a}Angst") for a in "XY"], -1)
+        if {"rlnOriginX", "rlnOriginY"} <= set(self.table):
+            pixels = np.stack([self._column(f"rlnOrigin{a}") for a in "XY"], -1)
+            return pixels * self.pixel_size_angst
+        return np.zeros((len(self), 2))
+
+    def random_subsets(self) -> NDArray[np.int64] | None:
+        """Half set, 1 or 2, of each particle, or None when the file has none."""
+        if "rlnRandomSubset" not in self.table:
+            return None
+        subsets = self._column("rlnRandomSubset").astype(np.int64)
+        if not np.isin(subsets, (1, 2)).all():
+            row = int(np.flatnonzero(~np.isin(subsets, (1, 2)))[0])
+            raise CryoreconError(
+                f"{self.path}, row {self.rows[row] + 1}: rlnRandomSubset is {subsets[row]}",
+                "It must be 1 or 2; remove the column to draw new half sets",
+            )
+        return subsets
+
+    def optics_index(self) -> NDArray[np.int64]:
+        """Row of the optics table for each particle; zeros in RELION 3.0 files."""
+        if not self.has_optics_table:
+            return np.zeros(len(self), dtype=np.int64)
+        return _optics_index(self.path, self.table, self.blocks["optics"])
+
+    def ctf_parameters(self) -> CtfParameters:
+        """CTF of each particle.
+
+        Raises
+        ------
+        CryoreconError
+            If a column is missing or holds something that is not a number.
+        """
+        optics = self.blocks.get("optics")
+        index = self.optics_index()
+        wanted = [*_PER_PARTICLE_CTF.values(), *_MICROSCOPE.values()]
+        known = set(self.table) | (set(optics) if optics is not None else set())
+        missing = [c for c in wanted if c not in known]
+        if missing:
+            raise CryoreconError(
+                f"{self.path} lacks the CTF column{'s' * (len(missing) > 1)} {', '.join(missing)}",
+                "Run CTF estimation first, or add the column to the particle or the optics table",
+            )
+
+        def values(column: str, default: float | None = None) -> torch.Tensor:
+            if column in self.table:
+                return torch.from_numpy(self._column(column))
+            if optics is not None and column in optics:
+                return torch.from_numpy(numbers(self.path, optics, column)[index])
+            return torch.full((len(self),), float(default or 0.0), dtype=torch.float64)
+
+        columns = {**_PER_PARTICLE_CTF, **_MICROSCOPE}
+        return CtfParameters(
+            **{name: values(column) for name, column in columns.items()},
+            phase_shift_deg=values("rlnPhaseShift", 0.0),
+            b_factor_angst2=values("rlnCtfBfactor", 0.0),
+        )
+
+    def write(
+        self,
+        path: str | Path,
+        *,
+        euler_deg: NDArray[np.floating] | None = None,
+        origins_angst: NDArray[np.floating] | None = None,
+        random_subsets: NDArray[np.integer] | None = None,
+        class_number: int | None = None,
+    ) -> None:
+        """Write the table with new poses: every row and column, in order, in the file's dialect.
+
+        Parameters
+        ----------
+        euler_deg : array, shape (n, 3), optional
+        origins_angst : array, shape (n, 2), optional
+            Written as pixels to a RELION 3.0 file.
+        random_subsets : array of 1 and 2, optional
+        class_number : int, optional
+        """
+        table = self.table.copy()
+        if euler_deg is not None:
+            for column, values in zip(_ANGLES, np.asarray(euler_deg).T, strict=True):
+                table[column] = values.astype(np.float64)
+        if origins_angst is not None:
+            unit, scale = ("Angst", 1.0) if self.has_optics_table else ("", self.pixel_size_angst)
+            for axis, values in zip("XY", np.asarray(origins_angst).T, strict=True):
+                table[f"rlnOrigin{axis}{unit}"] = values.astype(np.float64) / scale
+        if class_number is not None:
+            table["rlnClassNumber"] = class_number
+        if random_subsets is not None:
+            table["rlnRandomSubset"] = np.asarray(random_subsets)
+        order = [n for n in self.blocks if n != self.block_name] + [self.block_name]
+        write_star(path, {n: table if n == self.block_name else self.blocks[n] for n in order})
+
+
+def read_particles(path: str | Path, project: str | Path | None = None) -> Particles:
+    """Read a particle STAR file of RELION 3.0, 3.1 or 5 and check the stacks it names.
+
+    Parameters
+    ----------
+    path : path of the STAR file
+    project : path, optional
+        Folder that image paths are relative to; tried after the current directory.
+
+    Raises
+    ------
+    CryoreconError
+        If a table, column, stack or section is missing or they contradict each other.
+    """
+    path = Path(path)
+    blocks = read_star(path)
+    name = _particle_block(path, blocks)
+    table = blocks[name]
+    if len(table) == 0:
+        raise CryoreconError(f"{path} holds no particles: its table is empty", "Select some first")
+    stack_of, section, names = _parse_image_names(path, table)
+    stacks = resolve_stacks(path, names, project)
+    box = _check_stacks(path, stacks, stack_of, section)
+    pixel_size = _pixel_size(path, table, blocks.get("optics"), stacks[0], box)
+    rows = np.arange(len(table))
+    return Particles(
+        path, table, blocks, name, box, pixel_size, rows, stack_of, section, tuple(stacks)
+    )
+
+
+def _particle_block(path: Path, blocks: Tables) -> str:
+    for name in ("particles", "images", ""):
+        if name in blocks and "rlnImageName" in blocks[name]:
+            return name
+    for name, block in blocks.items():
+        if "rlnImageName" in block:
+            return name
+        if name in ("particles", "images", "") and len(block) == 0:
+            raise CryoreconError(
+                f"{path} holds no particles: its table is empty", "Select some first"
+            )
+    raise CryoreconError(
+        f"{path} has no table with a column rlnImageName (blocks: {', '.join(blocks) or 'none'})",
+        "Give a particle STAR file, not one of micrographs or jobs",
+    )
+
+
+def _parse_image_names(
+    path: Path, table: pd.DataFrame
+) -> tuple[NDArray[np.int64], NDArray[np.int64], list[str]]:
+    parts = table["rlnImageName"].astype(str).str.extract(r"^(?:(\d+)@)?(.+)$")
+    sections = pd.to_numeric(parts[0].fillna("1")).to_numpy(np.int64) - 1
+    if (sections < 0).any():
+        row = int(np.flatnonzero(sections < 0)[0])
+        raise CryoreconError(
+            f"{path}, row {row + 1}: image number 0 in {table['rlnImageName'].iloc[row]}",
+            "RELION counts images from 1; correct the image names",
+        )
+    stack_of, names = pd.factorize(parts[1])
+    return stack_of.astype(np.int64), sections, [str(n) for n in names]
+
+
+def _check_stacks(
+    path: Path, stacks: list[Path], stack_of: NDArray[np.int64], section: NDArray[np.int64]
+) -> int:
+    boxes: dict[tuple[int, int], Path] = {}
+    for number, stack in enumerate(stacks):
+        n_images, ny, nx = open_stack(stack).shape
+        boxes.setdefault((ny, nx), stack)
+        beyond = np.flatnonzero((stack_of == number) & (section >= n_images))
+        if len(beyond):
+            row = int(beyond[0])
+            raise CryoreconError(
+                f"{path}, row {row + 1}: asks for image {section[row] + 1} of {stack}, which holds "
+                f"{n_images} ({len(beyond)} such rows)",
+                "The STAR file and the stack do not belong together; check both",
+            )
+    if len(boxes) > 1:
+        (a, first), (b, second) = list(boxes.items())[:2]
+        raise CryoreconError(
+            f"{path} mixes box sizes: {first} has {a[1]} x {a[0]} px and {second} {b[1]} x {b[0]} px",
+            "Extract all particles with one box size",
+        )
+    (ny, nx), stack = next(iter(boxes.items()))
+    if ny != nx:
+        raise CryoreconError(f"{stack} holds {nx} x {ny} px images", "Particles must be square")
+    return int(nx)
+
+
+def _optics_index(path: Path, table: pd.DataFrame, optics: pd.DataFrame) -> NDArray[np.int64]:
+    if len(optics) == 1 and "rlnOpticsGroup" not in table:
+        return np.zeros(len(table), dtype=np.int64)
+    if "rlnOpticsGroup" not in table or "rlnOpticsGroup" not in optics:
+        raise CryoreconError(
+            f"{path} has an optics table but no rlnOpticsGroup to join it by",
+            "Add the column rlnOpticsGroup to both tables",
+        )
+    groups = numbers(path, optics, "rlnOpticsGroup").astype(np.int64)
+    wanted = numbers(path, table, "rlnOpticsGroup").astype(np.int64)
+    position = pd.Index(groups).get_indexer(pd.Index(wanted))
+    if (position < 0).any():
+        row = int(np.flatnonzero(position < 0)[0])
+        raise CryoreconError(
+            f"{path}, row {row + 1}: optics group {wanted[row]} is not in the optics table",
+            f"Its groups are {', '.join(map(str, groups))}; correct the row or add the group",
+        )
+    return position.astype(np.int64)
+
+
+def _pixel_size(
+    path: Path, table: pd.DataFrame, optics: pd.DataFrame | None, stack: Path, box: int
+) -> float:
+    source = optics if optics is not None else table
+    if optics is not None and "rlnImageSize" in optics:
+        sizes = numbers(path, optics, "rlnImageSize").astype(int)
+        if (sizes != box).any():
+            raise CryoreconError(
+                f"{path}: the optics table says {sizes[sizes != box][0]} px boxes, {stack} has {box} px",
+                "Correct rlnImageSize or give the stack it was written for",
+            )
+    for table_ in (source, table):
+        if "rlnImagePixelSize" in table_:
+            found = numbers(path, table_, "rlnImagePixelSize")
+            break
+    else:
+        if {"rlnDetectorPixelSize", "rlnMagnification"} <= set(table):
+            detector_um = numbers(path, table, "rlnDetectorPixelSize")
+            found = detector_um * 1e4 / numbers(path, table, "rlnMagnification")
+        elif {"rlnPixelSize"} <= set(table):
+            found = numbers(path, table, "rlnPixelSize")
+        else:
+            raise CryoreconError(
+                f"{path} does not state the pixel size",
+                "Add rlnImagePixelSize to the optics table (3.1) or rlnDetectorPixelSize and "
+                "rlnMagnification to the particles (3.0)",
+            )
+    sizes_angst = np.unique(np.round(found, 6))
+    if len(sizes_angst) > 1:
+        listed = ", ".join(f"{s:g}" for s in sizes_angst[:4])
+        raise CryoreconError(
+            f"{path} mixes pixel sizes ({listed} A)", "Rescale all particles to one pixel size"
+        )
+    if sizes_angst[0] <= 0:
+        raise CryoreconError(f"{path} states a pixel size of {sizes_angst[0]:g} A", "Correct it")
+    return float(sizes_angst[0])
