@@ -17,8 +17,6 @@ from cryorecon.physics.fourier import (
     shift_phases,
 )
 from cryorecon.physics.projection import (
-    Transform,
-    extract_slices,
     gridding_correction,
 )
 from cryorecon.physics.rotations import exp_map

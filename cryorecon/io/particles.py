@@ -300,7 +300,8 @@ def _check_stacks(
     if len(boxes) > 1:
         (a, first), (b, second) = list(boxes.items())[:2]
         raise CryoreconError(
-            f"{path} mixes box sizes: {first} has {a[1]} x {a[0]} px and {second} {b[1]} x {b[0]} px",
+            f"{path} mixes box sizes: {first} has {a[1]} x {a[0]} px "
+            f"and {second} {b[1]} x {b[0]} px",
             "Extract all particles with one box size",
         )
     (ny, nx), stack = next(iter(boxes.items()))
@@ -337,7 +338,8 @@ def _pixel_size(
         sizes = numbers(path, optics, "rlnImageSize").astype(int)
         if (sizes != box).any():
             raise CryoreconError(
-                f"{path}: the optics table says {sizes[sizes != box][0]} px boxes, {stack} has {box} px",
+                f"{path}: the optics table says {sizes[sizes != box][0]} px boxes, "
+                f"{stack} has {box} px",
                 "Correct rlnImageSize or give the stack it was written for",
             )
     for table_ in (source, table):

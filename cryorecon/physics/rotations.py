@@ -114,3 +114,53 @@ def local_grid(step_deg: float, radius_steps: int, dtype: torch.dtype = torch.fl
     lattice = lattice[lattice.norm(dim=-1) <= radius_steps + 0.01]
     lattice = lattice[torch.sort(lattice.norm(dim=-1), stable=True).indices]
     return exp_map(torch.deg2rad(lattice * step_deg))
+
+
+def sample_views(
+    n: int, n_clusters: int, concentration: float, generator: torch.Generator
+) -> Tensor:
+    """Viewing directions from a mixture of von Mises-Fisher distributions on the sphere.
+
+    Centres are uniform and equally likely. The cosine to the centre has density proportional to
+    ``exp(concentration * cosine)`` and is drawn by inverting its distribution (Ulrich 1984).
+
+    Parameters
+    ----------
+    n, n_clusters : int
+    concentration : float
+        kappa; 0 is uniform.
+
+    Returns
+    -------
+    Tensor, shape (n, 3), float64
+        Unit vectors.
+    """
+
+    def normal(count: int) -> Tensor:
+        return torch.randn(count, 3, generator=generator, dtype=torch.float64)
+
+    centres = torch.nn.functional.normalize(normal(n_clusters), dim=-1)
+    chosen = centres[torch.randint(n_clusters, (n,), generator=generator)]
+    uniform = torch.rand(n, 1, generator=generator, dtype=torch.float64)
+    if concentration < 1e-6:
+        cosine = 2 * uniform - 1
+    else:
+        floor = torch.exp(torch.tensor(-2.0 * concentration, dtype=torch.float64))
+        cosine = 1 + torch.log(uniform + (1 - uniform) * floor) / concentration
+    tangent = torch.linalg.cross(chosen, normal(n))
+    tangent = torch.nn.functional.normalize(tangent, dim=-1)
+    return cosine * chosen + (1 - cosine**2).clamp(min=0).sqrt() * tangent
+
+
+def rotations_towards(views: Tensor, generator: torch.Generator) -> Tensor:
+    """Rotations A whose viewing direction (third row) is given, with random in-plane angles.
+
+    Parameters
+    ----------
+    views : Tensor, shape (n, 3)
+        Unit vectors in the reference frame.
+    """
+    rot = torch.rad2deg(torch.atan2(views[:, 1], views[:, 0]))
+    tilt = torch.rad2deg(torch.acos(views[:, 2].clamp(-1, 1)))
+    psi = 360 * torch.rand(len(views), generator=generator, dtype=views.dtype)
+    return euler_to_matrix(torch.stack([rot, tilt, psi], -1))

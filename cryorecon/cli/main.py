@@ -1,0 +1,46 @@
+"""The ``cryorecon`` command: registers the subcommands and turns errors into two sentences."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from cryorecon import __version__
+from cryorecon.cli.console import error_console
+from cryorecon.cli.simulate import simulate_command
+from cryorecon.errors import CryoreconError
+
+app = typer.Typer(
+    name="cryorecon",
+    help="From a RELION particle stack to a first 3-D map: poses, half maps and an honest FSC.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command("simulate")(simulate_command)
+
+
+def _version(show: bool) -> None:
+    if show:
+        typer.echo(f"cryorecon {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True),
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line; user errors exit with status 1, interruption with 3."""
+    try:
+        app()
+    except CryoreconError as error:
+        error_console.print(f"Error: {error}", style="bold red", markup=False)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        error_console.print("Interrupted.", style="bold red")
+        sys.exit(3)
