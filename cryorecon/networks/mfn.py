@@ -53,7 +53,9 @@ class MfnConfig:
             raise ValueError(f"bands must ascend, got {self.bands}")
 
 
-def paper_bands(max_band: int, n_scales: int = 3, overlap: float = 0.3, expansion: float = 2.0):
+def paper_bands(
+    max_band: int, n_scales: int = 3, overlap: float = 0.3, expansion: float = 2.0
+) -> tuple[int, ...]:
     """Bands that grow by ``1 + lambda_1 + lambda_2`` a scale and end at `max_band`."""
     growth = 1 + overlap + expansion
     bands = [max(1, round(max_band / growth ** (n_scales - 1 - i))) for i in range(n_scales)]
@@ -67,8 +69,20 @@ def _half_directions(ndim: int) -> Tensor:
 
 
 def _first_frequencies(config: MfnConfig, generator: torch.Generator) -> Tensor:
+    """Distinct frequencies of the ball, one of each opposite pair, lowest first.
+
+    Whole cycles leave few frequencies at the coarsest scale; drawn independently, as the paper
+    draws continuous ones, they would repeat some and miss others for good.
+    """
     band = config.bands[0]
-    return torch.randint(-band, band + 1, (config.width, config.ndim), generator=generator)
+    axis = range(-band, band + 1)
+    zero = (0,) * config.ndim
+    ball = [f for f in itertools.product(axis, repeat=config.ndim) if f >= zero]
+    ball = [f for f in ball if sum(c * c for c in f) <= band**2]
+    order = torch.randperm(len(ball), generator=generator).tolist()
+    ball = sorted((ball[i] for i in order), key=lambda f: sum(c * c for c in f))
+    repeats = -(-config.width // len(ball))
+    return torch.tensor((ball * repeats)[: config.width])
 
 
 def _next_frequencies(
@@ -107,6 +121,7 @@ class ResidualMfn(nn.Module):
         frequencies = [_first_frequencies(config, generator)]
         for previous, band in itertools.pairwise(config.bands):
             frequencies.append(_next_frequencies(config, previous, band, generator))
+        self.frequencies: Tensor
         self.register_buffer("frequencies", torch.stack(frequencies))
         n_scales, width = len(config.bands), config.width
 
@@ -132,7 +147,7 @@ class ResidualMfn(nn.Module):
             The cumulative output of each scale.
         """
         count = n_scales or len(self.config.bands)
-        frequencies = self.frequencies.to(points.dtype)  # type: ignore[operator, union-attr]
+        frequencies = self.frequencies.to(points.dtype)
         hidden = output = points.new_zeros(())
         outputs = []
         for scale in range(count):

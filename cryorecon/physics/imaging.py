@@ -14,12 +14,12 @@ from torch import Tensor
 from cryorecon.physics.fourier import (
     HalfPlane,
     half_plane,
-    radius_grid,
     shell_sums,
     shift_phases,
     to_coefficients,
     to_images,
 )
+from cryorecon.physics.masks import soft_ball
 from cryorecon.physics.projection import Transform, extract_slices, padded_transform
 
 
@@ -76,18 +76,6 @@ def render(
     return to_images(predict(transform, rotations, offsets_px, ctf_values, plane), plane)
 
 
-def soft_disc(
-    box: int,
-    radius_px: float,
-    edge_px: float,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | None = None,
-) -> Tensor:
-    """Circular mask, 1 inside `radius_px`, falling to 0 over `edge_px` as a raised cosine."""
-    ramp = ((radius_grid(box, 2, device).to(dtype) - radius_px) / max(edge_px, 1e-6)).clamp(0, 1)
-    return 0.5 + 0.5 * torch.cos(torch.pi * ramp)
-
-
 def noise_power_outside(images: Tensor, radius_px: float, plane: HalfPlane) -> Tensor:
     """Noise power by shell, from the part of the images outside a circle, averaged over images.
 
@@ -104,7 +92,7 @@ def noise_power_outside(images: Tensor, radius_px: float, plane: HalfPlane) -> T
         Expected ``|noise_k|^2`` of the unnormalised transform of a whole image.
     """
     box = images.shape[-1]
-    outside = 1 - soft_disc(box, radius_px, 2.0, images.dtype, images.device)
+    outside = 1 - soft_ball(box, radius_px, 2.0, 2, images.dtype, images.device)
     level = (images * outside).sum((-2, -1), keepdim=True) / outside.sum()
     power = to_coefficients((images - level) * outside, plane).abs() ** 2
     scale = box**2 / (outside**2).sum()

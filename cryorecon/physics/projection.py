@@ -119,12 +119,34 @@ def extract_slices(transform: Transform, rotations: Tensor, plane: HalfPlane) ->
     -------
     Tensor, shape (b, m), complex
     """
-    index, weights = _corners(rotations, plane, transform.values.shape[-1], transform.padding)
-    table = torch.view_as_real(transform.values).reshape(-1, 2)
-    slices = torch.nn.functional.embedding_bag(
-        index, table, per_sample_weights=weights.to(table.dtype), mode="sum"
+    table = torch.view_as_real(transform.values)
+    return torch.view_as_complex(interpolate(table, rotations, plane, transform.padding))
+
+
+def interpolate(table: Tensor, rotations: Tensor, plane: HalfPlane, padding: int) -> Tensor:
+    """Trilinear interpolation of c real fields at the points of central slices.
+
+    Parameters
+    ----------
+    table : Tensor, shape (P, P, P, c), real
+        Fields on a centred grid with steps of ``1 / padding`` cycles per box.
+    rotations : Tensor, shape (b, 3, 3)
+    plane : HalfPlane of m coefficients
+    padding : int
+
+    Returns
+    -------
+    Tensor, shape (b, m, c)
+    """
+    size, n_fields = table.shape[0], table.shape[-1]
+    index, weights = _corners(rotations, plane, size, padding)
+    values = torch.nn.functional.embedding_bag(
+        index,
+        table.reshape(-1, n_fields),
+        per_sample_weights=weights.to(table.dtype),
+        mode="sum",
     )
-    return torch.view_as_complex(slices).reshape(rotations.shape[0], len(plane))
+    return values.reshape(rotations.shape[0], len(plane), n_fields)
 
 
 def insert_slices(

@@ -1,0 +1,182 @@
+"""Local pose refinement shared by the engines: Levenberg-Marquardt on each image's likelihood."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cryorecon.engines.observations import Observations
+from cryorecon.physics.fourier import (
+    HalfPlane,
+    centred_frequencies,
+    crop_or_pad_centred,
+    fft_centred,
+    shift_phases,
+)
+from cryorecon.physics.projection import gridding_correction, interpolate
+from cryorecon.physics.rotations import exp_map
+
+_LARGEST_TURN_RAD = 0.15
+_LARGEST_SHIFT_PX = 2.0
+
+
+@dataclass(frozen=True)
+class Derivatives:
+    """A map's oversampled transform with its gradient in Fourier space.
+
+    Attributes
+    ----------
+    table : Tensor, shape (P, P, P, 8), real
+        Real and imaginary parts of F, dF/dkx, dF/dky, dF/dkz (k in cycles per box).
+    padding : int
+    """
+
+    table: Tensor
+    padding: int
+
+
+def derivatives(volume: Tensor, padding: int, band: float) -> Derivatives:
+    """Transform of a map and of ``-2 pi i x / N`` times it, for analytic pose gradients.
+
+    Parameters
+    ----------
+    volume : Tensor, shape (N, N, N), real
+    padding : int
+        Oversampling factor.
+    band : float
+        How far, in cycles per box, slices will reach.
+    """
+    box = volume.shape[-1]
+    corrected = volume / gridding_correction(box, padding, volume.dtype, volume.device)
+    axis = centred_frequencies(box, volume.device).to(volume.dtype) * (-2 * torch.pi / box)
+    size = min(box * padding, 2 * (int(band * padding) + 2))
+    grids = []
+    for ramp in (None, axis, axis[:, None], axis[:, None, None]):
+        source = corrected if ramp is None else corrected * ramp
+        transform = fft_centred(crop_or_pad_centred(source, box * padding, 3), 3)
+        transform = crop_or_pad_centred(transform, size, 3)
+        grids.append(torch.view_as_real(transform if ramp is None else transform * 1j))
+    return Derivatives(torch.cat(grids, -1).contiguous(), padding)
+
+
+def slices_with_gradient(
+    model: Derivatives, rotations: Tensor, plane: HalfPlane
+) -> tuple[Tensor, Tensor]:
+    """Slices S and their derivatives in a rotation vector w, ``A -> exp(w) A``.
+
+    Returns
+    -------
+    slices : Tensor, shape (b, m), complex
+    gradient : Tensor, shape (b, m, 3), complex
+        Per radian about the image's x, y and z axes.
+    """
+    values = torch.view_as_complex(
+        interpolate(model.table, rotations, plane, model.padding).unflatten(-1, (4, 2))
+    )
+    # exp(w)^T k = k - w x k to first order, so with g = A grad F, the map's gradient in image
+    # axes, dS = -g . (w x k) = -w . (k x g).
+    gx, gy, gz = (values[..., 1:] @ rotations.transpose(-1, -2).to(values.dtype)).unbind(-1)
+    kx, ky = plane.frequencies.to(model.table.dtype).unbind(-1)
+    torque = torch.stack([-ky * gz, kx * gz, ky * gx - kx * gy], -1)
+    return values[..., 0], torque
+
+
+@dataclass(frozen=True)
+class Poses:
+    """Poses of n images.
+
+    Attributes
+    ----------
+    rotations : Tensor, shape (n, 3, 3)
+    offsets_px : Tensor, shape (n, 2)
+        RELION origins in pixels.
+    log_likelihood : Tensor, shape (n,)
+        Against an empty image.
+    """
+
+    rotations: Tensor
+    offsets_px: Tensor
+    log_likelihood: Tensor
+
+
+class _Objective:
+    """Log-likelihood of each image with its gradient and expected curvature in the pose."""
+
+    def __init__(
+        self, observations: Observations, model: Derivatives, offset_sigma_px: float
+    ) -> None:
+        root = observations.precision().sqrt()
+        self.plane, self.model = observations.plane, model
+        self.target = observations.coefficients * root
+        self.gain = observations.ctf * root
+        scale = 2 * torch.pi / self.plane.box
+        self.waves = self.plane.frequencies.to(root.dtype) * (1j * scale)
+        self.offset_precision = 1 / offset_sigma_px**2
+        self.prior = torch.zeros(5, dtype=root.dtype, device=root.device)
+        self.prior[3:] = self.offset_precision
+
+    def __call__(self, rotations: Tensor, offsets_px: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        slices, torque = slices_with_gradient(self.model, rotations, self.plane)
+        factor = self.gain * shift_phases(offsets_px, self.plane).to(slices.dtype)
+        predicted = slices * factor
+        jacobian = torch.cat([torque * factor[..., None], predicted[..., None] * self.waves], -1)
+        residual = self.target - predicted
+        value = (self.target.abs() ** 2 - residual.abs() ** 2).sum(-1)
+        value = value - (offsets_px**2).sum(-1) * self.offset_precision / 2
+        jacobian = torch.view_as_real(jacobian).transpose(-1, -2).flatten(1, 2)
+        flat = torch.view_as_real(residual).flatten(1)
+        gradient = 2 * (jacobian.transpose(-1, -2) @ flat[..., None]).squeeze(-1)
+        gradient[:, 3:] -= offsets_px * self.offset_precision
+        curvature = 2 * jacobian.transpose(-1, -2) @ jacobian + torch.diag(self.prior)
+        return value, gradient, curvature
+
+
+def refine_poses(
+    observations: Observations,
+    model: Derivatives,
+    rotations: Tensor,
+    offsets_px: Tensor,
+    n_steps: int = 4,
+    offset_sigma_px: float = 10.0,
+) -> Poses:
+    """Levenberg-Marquardt steps of each image's rotation and offset on its log-likelihood.
+
+    Parameters
+    ----------
+    observations : Observations of n images
+    model : Derivatives of the map
+    rotations : Tensor, shape (n, 3, 3)
+    offsets_px : Tensor, shape (n, 2)
+    n_steps : int
+    offset_sigma_px : float
+        Width of the Gaussian prior of the offsets.
+
+    Returns
+    -------
+    Poses
+        Never less likely than what came in.
+    """
+    objective = _Objective(observations, model, offset_sigma_px)
+    value, gradient, curvature = objective(rotations, offsets_px)
+    damping = torch.full_like(value, 1e-2)
+    for _ in range(n_steps):
+        diagonal = torch.diagonal(curvature, dim1=-2, dim2=-1)
+        damped = curvature + torch.diag_embed(diagonal * damping[:, None] + 1e-6)
+        step = torch.linalg.solve(damped, gradient)
+        turn = step[:, :3]
+        length = turn.norm(dim=-1, keepdim=True)
+        turn = turn * (_LARGEST_TURN_RAD / length.clamp(min=_LARGEST_TURN_RAD))
+        trial_rotations = exp_map(turn) @ rotations
+        trial_offsets = offsets_px + step[:, 3:].clamp(-_LARGEST_SHIFT_PX, _LARGEST_SHIFT_PX)
+        trial_value, trial_gradient, trial_curvature = objective(trial_rotations, trial_offsets)
+        better = trial_value > value
+        column, block = better[:, None], better[:, None, None]
+        rotations = torch.where(block, trial_rotations, rotations)
+        offsets_px = torch.where(column, trial_offsets, offsets_px)
+        gradient = torch.where(column, trial_gradient, gradient)
+        curvature = torch.where(block, trial_curvature, curvature)
+        value = torch.where(better, trial_value, value)
+        damping = torch.where(better, damping * 0.2, damping * 8).clamp(1e-4, 1e4)
+    return Poses(rotations, offsets_px, value)
