@@ -35,6 +35,8 @@ _TRANSLATION_GRID = 20
 _FINEST_BAND = 48.0
 # (band, candidates kept, steps) of the refinements between search and final climb.
 _STAGES = ((5.0, 48, 25), (8.0, 8, 20), (12.0, 2, 20))
+# Power, relative to the strongest shell, of a shell that counts half.
+_WEAK_SHELL = 1e-6
 # Shells whose FSC is below this are not worth climbing on.
 _AGREEMENT = 0.3
 
@@ -150,14 +152,17 @@ def _prepare(volume: Tensor, box: int) -> Tensor:
 
 
 def _whitening(transform: Tensor) -> Tensor:
-    """One over the root mean power of each shell; 0 for empty shells."""
+    """One over the root mean power of each shell, levelling off where there is hardly any.
+
+    Shells far below the strongest hold little but leakage from it, by interpolation or by the
+    edge of the mask; they must not count in full.
+    """
     box = transform.shape[-1]
     shells = (radius_grid(box, 3, transform.device) + 0.5).long().flatten()
     power = (transform.abs() ** 2).flatten().double()
     counts = torch.bincount(shells)
     mean = shell_sums(power, shells, len(counts)) / counts
-    empty = mean <= 1e-12 * mean.max()
-    return torch.where(empty, torch.zeros_like(mean), mean.clamp(min=1e-300).rsqrt())
+    return (mean + _WEAK_SHELL * mean[1:].max().clamp(min=1e-300)).rsqrt()
 
 
 def _pair(moving: Tensor, reference: Tensor) -> _Pair:
@@ -310,15 +315,11 @@ def _judged(pair: _Pair, pose: tuple[Tensor, Tensor], reach: float) -> tuple[flo
     band = _within(pair, reach, torch.float64)
     with torch.no_grad():
         curve = _curve(band, pose)
-    shells = torch.arange(len(curve), device=curve.device)
     counts = shell_sums(band.multiplicity, band.shells, len(curve))
-    amplitudes = [
-        torch.where(w > 0, 1 / w.clamp(min=1e-300), 0.0)[shells]
-        for w in (pair.moving_whitening, pair.reference_whitening)
-    ]
+    amplitudes = [1 / w[: len(curve)] for w in (pair.moving_whitening, pair.reference_whitening)]
     cross = (curve * counts * amplitudes[0] * amplitudes[1]).sum()
     norms = [(counts * amplitude**2).sum().sqrt() for amplitude in amplitudes]
-    plain = float(cross / (norms[0] * norms[1]).clamp(min=1e-300))
+    plain = float(cross / (norms[0] * norms[1]))
     return float((curve * counts).sum() / counts.sum()), plain
 
 
@@ -356,6 +357,8 @@ def align_maps(
     box = reference.shape[-1]
     if moving.shape != (box,) * 3 or reference.shape != (box,) * 3:
         raise ValueError(f"shapes {tuple(moving.shape)} and {tuple(reference.shape)} differ")
+    if float(moving.std()) == 0 or float(reference.std()) == 0:
+        raise ValueError("a constant map cannot be aligned")
     limit = min(float(max_band(box)) - 1, _FINEST_BAND)
     if finest_angst is not None:
         limit = max(min(limit, box * pixel_size_angst / finest_angst), 2.0)
@@ -364,8 +367,6 @@ def align_maps(
     found = []
     for flipped in (False, True) if both_hands else (False,):
         pair = _pair(_prepare(mirror_map(moving) if flipped else moving, size), target)
-        if not (pair.moving_whitening.any() and pair.reference_whitening.any()):
-            raise ValueError("a constant map cannot be aligned")
         found.append((pair, *_ascend(pair, limit), flipped))
     reach = max(entry[2] for entry in found)
     judged = [_judged(pair, pose, reach) for pair, pose, _, _ in found]
