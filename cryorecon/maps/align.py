@@ -12,7 +12,6 @@ import torch
 from scipy.ndimage import affine_transform
 from torch import Tensor
 
-from cryorecon.maps.mask import soft_sphere
 from cryorecon.physics.fourier import (
     crop_or_pad_centred,
     fft_centred,
@@ -22,6 +21,7 @@ from cryorecon.physics.fourier import (
     resample_volume,
     shell_sums,
 )
+from cryorecon.physics.masks import soft_ball
 from cryorecon.physics.projection import Transform, padded_transform
 from cryorecon.physics.rotations import exp_map, so3_grid
 
@@ -36,7 +36,7 @@ _FINEST_BAND = 48.0
 # (band, candidates kept, steps) of the refinements between search and final climb.
 _STAGES = ((5.0, 48, 25), (8.0, 8, 20), (12.0, 2, 20))
 # Power, relative to the strongest shell, of a shell that counts half.
-_WEAK_SHELL = 1e-6
+_WEAK_SHELL = 1e-5
 # Shells whose FSC is below this are not worth climbing on.
 _AGREEMENT = 0.3
 
@@ -122,12 +122,12 @@ def apply_alignment(volume: Tensor, alignment: Alignment) -> Tensor:
 
 @dataclass(frozen=True)
 class _Pair:
-    """A moving map to be sampled anywhere and a reference to be met, both whitened."""
+    """A moving map to be sampled anywhere, a reference to be met, and their power by shell."""
 
     moving: Transform
     reference: Tensor
-    moving_whitening: Tensor
-    reference_whitening: Tensor
+    moving_power: Tensor
+    reference_power: Tensor
 
 
 @dataclass(frozen=True)
@@ -144,32 +144,34 @@ class _Band:
 def _prepare(volume: Tensor, box: int) -> Tensor:
     """Without background and corners, on a grid of `box` samples; float32."""
     size = volume.shape[-1]
-    mask = soft_sphere(size, size / 2 - 2, 2.0, torch.float64, volume.device)
+    mask = soft_ball(size, size / 2 - 2, 2.0, 3, torch.float64, volume.device)
     outside = 1 - mask
     level = (volume.double() * outside).sum() / outside.sum()
     masked = (volume.double() - level) * mask
     return (resample_volume(masked, box) if box < size else masked).float()
 
 
-def _whitening(transform: Tensor) -> Tensor:
-    """One over the root mean power of each shell, levelling off where there is hardly any.
-
-    Shells far below the strongest hold little but leakage from it, by interpolation or by the
-    edge of the mask; they must not count in full.
-    """
+def _shell_power(transform: Tensor) -> Tensor:
     box = transform.shape[-1]
     shells = (radius_grid(box, 3, transform.device) + 0.5).long().flatten()
     power = (transform.abs() ** 2).flatten().double()
     counts = torch.bincount(shells)
-    mean = shell_sums(power, shells, len(counts)) / counts
-    return (mean + _WEAK_SHELL * mean[1:].max().clamp(min=1e-300)).rsqrt()
+    return shell_sums(power, shells, len(counts)) / counts
+
+
+def _whitening(power: Tensor) -> Tensor:
+    """One over the amplitude of each shell, levelling off where there is hardly any.
+
+    Shells far below the strongest hold little but leakage from it, by interpolation or by the
+    edge of the mask; they must not count in full.
+    """
+    return (power + _WEAK_SHELL * power[1:].max()).clamp(min=1e-300).rsqrt()
 
 
 def _pair(moving: Tensor, reference: Tensor) -> _Pair:
     target = fft_centred(reference, 3)
-    return _Pair(
-        padded_transform(moving, 2), target, _whitening(fft_centred(moving, 3)), _whitening(target)
-    )
+    powers = _shell_power(fft_centred(moving, 3)), _shell_power(target)
+    return _Pair(padded_transform(moving, 2), target, *powers)
 
 
 def _within(pair: _Pair, band: float, dtype: torch.dtype = torch.float32) -> _Band:
@@ -183,8 +185,8 @@ def _within(pair: _Pair, band: float, dtype: torch.dtype = torch.float32) -> _Ba
     x, y, z = (points + centre).unbind(-1)
     # Each point with kx > 0 stands for its Friedel mate as well.
     multiplicity = torch.where(points[:, 0] > 0, 2.0, 1.0).to(dtype)
-    weights = pair.moving_whitening[shells] * pair.reference_whitening[shells]
-    weights = weights.to(dtype) * multiplicity / multiplicity.sum()
+    whitening = _whitening(pair.moving_power) * _whitening(pair.reference_power)
+    weights = whitening[shells].to(dtype) * multiplicity / multiplicity.sum()
     wanted = pair.reference[z, y, x] * weights
     moving = pair.moving.within(band + 1)
     return _Band(moving, points.to(dtype), shells, multiplicity, wanted)
@@ -316,10 +318,14 @@ def _judged(pair: _Pair, pose: tuple[Tensor, Tensor], reach: float) -> tuple[flo
     with torch.no_grad():
         curve = _curve(band, pose)
     counts = shell_sums(band.multiplicity, band.shells, len(curve))
-    amplitudes = [1 / w[: len(curve)] for w in (pair.moving_whitening, pair.reference_whitening)]
-    cross = (curve * counts * amplitudes[0] * amplitudes[1]).sum()
-    norms = [(counts * amplitude**2).sum().sqrt() for amplitude in amplitudes]
-    plain = float(cross / (norms[0] * norms[1]))
+    powers = pair.moving_power[: len(curve)], pair.reference_power[: len(curve)]
+    cross = (
+        curve
+        * counts
+        / (_whitening(pair.moving_power) * _whitening(pair.reference_power))[: len(curve)]
+    ).sum()
+    norm = ((counts * powers[0]).sum() * (counts * powers[1]).sum()).sqrt()
+    plain = float(cross / norm)
     return float((curve * counts).sum() / counts.sum()), plain
 
 
