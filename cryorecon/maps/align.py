@@ -6,7 +6,7 @@ How particle poses follow their map is in :mod:`cryorecon.maps.poses`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from scipy.ndimage import affine_transform
@@ -291,6 +291,14 @@ def _curve(band: _Band, pose: tuple[Tensor, Tensor]) -> Tensor:
     return sums / counts.clamp(min=1)
 
 
+def _weighed(band: _Band, pose: tuple[Tensor, Tensor]) -> _Band:
+    """The same band with each shell weighed by its signal-to-noise ratio, from the FSC so far."""
+    with torch.no_grad():
+        curve = _curve(band, pose).clamp(0.0, 1.0)
+    weights = curve / (1.05 - curve**2)
+    return replace(band, wanted=band.wanted * weights[band.shells])
+
+
 def _ascend(pair: _Pair, limit: float) -> tuple[tuple[Tensor, Tensor], float]:
     """Search, then refine at rising bands while the maps still agree there."""
     first = _within(pair, min(_SEARCH_BAND, limit))
@@ -304,7 +312,7 @@ def _ascend(pair: _Pair, limit: float) -> tuple[tuple[Tensor, Tensor], float]:
     reach = min(_STAGES[-1][0], limit)
     while True:
         band = _within(pair, reach, torch.float64)
-        pose = _polish(band, pose)
+        pose = _polish(_weighed(band, pose), pose)
         with torch.no_grad():
             edge = float(_curve(band, pose)[-2:].mean())
         if reach >= limit or edge < _AGREEMENT:
