@@ -295,7 +295,7 @@ def _weighed(band: _Band, pose: tuple[Tensor, Tensor]) -> _Band:
     """The same band with each shell weighed by its signal-to-noise ratio, from the FSC so far."""
     with torch.no_grad():
         curve = _curve(band, pose).clamp(0.0, 1.0)
-    weights = curve / (1.05 - curve**2)
+    weights = curve / (1.2 - curve**2)
     return replace(band, wanted=band.wanted * weights[band.shells])
 
 
