@@ -40,6 +40,9 @@ _WEAK_SHELL = 1e-5
 # Shells whose FSC is below this are not worth climbing on.
 _AGREEMENT = 0.3
 
+# Rotations (b, 3, 3) and shifts (b, 3), the latter as fractions of the box.
+_Pose = tuple[Tensor, Tensor]
+
 
 @dataclass(frozen=True)
 class Alignment:
@@ -212,7 +215,7 @@ def _scores(band: _Band, rotations: Tensor, shifts: Tensor) -> Tensor:
     return (_sample(band, rotations).conj() * band.wanted * phases).real.sum(-1)
 
 
-def _search(pair: _Pair, band: _Band, keep: int) -> tuple[Tensor, Tensor]:
+def _search(pair: _Pair, band: _Band, keep: int) -> _Pose:
     """Best grid rotations (keep, 3, 3) and their best shifts (keep, 3) over all translations."""
     rotations, _ = so3_grid(_GRID_NSIDE)
     rotations = rotations.to(pair.reference.device)
@@ -233,7 +236,7 @@ def _search(pair: _Pair, band: _Band, keep: int) -> tuple[Tensor, Tensor]:
     return rotations[order], ((steps + n // 2) % n - n // 2).double() / n
 
 
-def _move(start: tuple[Tensor, Tensor], step: Tensor) -> tuple[Tensor, Tensor]:
+def _move(start: _Pose, step: Tensor) -> _Pose:
     """Turn by the first half of `step` (rad, on the left), shift by the second (boxes).
 
     Turning about the centre carries the shifted content with it, so that both halves are of
@@ -243,9 +246,7 @@ def _move(start: tuple[Tensor, Tensor], step: Tensor) -> tuple[Tensor, Tensor]:
     return exp_map(4 * step[:, :3]) @ rotations, shifts + step[:, 3:]
 
 
-def _climb(
-    band: _Band, start: tuple[Tensor, Tensor], steps: int, radius: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _climb(band: _Band, start: _Pose, steps: int, radius: float) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient ascent (Adam, steps shrinking from `radius`) of many candidates at once."""
     step = torch.zeros(len(start[0]), 6, dtype=torch.float64, device=start[0].device)
     step.requires_grad_()
@@ -263,7 +264,7 @@ def _climb(
     return rotations[order], shifts[order], scores[order]
 
 
-def _polish(band: _Band, start: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def _polish(band: _Band, start: _Pose) -> _Pose:
     """Quasi-Newton ascent of one candidate to the top of its hill."""
     step = torch.zeros(1, 6, dtype=torch.float64, device=start[0].device).requires_grad_()
     scale = 0.1 / float(band.points.max())
@@ -280,7 +281,7 @@ def _polish(band: _Band, start: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     return rotations, shifts
 
 
-def _curve(band: _Band, pose: tuple[Tensor, Tensor]) -> Tensor:
+def _curve(band: _Band, pose: _Pose) -> Tensor:
     """FSC by shell over the band; shell 0 is 0."""
     angle = 2 * torch.pi * (pose[1].to(band.points.dtype) @ band.points.T)
     phases = torch.polar(torch.ones_like(angle), angle)
@@ -291,7 +292,7 @@ def _curve(band: _Band, pose: tuple[Tensor, Tensor]) -> Tensor:
     return sums / counts.clamp(min=1)
 
 
-def _weighed(band: _Band, pose: tuple[Tensor, Tensor]) -> _Band:
+def _weighed(band: _Band, pose: _Pose) -> _Band:
     """The same band with each shell weighed by its signal-to-noise ratio, from the FSC so far."""
     with torch.no_grad():
         curve = _curve(band, pose).clamp(0.0, 1.0)
@@ -299,7 +300,7 @@ def _weighed(band: _Band, pose: tuple[Tensor, Tensor]) -> _Band:
     return replace(band, wanted=band.wanted * weights[band.shells])
 
 
-def _ascend(pair: _Pair, limit: float) -> tuple[tuple[Tensor, Tensor], float]:
+def _ascend(pair: _Pair, limit: float) -> tuple[_Pose, float]:
     """Search, then refine at rising bands while the maps still agree there."""
     first = _within(pair, min(_SEARCH_BAND, limit))
     pose = _search(pair, first, _STAGES[0][1])
@@ -320,21 +321,17 @@ def _ascend(pair: _Pair, limit: float) -> tuple[tuple[Tensor, Tensor], float]:
         reach = min(1.5 * reach, limit)
 
 
-def _judged(pair: _Pair, pose: tuple[Tensor, Tensor], reach: float) -> tuple[float, float]:
-    """Mean FSC over coefficients, and plain correlation, up to a band."""
+def _judged(pair: _Pair, pose: _Pose, reach: float) -> tuple[float, float]:
+    """Mean whitened FSC over coefficients, and plain correlation, up to a band."""
     band = _within(pair, reach, torch.float64)
     with torch.no_grad():
-        curve = _curve(band, pose)
-    counts = shell_sums(band.multiplicity, band.shells, len(curve))
-    powers = pair.moving_power[: len(curve)], pair.reference_power[: len(curve)]
-    cross = (
-        curve
-        * counts
-        / (_whitening(pair.moving_power) * _whitening(pair.reference_power))[: len(curve)]
-    ).sum()
-    norm = ((counts * powers[0]).sum() * (counts * powers[1]).sum()).sqrt()
-    plain = float(cross / norm)
-    return float((curve * counts).sum() / counts.sum()), plain
+        score = float(_scores(band, *pose))
+        whitening = _whitening(pair.moving_power) * _whitening(pair.reference_power)
+        plain = replace(band, wanted=band.wanted / whitening[band.shells])
+        power = (_sample(band, pose[0])[0].abs() ** 2 * band.multiplicity).sum()
+        norm = (power * (pair.reference_power[band.shells] * band.multiplicity).sum()).sqrt()
+        cross = _scores(plain, *pose) * band.multiplicity.sum()
+    return score, float(cross / norm)
 
 
 def align_maps(

@@ -169,6 +169,6 @@ def _or_none(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def rotation_as_list(rotation: Tensor) -> list[list[float]]:
+def matrix_as_list(matrix: Tensor) -> list[list[float]]:
     """A matrix as nested lists for JSON."""
-    return [[float(value) for value in row] for row in rotation.to(torch.float64)]
+    return [[float(value) for value in row] for row in matrix.to(torch.float64)]
