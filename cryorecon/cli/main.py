@@ -7,7 +7,9 @@ import sys
 import typer
 
 from cryorecon import __version__
+from cryorecon.cli.abinitio import abinitio_command, abinitio_rmfn_command
 from cryorecon.cli.console import error_console
+from cryorecon.cli.reconstruct import reconstruct_command
 from cryorecon.cli.simulate import simulate_command
 from cryorecon.errors import CryoreconError
 
@@ -19,6 +21,9 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("simulate")(simulate_command)
+app.command("abinitio")(abinitio_command)
+app.command("abinitio-rmfn")(abinitio_rmfn_command)
+app.command("reconstruct")(reconstruct_command)
 
 
 def _version(show: bool) -> None:

@@ -75,6 +75,26 @@ def padded_transform(volume: Tensor, padding: int = 2) -> Transform:
     return Transform(fft_centred(crop_or_pad_centred(corrected, box * padding, 3), 3), padding)
 
 
+def to_volume(transform: Transform, box: int) -> Tensor:
+    """Map of a transform read off by trilinear interpolation: inverse of `padded_transform`.
+
+    Parameters
+    ----------
+    transform : Transform
+        Reaching up to ``P / 2``; what it does not hold is zero.
+    box : int
+        Voxels a side of the map; the field of view is the box whatever the number. Values are
+        sums over a voxel's share of the box, so that a coarser map has larger ones.
+
+    Returns
+    -------
+    Tensor, shape (N, N, N), real
+    """
+    values = crop_or_pad_centred(transform.values, box * transform.padding, 3)
+    volume = crop_or_pad_centred(ifft_centred(values, 3).real, box, 3)
+    return volume / gridding_correction(box, transform.padding, volume.dtype, volume.device)
+
+
 def padded_transform_adjoint(values: Tensor, box: int, padding: int) -> Tensor:
     """Adjoint of :func:`padded_transform`: (P, P, P) complex to (N, N, N) real."""
     size = values.shape[-1]
