@@ -17,7 +17,7 @@ from cryorecon.engines.accumulate import NormalEquations
 from cryorecon.networks.mfn import MfnConfig, ResidualMfn, grid_points, smallest_grid
 from cryorecon.physics.fourier import crop_or_pad_centred
 from cryorecon.physics.masks import soft_ball
-from cryorecon.physics.projection import Transform, padded_transform, to_volume
+from cryorecon.physics.projection import Transform, gridded_transform, to_volume
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class NetworkMap:
             self._match_scale(target, scale)
         first = 0.0
         for step in range(n_steps or self.fit_config.n_steps):
-            predicted = padded_transform(self.volume(scale), target.padding).values
+            predicted = gridded_transform(self.volume(scale), target.padding).values
             predicted = crop_or_pad_centred(predicted, target.values.shape[-1], 3)
             loss = (weight * (predicted - target.values).abs() ** 2).sum() / norm
             self.optimizer.zero_grad()

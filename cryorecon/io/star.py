@@ -96,7 +96,7 @@ def numbers(
     CryoreconError
         Naming file, row (1-based) and column when a value is no finite number.
     """
-    values = pd.to_numeric(table[column], errors="coerce").to_numpy(dtype=np.float64)
+    values = pd.to_numeric(table[column], errors="coerce").to_numpy(dtype=np.float64, copy=True)
     bad = np.flatnonzero(~np.isfinite(values)) if finite else np.array([], dtype=int)
     if len(bad):
         row = int(bad[0])

@@ -63,8 +63,10 @@ def _replaced(config: Settings, path: list[str], value: Any, full_key: str) -> S
 def _converted(current: Any, value: Any, key: str) -> Any:
     if isinstance(current, tuple) and isinstance(value, (list, tuple)):
         return tuple(type(current[0])(v) for v in value)
-    if isinstance(current, bool) == isinstance(value, bool) and isinstance(value, (int, float)):
-        if isinstance(current, float) or (isinstance(current, int) and float(value).is_integer()):
-            return type(current)(value)
+    numeric = isinstance(value, (int, float)) and isinstance(current, (int, float))
+    if numeric and isinstance(current, bool) == isinstance(value, bool):
+        exact = type(current)(value)
+        if isinstance(current, float) or exact == value:
+            return exact
     kind = "a list" if isinstance(current, tuple) else type(current).__name__
     raise CryoreconError(f"Setting {key} cannot be {value!r}", f"Give {kind}, such as {current!r}")
