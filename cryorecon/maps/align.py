@@ -6,13 +6,12 @@ How particle poses follow their map is in :mod:`cryorecon.maps.poses`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from scipy.ndimage import affine_transform
 from torch import Tensor
 
-from cryorecon.maps.mask import soft_sphere
 from cryorecon.physics.fourier import (
     crop_or_pad_centred,
     fft_centred,
@@ -22,6 +21,7 @@ from cryorecon.physics.fourier import (
     resample_volume,
     shell_sums,
 )
+from cryorecon.physics.masks import soft_ball
 from cryorecon.physics.projection import Transform, padded_transform
 from cryorecon.physics.rotations import exp_map, so3_grid
 
@@ -36,9 +36,12 @@ _FINEST_BAND = 48.0
 # (band, candidates kept, steps) of the refinements between search and final climb.
 _STAGES = ((5.0, 48, 25), (8.0, 8, 20), (12.0, 2, 20))
 # Power, relative to the strongest shell, of a shell that counts half.
-_WEAK_SHELL = 1e-6
+_WEAK_SHELL = 1e-5
 # Shells whose FSC is below this are not worth climbing on.
 _AGREEMENT = 0.3
+
+# Rotations (b, 3, 3) and shifts (b, 3), the latter as fractions of the box.
+_Pose = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -122,12 +125,12 @@ def apply_alignment(volume: Tensor, alignment: Alignment) -> Tensor:
 
 @dataclass(frozen=True)
 class _Pair:
-    """A moving map to be sampled anywhere and a reference to be met, both whitened."""
+    """A moving map to be sampled anywhere, a reference to be met, and their power by shell."""
 
     moving: Transform
     reference: Tensor
-    moving_whitening: Tensor
-    reference_whitening: Tensor
+    moving_power: Tensor
+    reference_power: Tensor
 
 
 @dataclass(frozen=True)
@@ -144,32 +147,34 @@ class _Band:
 def _prepare(volume: Tensor, box: int) -> Tensor:
     """Without background and corners, on a grid of `box` samples; float32."""
     size = volume.shape[-1]
-    mask = soft_sphere(size, size / 2 - 2, 2.0, torch.float64, volume.device)
+    mask = soft_ball(size, size / 2 - 2, 2.0, 3, torch.float64, volume.device)
     outside = 1 - mask
     level = (volume.double() * outside).sum() / outside.sum()
     masked = (volume.double() - level) * mask
     return (resample_volume(masked, box) if box < size else masked).float()
 
 
-def _whitening(transform: Tensor) -> Tensor:
-    """One over the root mean power of each shell, levelling off where there is hardly any.
-
-    Shells far below the strongest hold little but leakage from it, by interpolation or by the
-    edge of the mask; they must not count in full.
-    """
+def _shell_power(transform: Tensor) -> Tensor:
     box = transform.shape[-1]
     shells = (radius_grid(box, 3, transform.device) + 0.5).long().flatten()
     power = (transform.abs() ** 2).flatten().double()
     counts = torch.bincount(shells)
-    mean = shell_sums(power, shells, len(counts)) / counts
-    return (mean + _WEAK_SHELL * mean[1:].max().clamp(min=1e-300)).rsqrt()
+    return shell_sums(power, shells, len(counts)) / counts
+
+
+def _whitening(power: Tensor) -> Tensor:
+    """One over the amplitude of each shell, levelling off where there is hardly any.
+
+    Shells far below the strongest hold little but leakage from it, by interpolation or by the
+    edge of the mask; they must not count in full.
+    """
+    return (power + _WEAK_SHELL * power[1:].max()).clamp(min=1e-300).rsqrt()
 
 
 def _pair(moving: Tensor, reference: Tensor) -> _Pair:
     target = fft_centred(reference, 3)
-    return _Pair(
-        padded_transform(moving, 2), target, _whitening(fft_centred(moving, 3)), _whitening(target)
-    )
+    powers = _shell_power(fft_centred(moving, 3)), _shell_power(target)
+    return _Pair(padded_transform(moving, 2), target, *powers)
 
 
 def _within(pair: _Pair, band: float, dtype: torch.dtype = torch.float32) -> _Band:
@@ -183,8 +188,8 @@ def _within(pair: _Pair, band: float, dtype: torch.dtype = torch.float32) -> _Ba
     x, y, z = (points + centre).unbind(-1)
     # Each point with kx > 0 stands for its Friedel mate as well.
     multiplicity = torch.where(points[:, 0] > 0, 2.0, 1.0).to(dtype)
-    weights = pair.moving_whitening[shells] * pair.reference_whitening[shells]
-    weights = weights.to(dtype) * multiplicity / multiplicity.sum()
+    whitening = _whitening(pair.moving_power) * _whitening(pair.reference_power)
+    weights = whitening[shells].to(dtype) * multiplicity / multiplicity.sum()
     wanted = pair.reference[z, y, x] * weights
     moving = pair.moving.within(band + 1)
     return _Band(moving, points.to(dtype), shells, multiplicity, wanted)
@@ -210,7 +215,7 @@ def _scores(band: _Band, rotations: Tensor, shifts: Tensor) -> Tensor:
     return (_sample(band, rotations).conj() * band.wanted * phases).real.sum(-1)
 
 
-def _search(pair: _Pair, band: _Band, keep: int) -> tuple[Tensor, Tensor]:
+def _search(pair: _Pair, band: _Band, keep: int) -> _Pose:
     """Best grid rotations (keep, 3, 3) and their best shifts (keep, 3) over all translations."""
     rotations, _ = so3_grid(_GRID_NSIDE)
     rotations = rotations.to(pair.reference.device)
@@ -231,7 +236,7 @@ def _search(pair: _Pair, band: _Band, keep: int) -> tuple[Tensor, Tensor]:
     return rotations[order], ((steps + n // 2) % n - n // 2).double() / n
 
 
-def _move(start: tuple[Tensor, Tensor], step: Tensor) -> tuple[Tensor, Tensor]:
+def _move(start: _Pose, step: Tensor) -> _Pose:
     """Turn by the first half of `step` (rad, on the left), shift by the second (boxes).
 
     Turning about the centre carries the shifted content with it, so that both halves are of
@@ -241,9 +246,7 @@ def _move(start: tuple[Tensor, Tensor], step: Tensor) -> tuple[Tensor, Tensor]:
     return exp_map(4 * step[:, :3]) @ rotations, shifts + step[:, 3:]
 
 
-def _climb(
-    band: _Band, start: tuple[Tensor, Tensor], steps: int, radius: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _climb(band: _Band, start: _Pose, steps: int, radius: float) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient ascent (Adam, steps shrinking from `radius`) of many candidates at once."""
     step = torch.zeros(len(start[0]), 6, dtype=torch.float64, device=start[0].device)
     step.requires_grad_()
@@ -261,7 +264,7 @@ def _climb(
     return rotations[order], shifts[order], scores[order]
 
 
-def _polish(band: _Band, start: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def _polish(band: _Band, start: _Pose) -> _Pose:
     """Quasi-Newton ascent of one candidate to the top of its hill."""
     step = torch.zeros(1, 6, dtype=torch.float64, device=start[0].device).requires_grad_()
     scale = 0.1 / float(band.points.max())
@@ -278,7 +281,7 @@ def _polish(band: _Band, start: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     return rotations, shifts
 
 
-def _curve(band: _Band, pose: tuple[Tensor, Tensor]) -> Tensor:
+def _curve(band: _Band, pose: _Pose) -> Tensor:
     """FSC by shell over the band; shell 0 is 0."""
     angle = 2 * torch.pi * (pose[1].to(band.points.dtype) @ band.points.T)
     phases = torch.polar(torch.ones_like(angle), angle)
@@ -289,7 +292,15 @@ def _curve(band: _Band, pose: tuple[Tensor, Tensor]) -> Tensor:
     return sums / counts.clamp(min=1)
 
 
-def _ascend(pair: _Pair, limit: float) -> tuple[tuple[Tensor, Tensor], float]:
+def _weighed(band: _Band, pose: _Pose) -> _Band:
+    """The same band with each shell weighed by its signal-to-noise ratio, from the FSC so far."""
+    with torch.no_grad():
+        curve = _curve(band, pose).clamp(0.0, 1.0)
+    weights = curve / (1.2 - curve**2)
+    return replace(band, wanted=band.wanted * weights[band.shells])
+
+
+def _ascend(pair: _Pair, limit: float) -> tuple[_Pose, float]:
     """Search, then refine at rising bands while the maps still agree there."""
     first = _within(pair, min(_SEARCH_BAND, limit))
     pose = _search(pair, first, _STAGES[0][1])
@@ -302,7 +313,7 @@ def _ascend(pair: _Pair, limit: float) -> tuple[tuple[Tensor, Tensor], float]:
     reach = min(_STAGES[-1][0], limit)
     while True:
         band = _within(pair, reach, torch.float64)
-        pose = _polish(band, pose)
+        pose = _polish(_weighed(band, pose), pose)
         with torch.no_grad():
             edge = float(_curve(band, pose)[-2:].mean())
         if reach >= limit or edge < _AGREEMENT:
@@ -310,17 +321,17 @@ def _ascend(pair: _Pair, limit: float) -> tuple[tuple[Tensor, Tensor], float]:
         reach = min(1.5 * reach, limit)
 
 
-def _judged(pair: _Pair, pose: tuple[Tensor, Tensor], reach: float) -> tuple[float, float]:
-    """Mean FSC over coefficients, and plain correlation, up to a band."""
+def _judged(pair: _Pair, pose: _Pose, reach: float) -> tuple[float, float]:
+    """Mean whitened FSC over coefficients, and plain correlation, up to a band."""
     band = _within(pair, reach, torch.float64)
     with torch.no_grad():
-        curve = _curve(band, pose)
-    counts = shell_sums(band.multiplicity, band.shells, len(curve))
-    amplitudes = [1 / w[: len(curve)] for w in (pair.moving_whitening, pair.reference_whitening)]
-    cross = (curve * counts * amplitudes[0] * amplitudes[1]).sum()
-    norms = [(counts * amplitude**2).sum().sqrt() for amplitude in amplitudes]
-    plain = float(cross / (norms[0] * norms[1]))
-    return float((curve * counts).sum() / counts.sum()), plain
+        score = float(_scores(band, *pose))
+        whitening = _whitening(pair.moving_power) * _whitening(pair.reference_power)
+        plain = replace(band, wanted=band.wanted / whitening[band.shells])
+        power = (_sample(band, pose[0])[0].abs() ** 2 * band.multiplicity).sum()
+        norm = (power * (pair.reference_power[band.shells] * band.multiplicity).sum()).sqrt()
+        cross = _scores(plain, *pose) * band.multiplicity.sum()
+    return score, float(cross / norm)
 
 
 def align_maps(

@@ -42,10 +42,10 @@ def fsc_curve(first: Tensor, second: Tensor, mask: Tensor | None = None) -> Tens
     shells = (radius_grid(box, 3, first.device) + 0.5).long().flatten()
     products = torch.stack([(f.conj() * g).real, f.abs() ** 2, g.abs() ** 2])
     cross, power_f, power_g = shell_sums(products, shells, int(shells.max()) + 1)
-    norm = (power_f * power_g).sqrt()
-    # Below rounding error of the strongest shell a correlation would be one of rounding.
-    empty = norm <= 1e-24 * norm.max()
-    curve = torch.where(empty, torch.zeros_like(cross), cross / norm.clamp(min=1e-300))
+    # A shell with no more power than the rounding of the strongest one holds nothing.
+    empty = (power_f <= 1e-24 * power_f.max()) | (power_g <= 1e-24 * power_g.max())
+    norm = (power_f * power_g).sqrt().clamp(min=1e-300)
+    curve = torch.where(empty, torch.zeros_like(cross), cross / norm)
     return curve[: box // 2 + 1]
 
 

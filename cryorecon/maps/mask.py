@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cryorecon.physics.fourier import radius_grid
+from cryorecon.physics.masks import soft_ball
 
 
 def soft_sphere(
@@ -21,5 +21,4 @@ def soft_sphere(
     -------
     Tensor, shape (N, N, N)
     """
-    ramp = ((radius_grid(box, 3, device).to(dtype) - radius_px) / max(edge_px, 1e-6)).clamp(0, 1)
-    return 0.5 + 0.5 * torch.cos(torch.pi * ramp)
+    return soft_ball(box, radius_px, edge_px, 3, dtype, device)

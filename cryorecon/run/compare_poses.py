@@ -1,0 +1,179 @@
+"""Poses of two particle STAR files compared image by image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cryorecon.conventions import euler_to_matrix
+from cryorecon.errors import CryoreconError
+from cryorecon.io.star import Tables, numbers, read_star
+from cryorecon.maps.poses import FRACTION_LIMITS_DEG, PoseComparison, compare_pose_sets
+from cryorecon.run.curves import matrix_as_list
+
+_ANGLES = ["rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi"]
+
+
+@dataclass(frozen=True)
+class PoseTable:
+    """Poses of a particle STAR file, with the names of the images they belong to.
+
+    Attributes
+    ----------
+    path : Path
+    images : Index
+        ``number@stack`` with the number's leading zeros removed.
+    rotations : Tensor, shape (n, 3, 3), float64
+    origins_angst : Tensor, shape (n, 2), float64, or None
+        None when the file has no origin columns.
+    """
+
+    path: Path
+    images: pd.Index[str]
+    rotations: Tensor
+    origins_angst: Tensor | None
+
+    def rows(self, index: NDArray[np.int64]) -> PoseTable:
+        """Some rows, in the given order."""
+        origins = None if self.origins_angst is None else self.origins_angst[index]
+        return PoseTable(self.path, self.images[index], self.rotations[index], origins)
+
+
+def read_pose_table(path: Path) -> PoseTable:
+    """Read image names, angles and origins of a RELION 3.0, 3.1 or 5 particle file.
+
+    The images themselves need not exist.
+
+    Raises
+    ------
+    CryoreconError
+        If there is no particle table, a pose column is missing, or an image occurs twice.
+    """
+    blocks = read_star(path)
+    table = next((t for t in blocks.values() if "rlnImageName" in t), None)
+    if table is None:
+        raise CryoreconError(
+            f"{path} has no table with a column rlnImageName", "Give a particle STAR file"
+        )
+    if len(table) == 0:
+        raise CryoreconError(f"{path} holds no particles: its table is empty", "Select some first")
+    missing = [column for column in _ANGLES if column not in table]
+    if missing:
+        raise CryoreconError(
+            f"{path} has no column {', '.join(missing)}", "Give a STAR file that holds poses"
+        )
+    images = pd.Index(table["rlnImageName"].astype(str).str.replace(r"^0+(?=\d+@)", "", regex=True))
+    twice = np.flatnonzero(images.duplicated())
+    if len(twice):
+        raise CryoreconError(
+            f"{path}, row {twice[0] + 1}: image {images[twice[0]]} occurs a second time "
+            f"({len(twice)} such rows)",
+            "Remove the duplicates: poses are matched by image name",
+        )
+    angles = np.stack([numbers(path, table, column) for column in _ANGLES], -1)
+    origins = _origins_angst(path, table, blocks)
+    return PoseTable(path, images, euler_to_matrix(torch.from_numpy(angles)), origins)
+
+
+def _origins_angst(path: Path, table: pd.DataFrame, blocks: Tables) -> Tensor | None:
+    for names, in_px in (
+        (("rlnOriginXAngst", "rlnOriginYAngst"), False),
+        (("rlnOriginX", "rlnOriginY"), True),
+    ):
+        if set(names) <= set(table):
+            origins = np.stack([numbers(path, table, name) for name in names], -1)
+            scale = _pixel_sizes_angst(path, table, blocks)[:, None] if in_px else 1.0
+            return torch.from_numpy(origins * scale)
+    return None
+
+
+def _pixel_sizes_angst(path: Path, table: pd.DataFrame, blocks: Tables) -> NDArray[np.float64]:
+    """Pixel size of each row, from the row or its optics group."""
+    if "rlnImagePixelSize" in table:
+        return numbers(path, table, "rlnImagePixelSize")
+    if {"rlnDetectorPixelSize", "rlnMagnification"} <= set(table):
+        detector_um = numbers(path, table, "rlnDetectorPixelSize")
+        return detector_um * 1e4 / numbers(path, table, "rlnMagnification")
+    optics = blocks.get("optics")
+    if optics is not None and {"rlnImagePixelSize", "rlnOpticsGroup"} <= set(optics):
+        sizes = numbers(path, optics, "rlnImagePixelSize")
+        groups = pd.Index(optics["rlnOpticsGroup"].astype(str))
+        place = groups.get_indexer(pd.Index(table["rlnOpticsGroup"].astype(str)))
+        if (place >= 0).all():
+            return sizes[place]
+    raise CryoreconError(
+        f"{path} gives origins in pixels and no pixel size",
+        "Add rlnDetectorPixelSize and rlnMagnification, or rlnImagePixelSize",
+    )
+
+
+def match_tables(a: PoseTable, b: PoseTable, *, common_only: bool) -> tuple[PoseTable, PoseTable]:
+    """The two tables with the same images in the order of the first.
+
+    Raises
+    ------
+    CryoreconError
+        If an image is in one table only and `common_only` is off, or if none is in both.
+    """
+    place = b.images.get_indexer(a.images)
+    shared = np.flatnonzero(place >= 0)
+    if len(shared) == 0:
+        raise CryoreconError(
+            f"{a.path} and {b.path} have no image in common: the first names {a.images[0]}, "
+            f"the second {b.images[0]}",
+            "Give two STAR files of the same images, with the same paths in rlnImageName",
+        )
+    alone = len(a.images) - len(shared), len(b.images) - len(shared)
+    if any(alone) and not common_only:
+        raise CryoreconError(
+            f"{alone[0]} of {len(a.images)} images of {a.path} are missing in {b.path}, "
+            f"and {alone[1]} of {len(b.images)} the other way round",
+            "Add --common to compare the images that are in both",
+        )
+    return a.rows(shared), b.rows(place[shared].astype(np.int64))
+
+
+def compare_pose_files(
+    first_path: Path, second_path: Path, *, common_only: bool = False
+) -> PoseComparison:
+    """Compare the poses of two STAR files; origins too when both have them."""
+    a, b = match_tables(
+        read_pose_table(first_path), read_pose_table(second_path), common_only=common_only
+    )
+    both = a.origins_angst is not None and b.origins_angst is not None
+    return compare_pose_sets(
+        a.rotations,
+        b.rotations,
+        a.origins_angst if both else None,
+        b.origins_angst if both else None,
+    )
+
+
+def poses_as_dict(comparison: PoseComparison) -> dict[str, object]:
+    """The comparison's summary as plain data."""
+    data: dict[str, object] = {
+        "images": len(comparison.angles_deg),
+        "mirrored": comparison.flipped,
+        "rotation": matrix_as_list(comparison.rotation),
+        "median_deg": comparison.median_deg,
+        "mean_deg": comparison.mean_deg,
+        "fraction_within_deg": {
+            f"{limit:g}": comparison.fraction_within(limit) for limit in FRACTION_LIMITS_DEG
+        },
+        "map_shift_angst": None,
+        "offset_error_angst": None,
+    }
+    if comparison.shift_angst is not None and comparison.offsets_angst is not None:
+        lengths = comparison.offsets_angst.norm(dim=-1)
+        data["map_shift_angst"] = [float(value) for value in comparison.shift_angst]
+        data["offset_error_angst"] = {
+            "median": float(lengths.median()),
+            "mean": float(lengths.mean()),
+        }
+    return data
