@@ -21,11 +21,16 @@ from cryorecon.engines.rmfn_refine import fit_scales, half_maps, reassign, refin
 from cryorecon.errors import CryoreconError
 from cryorecon.io.mrc import write_map
 from cryorecon.io.particles import Particles, read_particles
-from cryorecon.maps.fsc import fsc_curve, resolution_at
-from cryorecon.run.curves import write_fsc_star, write_fsc_xml
+from cryorecon.maps.fsc import fsc_curve
+from cryorecon.run.curves import FscCurve, write_fsc_star, write_fsc_xml
 from cryorecon.run.job import Job, open_job, write_output_nodes
 from cryorecon.run.load import half_sets, load_observations
-from cryorecon.run.plots import plot_fsc
+from cryorecon.run.plots import (
+    fsc_figure,
+    map_figure,
+    save_figure,
+    viewing_direction_figure,
+)
 
 _REASSIGN_AFTER_ROUND = 3
 
@@ -219,7 +224,8 @@ def _refine(
 
 def _write(job: Job, particles: Particles, state: RmfnState, scales: list[Tensor]) -> None:
     pixel, box = particles.pixel_size_angst, particles.box
-    write_map(job.path("initial_model.mrc"), ((state.maps[0] + state.maps[1]) / 2).numpy(), pixel)
+    joint = ((state.maps[0] + state.maps[1]) / 2).numpy()
+    write_map(job.path("initial_model.mrc"), joint, pixel)
     for number, volume in enumerate(half_maps(state, box), 1):
         write_map(job.path(f"run_half{number}_class001_unfil.mrc"), volume.numpy(), pixel)
     for number, volume in enumerate(scales, 1):
@@ -231,13 +237,24 @@ def _write(job: Job, particles: Particles, state: RmfnState, scales: list[Tensor
         random_subsets=(state.half + 1).numpy(),
         class_number=1,
     )
-    label = "half maps (split after the search, masked)"
-    write_fsc_star(job.path("fsc.star"), state.fsc, box, pixel)
-    write_fsc_xml(job.path("fsc.xml"), state.fsc, box, pixel)
-    plot_fsc(job.path("fsc.png"), {label: state.fsc}, box, pixel)
+    curve = FscCurve(
+        state.fsc, box, pixel, "half maps split after the search", "soft sphere of the diameter"
+    )
+    write_fsc_star(job.path("fsc.star"), curve)
+    write_fsc_xml(job.path("fsc.xml"), curve)
+    save_figure(fsc_figure({"half maps": curve}), job.path("fsc.png"))
+    save_figure(map_figure(joint, pixel, "initial_model.mrc"), job.path("map.png"))
+    views = viewing_direction_figure(state.rotations, "run_data.star")
+    save_figure(views, job.path("views.png"))
     write_output_nodes(job.folder, {"initial_model.mrc": 6, "run_data.star": 3})
-    resolution = resolution_at(state.fsc, 0.143, box, pixel)
-    job.say(f"FSC 0.143 between the half sets, masked: {resolution:.2f} A")
+    job.say(f"half maps, masked: {curve.resolution_text(0.143)}")
     job.say("projections do not tell the hand: the mirror image of the map is as good")
-    for name in ("initial_model.mrc", "run_data.star", "fsc.png"):
+    for name in (
+        "initial_model.mrc",
+        "run_data.star",
+        "fsc.star",
+        "fsc.png",
+        "map.png",
+        "views.png",
+    ):
         job.say(f"{job.path(name)}")
