@@ -249,12 +249,6 @@ def _write(job: Job, particles: Particles, state: RmfnState, scales: list[Tensor
     write_output_nodes(job.folder, {"initial_model.mrc": 6, "run_data.star": 3})
     job.say(f"half maps, masked: {curve.resolution_text(0.143)}")
     job.say("projections do not tell the hand: the mirror image of the map is as good")
-    for name in (
-        "initial_model.mrc",
-        "run_data.star",
-        "fsc.star",
-        "fsc.png",
-        "map.png",
-        "views.png",
-    ):
+    written = "initial_model.mrc run_data.star fsc.star fsc.png map.png views.png"
+    for name in written.split():
         job.say(f"{job.path(name)}")

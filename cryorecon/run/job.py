@@ -54,7 +54,7 @@ def _describe(inputs: Path, n_rows: int, config: Any, seed: int) -> dict[str, An
         "input_sha256": hashlib.sha256(inputs.read_bytes()).hexdigest(),
         "input_rows": n_rows,
         "seed": seed,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "threads": torch.get_num_threads(),
         "config": yaml.safe_load(yaml.safe_dump(_plain(dataclasses.asdict(config)))),
     }
