@@ -125,12 +125,11 @@ def apply_alignment(volume: Tensor, alignment: Alignment) -> Tensor:
 
 @dataclass(frozen=True)
 class _Pair:
-    """A moving map to be sampled anywhere, a reference to be met, and their power by shell."""
+    """A moving map to be sampled anywhere, a reference to be met, and a weight by shell."""
 
     moving: Transform
     reference: Tensor
-    moving_power: Tensor
-    reference_power: Tensor
+    whitening: Tensor
 
 
 @dataclass(frozen=True)
@@ -144,14 +143,16 @@ class _Band:
     wanted: Tensor
 
 
-def _prepare(volume: Tensor, box: int) -> Tensor:
-    """Without background and corners, on a grid of `box` samples; float32."""
+def _prepare(volume: Tensor, box: int) -> tuple[Tensor, Tensor]:
+    """On a grid of `box` samples in float32: without background and corners, and whole."""
     size = volume.shape[-1]
-    mask = soft_ball(size, size / 2 - 2, 2.0, 3, torch.float64, volume.device)
+    mask = soft_ball(size, 0.44 * size, 0.06 * size, 3, torch.float64, volume.device)
     outside = 1 - mask
     level = (volume.double() * outside).sum() / outside.sum()
-    masked = (volume.double() - level) * mask
-    return (resample_volume(masked, box) if box < size else masked).float()
+    whole = volume.double() - level
+    if box < size:
+        return resample_volume(whole * mask, box).float(), resample_volume(whole, box).float()
+    return (whole * mask).float(), whole.float()
 
 
 def _shell_power(transform: Tensor) -> Tensor:
@@ -162,19 +163,21 @@ def _shell_power(transform: Tensor) -> Tensor:
     return shell_sums(power, shells, len(counts)) / counts
 
 
-def _whitening(power: Tensor) -> Tensor:
-    """One over the amplitude of each shell, levelling off where there is hardly any.
+def _whitening(masked: Tensor, whole: Tensor) -> Tensor:
+    """One over the amplitude of each shell, less where a shell holds little of its own.
 
-    Shells far below the strongest hold little but leakage from it, by interpolation or by the
-    edge of the mask; they must not count in full.
+    Shells far below the strongest hold leakage from it, by interpolation or by the edge of the
+    mask, which stands still when the map moves. Power that the mask brought in counts little.
     """
-    return (power + _WEAK_SHELL * power[1:].max()).clamp(min=1e-300).rsqrt()
+    power, before = _shell_power(fft_centred(masked, 3)), _shell_power(fft_centred(whole, 3))
+    own = (before / power.clamp(min=1e-300)).clamp(max=1)
+    return own * (power + _WEAK_SHELL * power[1:].max()).clamp(min=1e-300).rsqrt()
 
 
-def _pair(moving: Tensor, reference: Tensor) -> _Pair:
-    target = fft_centred(reference, 3)
-    powers = _shell_power(fft_centred(moving, 3)), _shell_power(target)
-    return _Pair(padded_transform(moving, 2), target, *powers)
+def _pair(moving: Tensor, reference: Tensor, box: int) -> _Pair:
+    first, second = _prepare(moving, box), _prepare(reference, box)
+    whitening = _whitening(*first) * _whitening(*second)
+    return _Pair(padded_transform(first[0], 2), fft_centred(second[0], 3), whitening)
 
 
 def _within(pair: _Pair, band: float, dtype: torch.dtype = torch.float32) -> _Band:
@@ -188,8 +191,7 @@ def _within(pair: _Pair, band: float, dtype: torch.dtype = torch.float32) -> _Ba
     x, y, z = (points + centre).unbind(-1)
     # Each point with kx > 0 stands for its Friedel mate as well.
     multiplicity = torch.where(points[:, 0] > 0, 2.0, 1.0).to(dtype)
-    whitening = _whitening(pair.moving_power) * _whitening(pair.reference_power)
-    weights = whitening[shells].to(dtype) * multiplicity / multiplicity.sum()
+    weights = pair.whitening[shells].to(dtype) * multiplicity / multiplicity.sum()
     wanted = pair.reference[z, y, x] * weights
     moving = pair.moving.within(band + 1)
     return _Band(moving, points.to(dtype), shells, multiplicity, wanted)
@@ -323,15 +325,13 @@ def _ascend(pair: _Pair, limit: float) -> tuple[_Pose, float]:
 
 def _judged(pair: _Pair, pose: _Pose, reach: float) -> tuple[float, float]:
     """Mean whitened FSC over coefficients, and plain correlation, up to a band."""
-    band = _within(pair, reach, torch.float64)
+    plain_pair = replace(pair, whitening=torch.ones_like(pair.whitening))
+    band, plain = (_within(p, reach, torch.float64) for p in (pair, plain_pair))
     with torch.no_grad():
-        score = float(_scores(band, *pose))
-        whitening = _whitening(pair.moving_power) * _whitening(pair.reference_power)
-        plain = replace(band, wanted=band.wanted / whitening[band.shells])
-        power = (_sample(band, pose[0])[0].abs() ** 2 * band.multiplicity).sum()
-        norm = (power * (pair.reference_power[band.shells] * band.multiplicity).sum()).sqrt()
-        cross = _scores(plain, *pose) * band.multiplicity.sum()
-    return score, float(cross / norm)
+        weight = plain.multiplicity / plain.multiplicity.sum()
+        power = (_sample(plain, pose[0])[0].abs() ** 2 * weight).sum()
+        norm = (power * (plain.wanted.abs() ** 2 / weight).sum()).sqrt()
+        return float(_scores(band, *pose)), float(_scores(plain, *pose) / norm)
 
 
 def align_maps(
@@ -374,10 +374,9 @@ def align_maps(
     if finest_angst is not None:
         limit = max(min(limit, box * pixel_size_angst / finest_angst), 2.0)
     size = min(box, 2 * (int(limit) + 2))
-    target = _prepare(reference, size)
     found = []
     for flipped in (False, True) if both_hands else (False,):
-        pair = _pair(_prepare(mirror_map(moving) if flipped else moving, size), target)
+        pair = _pair(mirror_map(moving) if flipped else moving, reference, size)
         found.append((pair, *_ascend(pair, limit), flipped))
     reach = max(entry[2] for entry in found)
     judged = [_judged(pair, pose, reach) for pair, pose, _, _ in found]

@@ -67,7 +67,7 @@ def compare_maps(
     first, second = read_map(first_path), read_map(second_path)
     _require_same_grid(first_path, first, second_path, second)
     mask = None if mask_path is None else _read_mask(mask_path, second_path, second)
-    moving, reference = torch.from_numpy(first.data), torch.from_numpy(second.data)
+    moving, reference = torch.tensor(first.data), torch.tensor(second.data)
     for path, volume in ((first_path, moving), (second_path, reference)):
         if volume.min() == volume.max():
             raise CryoreconError(
@@ -116,7 +116,7 @@ def _read_mask(path: Path, map_path: Path, reference: Map) -> Tensor:
         )
     if high <= 0:
         raise CryoreconError(f"{path} is an empty mask: every voxel is 0", "Give another mask")
-    return torch.from_numpy(mask.data)
+    return torch.tensor(mask.data)
 
 
 def comparison_as_dict(comparison: MapComparison) -> dict[str, object]:
