@@ -66,7 +66,8 @@ def _as_table(path: Path, name: str, block: object) -> pd.DataFrame:
             "Check that each row has one value per column",
         )
     if block.shape[1] and block.shape[0]:
-        short = block.index[block.iloc[:, -1].isna()]
+        last = block.iloc[:, -1]
+        short = block.index[last.isna() | (last == "")]
         if len(short):
             raise CryoreconError(
                 f"{path}, block data_{name}, row {short[0] + 1}: fewer values than columns",
