@@ -7,7 +7,12 @@ import sys
 import typer
 
 from cryorecon import __version__
+from cryorecon.cli.abinitio import abinitio_command, abinitio_rmfn_command
+from cryorecon.cli.compare_poses import compare_poses
 from cryorecon.cli.console import error_console
+from cryorecon.cli.demo import demo_command
+from cryorecon.cli.fsc import fsc
+from cryorecon.cli.reconstruct import reconstruct_command
 from cryorecon.cli.simulate import simulate_command
 from cryorecon.errors import CryoreconError
 
@@ -19,6 +24,12 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("simulate")(simulate_command)
+app.command("abinitio")(abinitio_command)
+app.command("abinitio-rmfn")(abinitio_rmfn_command)
+app.command("reconstruct")(reconstruct_command)
+app.command("fsc")(fsc)
+app.command("compare-poses")(compare_poses)
+app.command("demo")(demo_command)
 
 
 def _version(show: bool) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cryorecon.physics.fourier import HalfPlane, crop_or_pad_centred, radius_grid
-from cryorecon.physics.projection import insert_slices
+from cryorecon.physics.projection import Transform, insert_slices
 
 
 @dataclass
@@ -88,7 +88,7 @@ class NormalEquations:
         counts = torch.bincount(shells)
         return torch.bincount(shells, weights=self.weight.flatten()) / counts.clamp(min=1)
 
-    def solve(self, prior: Tensor) -> Tensor:
+    def solve(self, prior: Tensor) -> Transform:
         """Wiener estimate of the oversampled transform.
 
         Parameters
@@ -99,16 +99,17 @@ class NormalEquations:
 
         Returns
         -------
-        Tensor, shape (P, P, P), complex
+        Transform
             Before gridding correction.
         """
         sums, shells = self.symmetrised(), self.shells()
         inside = shells < len(prior)
-        prior = prior.to(self.weight)
-        weight = sums.weight + prior[shells.clamp(max=len(prior) - 1)]
-        floor = 1e-3 * sums.weight.max().clamp(min=torch.finfo(weight.dtype).tiny)
-        weight = weight.clamp(min=float(floor) * 1e-3)
-        return torch.where(inside, sums.signal / weight, torch.zeros_like(sums.signal))
+        weight = sums.weight + prior.to(self.weight)[shells.clamp(max=len(prior) - 1)]
+        # A point that no image came near holds nothing; any positive weight keeps it 0.
+        weight = weight.clamp(min=1e-6 * float(weight.max()) + torch.finfo(weight.dtype).tiny)
+        return Transform(
+            torch.where(inside, sums.signal / weight, torch.zeros_like(sums.signal)), self.padding
+        )
 
     def resized(self, band: float) -> NormalEquations:
         """The same sums on a grid that reaches just as far as `band`."""

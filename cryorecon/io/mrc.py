@@ -127,7 +127,7 @@ def read_map(path: str | Path) -> Map:
         raise CryoreconError(
             f"{path} does not state its voxel size", "Set the cell size in the header, in angstrom"
         )
-    data = np.asarray(open_stack(path), dtype=np.float32)
+    data = np.array(open_stack(path), dtype=np.float32)
     if not np.isfinite(data).all():
         bad = int((~np.isfinite(data)).sum())
         raise CryoreconError(

@@ -66,7 +66,8 @@ def _as_table(path: Path, name: str, block: object) -> pd.DataFrame:
             "Check that each row has one value per column",
         )
     if block.shape[1] and block.shape[0]:
-        short = block.index[block.iloc[:, -1].isna()]
+        last = block.iloc[:, -1]
+        short = block.index[last.isna() | (last == "")]
         if len(short):
             raise CryoreconError(
                 f"{path}, block data_{name}, row {short[0] + 1}: fewer values than columns",
@@ -96,7 +97,7 @@ def numbers(
     CryoreconError
         Naming file, row (1-based) and column when a value is no finite number.
     """
-    values = pd.to_numeric(table[column], errors="coerce").to_numpy(dtype=np.float64)
+    values = pd.to_numeric(table[column], errors="coerce").to_numpy(dtype=np.float64, copy=True)
     bad = np.flatnonzero(~np.isfinite(values)) if finite else np.array([], dtype=int)
     if len(bad):
         row = int(bad[0])

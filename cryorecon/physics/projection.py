@@ -75,6 +75,44 @@ def padded_transform(volume: Tensor, padding: int = 2) -> Transform:
     return Transform(fft_centred(crop_or_pad_centred(corrected, box * padding, 3), 3), padding)
 
 
+def gridded_transform(volume: Tensor, padding: int = 2) -> Transform:
+    """What averaging slices on the grid estimates: the transform of the map times the fall-off.
+
+    Inverse of :func:`to_volume`; note that :func:`padded_transform`, from which slices are read,
+    divides by the fall-off instead.
+
+    Parameters
+    ----------
+    volume : Tensor, shape (N, N, N), real
+    """
+    box = volume.shape[-1]
+    fallen = volume * gridding_correction(box, padding, volume.dtype, volume.device)
+    return Transform(fft_centred(crop_or_pad_centred(fallen, box * padding, 3), 3), padding)
+
+
+def to_volume(transform: Transform, box: int) -> Tensor:
+    """Map of an oversampled transform that slices were averaged on by trilinear weights.
+
+    Averaging with the interpolation kernel multiplies the map by the kernel's fall-off, which is
+    divided out.
+
+    Parameters
+    ----------
+    transform : Transform
+        What it does not hold, up to ``P / 2``, is zero.
+    box : int
+        Voxels a side of the map; the field of view is the same whatever the number. Values are
+        sums over a voxel's share of the box, so that a coarser map has larger ones.
+
+    Returns
+    -------
+    Tensor, shape (N, N, N), real
+    """
+    values = crop_or_pad_centred(transform.values, box * transform.padding, 3)
+    volume = crop_or_pad_centred(ifft_centred(values, 3).real, box, 3)
+    return volume / gridding_correction(box, transform.padding, volume.dtype, volume.device)
+
+
 def padded_transform_adjoint(values: Tensor, box: int, padding: int) -> Tensor:
     """Adjoint of :func:`padded_transform`: (P, P, P) complex to (N, N, N) real."""
     size = values.shape[-1]

@@ -1,0 +1,32 @@
+# `make demo` and `make test` do all the set-up: a virtual environment with pinned versions.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# torch goes first and alone: a plain `pip install` would fetch a build with CUDA libraries.
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test quick lint clean
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) torch
+	$(INSTALL) -e '.[test]'
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/cryorecon demo -o demo --overwrite
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+quick: lint
+	$(BIN)/python -m pytest -m 'not slow'
+
+test: quick
+	$(BIN)/python -m pytest -m slow
+
+clean:
+	rm -rf $(VENV) demo build dist

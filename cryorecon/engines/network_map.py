@@ -1,0 +1,156 @@
+"""A residual multiplicative filter network as the map: fitted to normal equations, not images.
+
+The weighted least-squares distance between the network's transform and the images' normal
+equations has the same gradient as the sum over images, up to the diagonal approximation that
+gridding makes. So a structure step costs one network evaluation on the smallest grid that holds
+its band, however many images the sums stand for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cryorecon.engines.accumulate import NormalEquations
+from cryorecon.networks.mfn import MfnConfig, ResidualMfn, grid_points, smallest_grid
+from cryorecon.physics.fourier import crop_or_pad_centred
+from cryorecon.physics.masks import soft_ball
+from cryorecon.physics.projection import Transform, gridded_transform, to_volume
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """How the network follows the normal equations.
+
+    Attributes
+    ----------
+    learning_rate : float
+        Of Adam.
+    n_steps : int
+        Structure steps a call.
+    """
+
+    learning_rate: float = 3e-2
+    n_steps: int = 4
+
+
+class NetworkMap:
+    """The network with its optimiser, mask and scale.
+
+    Parameters
+    ----------
+    config : MfnConfig
+    mask_radius : float
+        Radius of the soft spherical mask as a fraction of the box.
+    generator : torch.Generator
+        Draws the network.
+    """
+
+    def __init__(
+        self,
+        config: MfnConfig,
+        mask_radius: float,
+        generator: torch.Generator,
+        fit: FitConfig | None = None,
+    ) -> None:
+        self.fit_config = fit or FitConfig()
+        self.network = ResidualMfn(config, generator)
+        self.optimizer = torch.optim.Adam(
+            self.network.parameters(), lr=self.fit_config.learning_rate
+        )
+        self.mask_radius = mask_radius
+        self.scale = 1.0
+        self._fitted = False
+
+    def grid_size(self, scale: int) -> int:
+        """Points a side that hold scale `scale` (0-based), with room for the mask's edge."""
+        return smallest_grid(self.network.config.bands[scale] + 2)
+
+    def volume(self, scale: int, box: int | None = None, *, masked: bool = True) -> Tensor:
+        """The map of one scale on a grid of `box` points a side; sums over a voxel's share."""
+        size = box or self.grid_size(scale)
+        parameter = self.network.phases
+        points = grid_points(size, 3, parameter.dtype, parameter.device)
+        density = self.network(points, scale + 1)[-1].reshape(size, size, size)
+        density = density * (self.scale * (self.grid_size(0) / size) ** 3)
+        if not masked:
+            return density
+        radius = self.mask_radius * size
+        mask = soft_ball(size, radius, 0.07 * size, 3, density.dtype, density.device)
+        return density * mask
+
+    def fit(
+        self, sums: NormalEquations, prior: Tensor, scale: int, n_steps: int | None = None
+    ) -> float:
+        """Structure steps towards the normal equations; returns the relative loss before them.
+
+        Parameters
+        ----------
+        sums : NormalEquations
+        prior : Tensor, shape (n_shells,)
+            Added to the weights, as in :meth:`NormalEquations.solve`.
+        scale : int
+            Which output is fitted, 0-based; coarser layers go on training.
+        """
+        target = sums.solve(prior)
+        shells = sums.shells()
+        inside = shells < len(prior)
+        weight = sums.symmetrised().weight + prior.to(sums.weight)[shells.clamp(max=len(prior) - 1)]
+        weight = torch.where(inside, weight, torch.zeros_like(weight))
+        norm = (weight * target.values.abs() ** 2).sum().clamp(min=1e-30)
+        if not self._fitted:
+            self._match_scale(target, scale)
+        first = 0.0
+        for step in range(n_steps or self.fit_config.n_steps):
+            predicted = gridded_transform(self.volume(scale), target.padding).values
+            predicted = crop_or_pad_centred(predicted, target.values.shape[-1], 3)
+            loss = (weight * (predicted - target.values).abs() ** 2).sum() / norm
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            first = float(loss.detach()) if step == 0 else first
+        return first
+
+    def fit_volume(
+        self, target: Tensor, scale: int, n_steps: int, n_points: int, generator: torch.Generator
+    ) -> float:
+        """Fit one scale to a map by stochastic regression on points within the mask.
+
+        Cheaper than :meth:`fit` for a fine scale, where a whole grid is large.
+
+        Parameters
+        ----------
+        target : Tensor, shape (N, N, N)
+            Already limited to the scale's band; sums over a voxel's share.
+        n_points : int
+            Points a step.
+
+        Returns
+        -------
+        float
+            Mean relative squared residual of the last step.
+        """
+        box = target.shape[-1]
+        radius = self.mask_radius * box + 0.07 * box
+        inside = soft_ball(box, radius, 1.0, 3).flatten().nonzero()[:, 0]
+        points = grid_points(box, 3, target.dtype, target.device)
+        values = target.flatten() / (self.scale * (self.grid_size(0) / box) ** 3)
+        norm = values[inside].square().mean().clamp(min=1e-30)
+        loss = torch.zeros(())
+        for _ in range(n_steps):
+            draw = torch.randint(len(inside), (n_points,), generator=generator)
+            rows = inside[draw]
+            residual = self.network(points[rows], scale + 1)[-1] - values[rows]
+            loss = residual.square().mean() / norm
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+        return float(loss.detach())
+
+    def _match_scale(self, target: Transform, scale: int) -> None:
+        with torch.no_grad():
+            wanted = to_volume(target, self.grid_size(scale)).norm()
+            self.scale *= float(wanted / self.volume(scale).norm().clamp(min=1e-30))
+        self._fitted = True

@@ -1,0 +1,268 @@
+"""Engine rmfn: ab initio maps with a residual multiplicative filter network, coarse to fine.
+
+Search: from Haar-random poses, mini-batches see every pose of a grid at low band; their
+posterior, spread by a falling temperature, adds to running normal equations that the network's
+coarsest scale follows. Refine: Gauss-Newton steps on each image's pose, against its half set's
+own map, at a band that follows the half maps' agreement. Finish: the same against the joint map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from cryorecon.engines.accumulate import NormalEquations
+from cryorecon.engines.network_map import FitConfig, NetworkMap
+from cryorecon.engines.observations import Observations
+from cryorecon.engines.search import accumulate_grid, grid_expectation, offset_grid
+from cryorecon.networks.mfn import MfnConfig
+from cryorecon.physics.fourier import (
+    crop_or_pad_centred,
+    fft_centred,
+    ifft_centred,
+    max_band,
+)
+from cryorecon.physics.projection import extract_slices, padded_transform
+from cryorecon.physics.rotations import random_rotations, so3_grid
+
+Agreement = Callable[[Tensor, Tensor], Tensor]
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class RmfnConfig:
+    """Settings of the engine; lengths in units of the box unless named otherwise.
+
+    Attributes
+    ----------
+    diameter : float
+        Of the particle, as a fraction of the box side.
+    search_cycles : float
+        Band of the search in cycles per particle diameter: 3.2 is a 20 A map of a 64 A protein.
+    search_nside : int
+        Grid of rotations, 60 / nside degrees apart.
+    search_images : int
+        Images that the search uses; the others join at the assignment.
+    search_batch : int
+    temperatures : tuple of float
+        One epoch each.
+    memory : float
+        Share of the running normal equations kept at each batch.
+    search_prior, prior_floor
+        Wiener prior of the search relative to the mean weight of a shell.
+    n_starts : int
+        Searches from different random poses; the likeliest goes on.
+    offset_range : float
+        Largest in-plane offset, as a fraction of the box side.
+    half_rounds, joint_rounds : int
+        Most rounds of refinement against the half maps, and rounds against the joint map.
+    settled_deg : float
+        Half-map refinement ends when the median pose moves less and the band is stable.
+    width : int
+        Hidden units of the network.
+    final_steps : int
+        Regression steps of each scale of the network at the end.
+    """
+
+    diameter: float = 0.8
+    search_cycles: float = 3.2
+    search_nside: int = 4
+    search_images: int = 1000
+    search_batch: int = 100
+    temperatures: tuple[float, ...] = (10.0, 7.0, 5.0, 3.5, 2.5, 1.8, 1.3, 1.0)
+    memory: float = 0.9
+    search_prior: float = 0.05
+    n_starts: int = 2
+    offset_range: float = 0.1
+    half_rounds: int = 8
+    joint_rounds: int = 3
+    settled_deg: float = 0.3
+    width: int = 128
+    final_steps: int = 40
+    fit: FitConfig = field(default_factory=FitConfig)
+
+    def search_band(self, box: int) -> int:
+        """Radius of the search in cycles per box."""
+        return max(2, min(round(self.search_cycles / self.diameter), max_band(box) - 2))
+
+    def bands(self, box: int) -> tuple[int, ...]:
+        """Bands of the network's scales: search, middle (geometric mean), all."""
+        first, last = self.search_band(box), max_band(box)
+        middle = round((first * last) ** 0.5)
+        return tuple(sorted({first, middle, last}))
+
+
+@dataclass
+class RmfnState:
+    """Everything that a run carries from one step to the next.
+
+    Attributes
+    ----------
+    rotations : Tensor, shape (n, 3, 3)
+    offsets_px : Tensor, shape (n, 2)
+    half : Tensor, shape (n,), int64
+        Half set, 0 or 1.
+    maps : list of two Tensor, shape (N, N, N)
+        Reference of each half set.
+    band : float
+        Radius that the next refinement uses, in cycles per box.
+    sums : list of two NormalEquations
+    fsc : Tensor, shape (N // 2 + 1,)
+        Between the half maps.
+    network : NetworkMap
+    """
+
+    rotations: Tensor
+    offsets_px: Tensor
+    half: Tensor
+    maps: list[Tensor]
+    band: float
+    network: NetworkMap
+    sums: list[NormalEquations] = field(default_factory=list)
+    fsc: Tensor = field(default_factory=lambda: torch.ones(1))
+
+
+def resample_sums(volume: Tensor, box: int) -> Tensor:
+    """A map of voxel sums on another grid: the same transform, cropped or padded."""
+    return ifft_centred(crop_or_pad_centred(fft_centred(volume, 3), box, 3), 3).real
+
+
+def _offsets(config: RmfnConfig, box: int, band: float) -> Tensor:
+    """Offsets fine enough for a band: the phase at its edge changes by about 1.2 rad a step."""
+    return offset_grid(config.offset_range * box, box / (5 * band))
+
+
+def shell_prior(sums: NormalEquations, strength: float, band: float) -> Tensor:
+    """Wiener prior in proportion to each shell's mean weight, up to a band."""
+    return sums.shell_mean_weight()[: int(band) + 1] * strength
+
+
+@dataclass
+class Search:
+    """One start of the global search; :meth:`step` sees one mini-batch.
+
+    Attributes
+    ----------
+    log_evidence : float
+        Mean over the images of the last epoch: what starts are compared by.
+    """
+
+    config: RmfnConfig
+    observations: Observations
+    generator: torch.Generator
+    network: NetworkMap = field(init=False)
+    sums: NormalEquations | None = None
+    log_evidence: float = -torch.inf
+    _epoch: list[Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        config, box = self.config, self.observations.plane.box
+        self.band = config.search_band(box)
+        self.observations = self.observations.select(
+            torch.arange(len(self.observations)), self.band
+        )
+        self.network = NetworkMap(
+            MfnConfig(config.bands(box), config.width),
+            config.diameter / 2,
+            self.generator,
+            config.fit,
+        )
+        self.grid = so3_grid(config.search_nside, torch.float32)[0]
+        self.offsets = _offsets(config, box, self.band)
+        self._start_from_random_poses()
+
+    def _start_from_random_poses(self) -> None:
+        matched, weight = self.observations.matched()
+        n = len(self.observations)
+        rotations = random_rotations(n, self.generator, torch.float32)
+        sums = NormalEquations.empty(self.band, 2, weight.dtype, weight.device)
+        sums.add(matched, weight, rotations, self.observations.plane)
+        self._follow(sums.scaled(self.config.search_batch / n), n_steps=20)
+
+    def _follow(self, sums: NormalEquations, n_steps: int | None = None) -> None:
+        prior = shell_prior(sums, self.config.search_prior, self.band)
+        self.network.fit(sums, prior, 0, n_steps)
+
+    def batches(self) -> list[Tensor]:
+        """Rows of an epoch's mini-batches, in random order."""
+        n = len(self.observations)
+        batch = max(1, min(self.config.search_batch, n // 4))
+        return list(torch.randperm(n, generator=self.generator).split(batch))
+
+    def step(self, rows: Tensor, temperature: float) -> float:
+        """Show one mini-batch every pose of the grid, then let the network follow.
+
+        Returns
+        -------
+        float
+            Median effective number of poses an image.
+        """
+        turn = random_rotations(1, self.generator, torch.float32)[0]
+        rotations = self.grid @ turn
+        batch = self.observations.select(rows)
+        with torch.no_grad():
+            transform = padded_transform(self.network.volume(0)).within(self.band)
+            templates = extract_slices(transform, rotations, batch.plane)
+            posterior, signal, weight = grid_expectation(
+                batch, templates, self.offsets, temperature
+            )
+            new = accumulate_grid(signal, weight, rotations, batch.plane)
+        old = self.sums
+        self.sums = new if old is None else old.scaled(self.config.memory).plus(new)
+        self._follow(self.sums)
+        self._epoch.append(posterior.log_evidence)
+        return float(posterior.effective_poses.median())
+
+    def end_epoch(self) -> None:
+        """Average the evidence of the epoch's images."""
+        self.log_evidence = float(torch.cat(self._epoch).mean())
+        self._epoch.clear()
+
+
+def best_grid_poses(
+    observations: Observations,
+    volume: Tensor,
+    config: RmfnConfig,
+    nside: int,
+    generator: torch.Generator,
+    progress: Progress | None,
+) -> tuple[Tensor, Tensor]:
+    """Likeliest rotation and offset of each image on a randomly turned grid."""
+    plane = observations.plane
+    band = float(plane.radius[-1])
+    rotations, offsets = torch.empty(len(observations), 3, 3), torch.empty(len(observations), 2)
+    grid, shifts = so3_grid(nside, torch.float32)[0], _offsets(config, plane.box, band)
+    coarse = resample_sums(volume, min(plane.box, 2 * (int(band) + 5)))
+    transform = padded_transform(coarse).within(band)
+    for rows in torch.arange(len(observations)).split(500):
+        turned = grid @ random_rotations(1, generator, torch.float32)[0]
+        batch = observations.select(rows)
+        templates = extract_slices(transform, turned, plane)
+        posterior, _, _ = grid_expectation(batch, templates, shifts)
+        rotations[rows] = turned[posterior.best_rotation]
+        offsets[rows] = shifts[posterior.best_offset]
+        if progress is not None:
+            progress(int(rows[-1]) + 1)
+    return rotations, offsets
+
+
+def assign(
+    search: Search,
+    observations: Observations,
+    half: Tensor,
+    progress: Progress | None = None,
+) -> RmfnState:
+    """Give every image its best pose of the grid, a band higher than the search."""
+    config, box = search.config, observations.plane.box
+    band = min(round(search.band * 1.25), max_band(box))
+    every = observations.select(torch.arange(len(observations)), band)
+    with torch.no_grad():
+        volume = search.network.volume(0)
+    rotations, offsets = best_grid_poses(
+        every, volume, config, config.search_nside + 1, search.generator, progress
+    )
+    reference = resample_sums(volume, box)
+    return RmfnState(rotations, offsets, half, [reference, reference], float(band), search.network)

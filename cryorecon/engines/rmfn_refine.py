@@ -1,0 +1,212 @@
+"""Engine rmfn, second part: refinement of poses and maps, half set against half set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cryorecon.engines.accumulate import NormalEquations
+from cryorecon.engines.observations import Observations, centred
+from cryorecon.engines.refine import Poses, derivatives, refine_poses
+from cryorecon.engines.rmfn import (
+    Agreement,
+    Progress,
+    RmfnConfig,
+    RmfnState,
+    best_grid_poses,
+    shell_prior,
+)
+from cryorecon.physics.fourier import lowpass, max_band
+from cryorecon.physics.masks import soft_ball
+from cryorecon.physics.projection import to_volume
+from cryorecon.physics.rotations import geodesic_distance_deg
+
+
+def reassign(
+    state: RmfnState,
+    observations: Observations,
+    config: RmfnConfig,
+    generator: torch.Generator,
+    progress: Progress | None = None,
+) -> float:
+    """Search every image's pose anew against the better map; keep it where it is likelier.
+
+    Frees images that the first map put into a wrong maximum.
+
+    Returns
+    -------
+    float
+        Share of the images whose pose changed by more than 20 degrees.
+    """
+    box = observations.plane.box
+    band = min(round(config.search_band(box) * 1.25), max_band(box))
+    joint = (state.maps[0] + state.maps[1]) / 2
+    every = observations.select(torch.arange(len(observations)), band)
+    rotations, offsets = best_grid_poses(
+        every, joint, config, config.search_nside + 1, generator, progress
+    )
+    fine = min(1.6 * band, max_band(box))
+    model = derivatives(joint, 2, fine)
+    moved = 0
+    for rows in torch.arange(len(observations)).split(250):
+        batch = observations.select(rows, fine)
+        old = refine_poses(batch, model, state.rotations[rows], state.offsets_px[rows], 1)
+        new = refine_poses(batch, model, rotations[rows], offsets[rows], 5)
+        better = new.log_likelihood > old.log_likelihood + 1.0
+        far = geodesic_distance_deg(old.rotations, new.rotations) > 20
+        moved += int((better & far).sum())
+        chosen = rows[better & far]
+        state.rotations[chosen] = new.rotations[better & far]
+        state.offsets_px[chosen] = new.offsets_px[better & far]
+    return moved / len(observations)
+
+
+@dataclass(frozen=True)
+class RoundReport:
+    """What one round of refinement did.
+
+    Attributes
+    ----------
+    band : float
+        Radius that was used, in cycles per box.
+    pose_change_deg, offset_change_px : float
+        Medians.
+    log_likelihood : float
+        Mean of the images, against empty ones.
+    agreement_band : float
+        Shell where the half maps' FSC falls below 0.143.
+    """
+
+    band: float
+    pose_change_deg: float
+    offset_change_px: float
+    log_likelihood: float
+    agreement_band: float
+
+
+def refine_round(
+    state: RmfnState,
+    observations: Observations,
+    config: RmfnConfig,
+    agreement: Agreement,
+    *,
+    joint: bool,
+    n_steps: int = 4,
+    progress: Progress | None = None,
+) -> RoundReport:
+    """Refine all poses against the current maps, then solve both half sets' maps anew.
+
+    Parameters
+    ----------
+    agreement : callable
+        FSC of two maps, shape (N // 2 + 1,).
+    joint : bool
+        Against the map of all images instead of each half set's own.
+    """
+    before, before_offsets = state.rotations.clone(), state.offsets_px.clone()
+    references = [(state.maps[0] + state.maps[1]) / 2] * 2 if joint else state.maps
+    likelihood, done = [], 0
+    sums = []
+    for half in (0, 1):
+        model = derivatives(references[half], 2, state.band)
+        new = _empty(observations)
+        for rows in torch.nonzero(state.half == half)[:, 0].split(250):
+            batch = observations.select(rows, state.band)
+            poses = refine_poses(
+                batch, model, state.rotations[rows], state.offsets_px[rows], n_steps
+            )
+            _store(state, rows, poses)
+            _insert(new, observations.select(rows), poses)
+            likelihood.append(poses.log_likelihood)
+            done += len(rows)
+            if progress is not None:
+                progress(done)
+        sums.append(new)
+    used = state.band
+    _solve_halves(state, sums, config, agreement, joint=joint)
+    limit = agreement_band(state.fsc)
+    state.band = float(min(max_band(observations.plane.box), max(limit + 2, used), 1.6 * used + 1))
+    return RoundReport(
+        used,
+        float(geodesic_distance_deg(before, state.rotations).median()),
+        float((before_offsets - state.offsets_px).norm(dim=-1).median()),
+        float(torch.cat(likelihood).mean()),
+        limit,
+    )
+
+
+def _empty(observations: Observations) -> NormalEquations:
+    dtype = observations.ctf.dtype
+    band = float(max_band(observations.plane.box))
+    return NormalEquations.empty(band, 2, dtype, observations.ctf.device)
+
+
+def _store(state: RmfnState, rows: Tensor, poses: Poses) -> None:
+    state.rotations[rows], state.offsets_px[rows] = poses.rotations, poses.offsets_px
+
+
+def _insert(sums: NormalEquations, batch: Observations, poses: Poses) -> None:
+    matched, weight = batch.matched()
+    signal = centred(matched, poses.offsets_px, batch.plane)
+    sums.add(signal, weight, poses.rotations, batch.plane)
+
+
+def half_maps(state: RmfnState, box: int) -> list[Tensor]:
+    """Unfiltered, unmasked maps of the half sets."""
+    return [to_volume(s.solve(shell_prior(s, 1e-3, max_band(box))), box) for s in state.sums]
+
+
+def _solve_halves(
+    state: RmfnState,
+    sums: list[NormalEquations],
+    config: RmfnConfig,
+    agreement: Agreement,
+    *,
+    joint: bool,
+) -> None:
+    """Wiener maps whose signal power comes from the half sets' agreement.
+
+    With correlation c between half maps the signal-to-noise ratio of one is c / (1 - c), of
+    both together twice that.
+    """
+    box = state.maps[0].shape[-1]
+    state.sums = sums
+    mask = soft_ball(box, config.diameter / 2 * box, 0.07 * box, 3)
+    raw = [m * mask for m in half_maps(state, box)]
+    if not joint or len(state.fsc) == 1:
+        state.fsc = agreement(*raw)
+    correlation = state.fsc[: max_band(box) + 1].clamp(1e-3, 0.999)
+    ratio = correlation / (1 - correlation)
+    solved = sums if not joint else [sums[0].plus(sums[1])]
+    factor = 2.0 if joint else 1.0
+    maps = [
+        to_volume(s.solve(s.shell_mean_weight()[: len(ratio)] / (factor * ratio)), box) * mask
+        for s in solved
+    ]
+    state.maps = maps * 2 if joint else maps
+
+
+def agreement_band(fsc: Tensor, threshold: float = 0.143) -> float:
+    """Last shell before the half maps' correlation first falls below a threshold."""
+    below = torch.nonzero(fsc[1:] < threshold)
+    return float(below[0]) if len(below) else float(len(fsc) - 1)
+
+
+def fit_scales(state: RmfnState, config: RmfnConfig, generator: torch.Generator) -> list[Tensor]:
+    """Fit each of the network's scales, coarse to fine, to the joint map at its band.
+
+    Returns
+    -------
+    list of Tensor, shape (N, N, N)
+    """
+    joint = (state.maps[0] + state.maps[1]) / 2
+    box = joint.shape[-1]
+    volumes = []
+    for scale, band in enumerate(state.network.network.config.bands):
+        target = lowpass(joint, band, 3)
+        state.network.fit_volume(target, scale, config.final_steps, 20_000, generator)
+        with torch.no_grad():
+            volumes.append(state.network.volume(scale, box))
+    return volumes

@@ -1,0 +1,56 @@
+"""The demonstration: ab initio on a simulated stack, then judged against its truth."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from cryorecon.conventions import euler_to_matrix
+from cryorecon.io.mrc import read_map
+from cryorecon.io.particles import read_particles
+from cryorecon.maps.align import align_maps, apply_alignment
+from cryorecon.maps.fsc import fsc_curve
+from cryorecon.maps.poses import compare_pose_sets
+from cryorecon.run.abinitio import AbinitioOptions, abinitio_rmfn
+from cryorecon.run.curves import FscCurve
+from cryorecon.run.plots import fsc_figure, pose_error_figure, save_figure
+
+
+def run_demo(folder: Path, seed: int, console: Console) -> list[str]:
+    """Reconstruct ``folder/simulated`` into ``folder/abinitio`` and compare with the truth.
+
+    Returns
+    -------
+    list of str
+        What was found and where it lies.
+    """
+    simulated, job = folder / "simulated", folder / "abinitio"
+    abinitio_rmfn(simulated / "particles.star", job, AbinitioOptions(seed=seed), console)
+    truth, found = read_map(simulated / "map.mrc"), read_map(job / "initial_model.mrc")
+    reference, volume = torch.from_numpy(truth.data), torch.from_numpy(found.data)
+    pixel, box = truth.pixel_size_angst, len(reference)
+    moved = apply_alignment(volume, align_maps(volume, reference, pixel))
+    curve = FscCurve(
+        fsc_curve(moved, reference), box, pixel, "initial_model.mrc and map.mrc", None, True
+    )
+    save_figure(fsc_figure({"against the truth": curve}), folder / "fsc_truth.png")
+    true = read_particles(simulated / "particles.star")
+    mine = read_particles(job / "run_data.star")
+    poses = compare_pose_sets(
+        euler_to_matrix(torch.from_numpy(mine.euler_deg())),
+        euler_to_matrix(torch.from_numpy(true.euler_deg())),
+        torch.from_numpy(mine.origins_angst()),
+        torch.from_numpy(true.origins_angst()),
+    )
+    save_figure(pose_error_figure(poses), folder / "pose_errors.png")
+    return [
+        "",
+        f"map         {job / 'initial_model.mrc'}",
+        f"poses       {job / 'run_data.star'}",
+        f"FSC         {job / 'fsc.star'}, against the truth: {curve.resolution_text(0.5)}",
+        f"pose error  {poses.median_deg:.2f} deg (median)",
+        f"plots       {folder / 'fsc_truth.png'}, {folder / 'pose_errors.png'}, "
+        f"{job / 'map.png'}, {job / 'views.png'}, {job / 'fsc.png'}",
+    ]

@@ -1,0 +1,111 @@
+"""A job directory: its log, what ran, and the markers that RELION looks for."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+import pandas as pd
+import torch
+import yaml
+from rich.console import Console
+
+from cryorecon import __version__
+from cryorecon.io.files import replacing
+from cryorecon.io.star import write_star
+
+_MARKERS = {
+    "success": "RELION_JOB_EXIT_SUCCESS",
+    "failure": "RELION_JOB_EXIT_FAILURE",
+    "aborted": "RELION_JOB_EXIT_ABORTED",
+}
+
+
+class Job:
+    """An open job: ``say`` writes a line to the terminal and to ``run.log``."""
+
+    def __init__(self, folder: Path, console: Console, log: TextIO) -> None:
+        self.folder, self.console = folder, console
+        self._log, self._start = log, time.monotonic()
+
+    def say(self, line: str) -> None:
+        """One line, with the seconds since the start, to terminal and log."""
+        stamped = f"{time.monotonic() - self._start:7.1f} s  {line}"
+        self.console.print(stamped, markup=False, highlight=False)
+        self._log.write(stamped + "\n")
+        self._log.flush()
+
+    def path(self, name: str) -> Path:
+        """A file in the job directory."""
+        return self.folder / name
+
+
+def _describe(inputs: Path, n_rows: int, config: Any, seed: int) -> dict[str, Any]:
+    return {
+        "program": f"cryorecon {__version__}",
+        "command": " ".join(sys.argv),
+        "input": str(inputs),
+        "input_sha256": hashlib.sha256(inputs.read_bytes()).hexdigest(),
+        "input_rows": n_rows,
+        "seed": seed,
+        "torch": str(torch.__version__),
+        "threads": torch.get_num_threads(),
+        "config": yaml.safe_load(yaml.safe_dump(_plain(dataclasses.asdict(config)))),
+    }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value
+
+
+@contextmanager
+def open_job(
+    folder: Path, console: Console, inputs: Path, n_rows: int, config: Any, seed: int
+) -> Iterator[Job]:
+    """Make the directory, record what runs in ``job.yaml``, and leave a marker at the end.
+
+    Parameters
+    ----------
+    inputs : Path
+        The particle STAR file.
+    config : dataclass
+        The resolved settings.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for marker in _MARKERS.values():
+        (folder / marker).unlink(missing_ok=True)
+    with replacing(folder / "job.yaml") as temporary:
+        temporary.write_text(
+            yaml.safe_dump(_describe(inputs, n_rows, config, seed), sort_keys=False), "utf-8"
+        )
+    outcome = "failure"
+    try:
+        with (folder / "run.log").open("w", encoding="utf-8") as log:
+            yield Job(folder, console, log)
+        outcome = "success"
+    except KeyboardInterrupt:
+        outcome = "aborted"
+        raise
+    finally:
+        (folder / _MARKERS[outcome]).touch()
+
+
+def write_output_nodes(folder: Path, nodes: dict[str, int]) -> None:
+    """``RELION_OUTPUT_NODES.star``: file name to RELION's node type (3 particles, 6 map)."""
+    table = pd.DataFrame(
+        {
+            "rlnPipeLineNodeName": [str(folder / name) for name in nodes],
+            "rlnPipeLineNodeType": list(nodes.values()),
+        }
+    )
+    write_star(folder / "RELION_OUTPUT_NODES.star", {"output_nodes": table})

@@ -1,0 +1,91 @@
+"""A map from particles whose poses are in the STAR file: what ``relion_reconstruct`` does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cryorecon.conventions import euler_to_matrix
+from cryorecon.engines.accumulate import NormalEquations
+from cryorecon.engines.observations import Observations, centred
+from cryorecon.io.particles import Particles
+from cryorecon.physics.ctf import ctf
+from cryorecon.physics.fourier import half_plane, max_band, to_coefficients
+from cryorecon.physics.projection import to_volume
+
+_BLOCK = 256
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """Maps of all particles and of the half sets.
+
+    Attributes
+    ----------
+    volume : Tensor, shape (N, N, N)
+    halves : tuple of two Tensor, or None
+    """
+
+    volume: Tensor
+    halves: tuple[Tensor, Tensor] | None
+
+
+def reconstruct(
+    particles: Particles,
+    *,
+    half: Tensor | None = None,
+    wiener: float = 1e-3,
+    padding: int = 2,
+    progress: Callable[[int, int], None] | None = None,
+) -> Reconstruction:
+    """Backproject all images with the poses, origins and CTFs of the STAR file.
+
+    Streams over the images in file order; memory does not grow with their number. The noise is
+    taken as white and equal in all images.
+
+    Parameters
+    ----------
+    half : Tensor of 0 and 1, shape (n,), optional
+        Half set of each image; without it no half maps are made.
+    wiener : float
+        Added to each coefficient's weight, as a fraction of its shell's mean weight.
+    padding : int
+        Oversampling factor of the transform.
+    progress : callable, optional
+        Called with (images done, images in all).
+    """
+    box = particles.box
+    plane = half_plane(box)
+    rotations = euler_to_matrix(torch.from_numpy(particles.euler_deg())).float()
+    offsets = torch.from_numpy(particles.origins_angst() / particles.pixel_size_angst).float()
+    optics = particles.ctf_parameters()
+    noise = torch.ones(1, plane.n_shells)
+    sums = [NormalEquations.empty(max_band(box), padding, torch.float32, "cpu") for _ in range(2)]
+    labels = torch.zeros(len(particles), dtype=torch.int64) if half is None else half
+    order = particles.file_order()
+    for start in range(0, len(order), _BLOCK):
+        rows = torch.from_numpy(np.ascontiguousarray(order[start : start + _BLOCK]))
+        images = torch.from_numpy(particles.images(rows.numpy()))
+        gain = ctf(plane.frequencies, optics[rows], box, particles.pixel_size_angst).float()
+        batch = Observations(
+            plane, to_coefficients(images, plane), gain, noise, torch.zeros(len(rows)).long()
+        )
+        matched, weight = batch.matched()
+        signal = centred(matched, offsets[rows], plane)
+        for number in (0, 1):
+            mine = labels[rows] == number
+            if mine.any():
+                sums[number].add(signal[mine], weight[mine], rotations[rows][mine], plane)
+        if progress is not None:
+            progress(start + len(rows), len(order))
+
+    def solved(equations: NormalEquations) -> Tensor:
+        prior = equations.shell_mean_weight()[: max_band(box) + 1] * wiener
+        return to_volume(equations.solve(prior), box)
+
+    halves = None if half is None else (solved(sums[0]), solved(sums[1]))
+    return Reconstruction(solved(sums[0].plus(sums[1])), halves)

@@ -1,0 +1,120 @@
+"""Whole commands through the command line, with real files."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import GOLDEN, MODEL
+
+from cryorecon.io.mrc import read_map
+from cryorecon.io.star import read_star, write_star
+
+
+def cryorecon(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "cryorecon", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+
+
+def test_version_and_help():
+    assert "cryorecon 0." in cryorecon("--version").stdout
+    text = cryorecon("--help").stdout
+    for name in ("simulate", "abinitio", "abinitio-rmfn", "reconstruct", "fsc", "compare-poses"):
+        assert name in text
+
+
+def test_simulate_reconstruct_fsc_and_compare(tmp_path):
+    done = cryorecon(
+        "simulate", MODEL, "-o", "sim", "--n", 300, "--box", 24, "--pixel-size", 3.2, "--snr", 1,
+        "--shift", 5, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    done = cryorecon("reconstruct", "sim/particles.star", "-o", "r.mrc", "--halves", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "FSC 0.143 between the half maps" in done.stdout
+    halves = [read_map(tmp_path / f"r_half{n}_unfil.mrc").data for n in (1, 2)]
+    assert (halves[0] != halves[1]).any()
+    done = cryorecon("fsc", "r.mrc", "sim/map.mrc", "--json", "f.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    text = json.dumps(json.loads((tmp_path / "f.json").read_text()))
+    assert "0.5" in text
+    done = cryorecon("compare-poses", "sim/particles.star", "sim/particles.star", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "median error" in done.stdout
+
+
+def test_errors_are_two_sentences_and_exit_with_1(tmp_path):
+    star = GOLDEN / "relion31_32.star"
+    cases = [
+        ("abinitio", tmp_path, "-o", "x"),
+        ("abinitio", "none.star", "-o", "x"),
+        ("reconstruct", tmp_path / "none.star", "-o", "x.mrc"),
+        ("simulate", tmp_path / "none.pdb", "-o", "x"),
+        ("fsc", GOLDEN / "map_32.mrc", GOLDEN / "map_33.mrc"),
+        ("abinitio", star, "-o", "x", "--set", "fit.n_step=3"),
+        ("abinitio", star, "-o", "x", "--diameter", 500),
+    ]
+    for case in cases:
+        done = cryorecon(*case, cwd=tmp_path)
+        assert done.returncode == 1, case
+        assert "Traceback" not in done.stderr
+        assert done.stderr.strip().startswith("Error: ")
+        assert done.stderr.strip().endswith(".")
+    assert "Did you mean n_steps" in cryorecon(*cases[5], cwd=tmp_path).stderr
+    assert not (tmp_path / "x.mrc").exists()
+
+
+def test_usage_errors_exit_with_2():
+    assert cryorecon("abinitio").returncode == 2
+    assert cryorecon("nonsense").returncode == 2
+
+
+def test_a_foreign_folder_is_not_overwritten(tmp_path):
+    (tmp_path / "mine.txt").write_text("precious")
+    done = cryorecon("simulate", MODEL, "-o", tmp_path, "--n", 5, "--box", 16)
+    assert done.returncode == 1
+    assert "--overwrite" in done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_reconstruct_needs_poses(tmp_path):
+    tables = read_star(GOLDEN / "relion31_32.star")
+    tables["particles"] = tables["particles"].drop(columns=["rlnAngleTilt"])
+    tables["particles"]["rlnImageName"] = [
+        f"{i + 1}@{GOLDEN / 'relion31_32.mrcs'}" for i in range(len(tables["particles"]))
+    ]
+    write_star(tmp_path / "p.star", tables)
+    done = cryorecon("reconstruct", tmp_path / "p.star", "-o", tmp_path / "r.mrc")
+    assert done.returncode == 1
+    assert "rlnAngleTilt" in done.stderr
+    assert not (tmp_path / "r.mrc").exists()
+
+
+@pytest.mark.parametrize("name", ["abinitio", "abinitio-rmfn"])
+def test_the_first_line_comes_before_the_end(tmp_path, name):
+    star = GOLDEN / "relion31_32.star"
+    settings = ["--set", "temperatures=[5, 1]", "--set", "half_rounds=1", "--set", "joint_rounds=1"]
+    done = cryorecon(name, star, "-o", tmp_path / "job", "--starts", 1, *settings)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert "20 particles, 32 px at 2.6 A" in lines[0]
+    log = (tmp_path / "job" / "run.log").read_text()
+    for words in ("searching from random poses", "log-likelihood", "half maps agree", "hand"):
+        assert words in log
+
+
+def test_a_failed_job_says_so(tmp_path):
+    tables = read_star(GOLDEN / "relion31_32.star")
+    (tmp_path / "relion31_32.mrcs").write_bytes((GOLDEN / "relion31_32.mrcs").read_bytes())
+    raw = bytearray((tmp_path / "relion31_32.mrcs").read_bytes())
+    raw[1024 + 4096 * 2 + 100 : 1024 + 4096 * 2 + 104] = b"\x00\x00\xc0\x7f"  # one NaN pixel
+    (tmp_path / "relion31_32.mrcs").write_bytes(bytes(raw))
+    write_star(tmp_path / "p.star", tables)
+    done = cryorecon("abinitio", tmp_path / "p.star", "-o", tmp_path / "job")
+    assert done.returncode == 1
+    assert "row 3: image 3" in done.stderr
+    assert (tmp_path / "job" / "RELION_JOB_EXIT_FAILURE").exists()
+    assert not (tmp_path / "job" / "initial_model.mrc").exists()

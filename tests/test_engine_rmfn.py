@@ -1,0 +1,252 @@
+"""Engine rmfn: its parts by property, then the whole from random poses at 32 px."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import MODEL
+
+from cryorecon.conventions import euler_to_matrix
+from cryorecon.engines import accumulate, refine, search
+from cryorecon.engines.observations import Observations
+from cryorecon.engines.rmfn import RmfnConfig
+from cryorecon.io.mrc import read_map
+from cryorecon.io.particles import read_particles
+from cryorecon.io.star import read_star, write_star
+from cryorecon.maps.align import align_maps, apply_alignment
+from cryorecon.maps.fsc import fsc_curve, resolution_at
+from cryorecon.maps.poses import compare_pose_sets
+from cryorecon.physics.fourier import half_plane, shift_phases
+from cryorecon.physics.imaging import log_likelihood, predict
+from cryorecon.physics.projection import (
+    extract_slices,
+    padded_transform,
+    project_slowly,
+    to_volume,
+)
+from cryorecon.physics.rotations import exp_map, geodesic_distance_deg, random_rotations, so3_grid
+from cryorecon.run.abinitio import AbinitioOptions, abinitio_rmfn
+from cryorecon.run.simulate import SimulateConfig, simulate
+
+
+@pytest.fixture
+def scene(molecule_32, generator):
+    """Noisy observations of a known map in float64: (observations, volume, rotations, offsets)."""
+    volume = molecule_32.double()
+    plane = half_plane(32)
+    rotations = random_rotations(12, generator)
+    offsets = 2 * torch.randn(12, 2, generator=generator, dtype=torch.float64)
+    gain = 0.3 + 0.7 * torch.rand(12, len(plane), generator=generator, dtype=torch.float64)
+    clean = predict(padded_transform(volume), rotations, offsets, gain, plane)
+    power = torch.full((1, plane.n_shells), float(clean.abs().square().mean()))
+    noise = torch.randn(clean.shape, generator=generator, dtype=clean.dtype)
+    images = clean + noise * power[0, 0].sqrt()
+    zeros = torch.zeros(12, dtype=torch.int64)
+    return Observations(plane, images, gain, power.double(), zeros), volume, rotations, offsets
+
+
+def test_grid_scores_are_log_likelihoods(scene):
+    """The matrix product agrees with the image model, pose by pose."""
+    observations, volume, rotations, offsets = scene
+    band = observations.select(torch.arange(12), 6)
+    transform = padded_transform(volume)
+    templates = extract_slices(transform, rotations[:3], band.plane)
+    posterior, _, _ = search.grid_expectation(band, templates, offsets[:2])
+    scores = torch.stack(
+        [
+            log_likelihood(
+                band.coefficients,
+                predict(
+                    transform,
+                    rotations[r].expand(12, 3, 3),
+                    offsets[s].expand(12, 2),
+                    band.ctf,
+                    band.plane,
+                ),
+                band.noise_power[0],
+                band.plane,
+            )
+            for s in range(2)
+            for r in range(3)
+        ],
+        -1,
+    )
+    empty = log_likelihood(
+        band.coefficients, torch.zeros_like(band.coefficients), band.noise_power[0], band.plane
+    )
+    expected = torch.logsumexp(scores, -1) - torch.log(torch.tensor(6.0)) - empty
+    assert torch.allclose(posterior.log_evidence, expected)
+    best = scores.argmax(-1)
+    assert torch.equal(posterior.best_rotation, best % 3)
+    assert torch.equal(posterior.best_offset, best // 3)
+
+
+def test_chunks_do_not_change_the_grid_sums(scene):
+    observations, volume, rotations, offsets = scene
+    band = observations.select(torch.arange(12), 6)
+    templates = extract_slices(padded_transform(volume), rotations[:4], band.plane)
+    whole = search.grid_expectation(band, templates, offsets[:3], 2.0)
+    parts = search.grid_expectation(band, templates, offsets[:3], 2.0, chunk_elements=13)
+    assert torch.allclose(whole[1], parts[1])
+    assert torch.allclose(whole[2], parts[2])
+
+
+def test_slice_gradients_are_those_of_the_transform(scene):
+    """Against finite differences of exact slices of a smooth map."""
+    observations, volume, rotations, _ = scene
+    plane = observations.plane.within(6)
+    model = refine.derivatives(volume, 4, 8)
+    slices, gradient = refine.slices_with_gradient(model, rotations, plane)
+    assert torch.allclose(
+        slices, extract_slices(padded_transform(volume, 4), rotations, plane), atol=1e-9
+    )
+    step = 0.01
+    for axis in range(3):
+        turn = torch.zeros(12, 3, dtype=torch.float64)
+        turn[:, axis] = step
+        plus, minus = (
+            project_slowly(volume, exp_map(s * turn) @ rotations, plane) for s in (1, -1)
+        )
+        numeric = (plus - minus) / (2 * step)
+        error = (numeric - gradient[..., axis]).norm()
+        assert error < 0.05 * gradient.norm() / 3**0.5
+
+
+def test_refinement_finds_the_pose_and_never_gets_worse(scene, generator):
+    observations, volume, rotations, offsets = scene
+    start = exp_map(0.08 * torch.randn(12, 3, generator=generator).double()) @ rotations
+    model = refine.derivatives(volume, 2, 15)
+    before = refine.refine_poses(observations, model, start, offsets * 0, n_steps=0)
+    after = refine.refine_poses(observations, model, start, offsets * 0, n_steps=12)
+    assert (after.log_likelihood >= before.log_likelihood).all()
+    assert geodesic_distance_deg(after.rotations, rotations).median() < 2.0
+    assert (after.offsets_px - offsets).norm(dim=-1).median() < 0.3
+
+
+def test_normal_equations_recover_the_map(molecule_32, generator):
+    plane = half_plane(32)
+    rotations = random_rotations(1500, generator, torch.float32)
+    slices = extract_slices(padded_transform(molecule_32), rotations, plane)
+    sums = accumulate.NormalEquations.empty(15, 2, torch.float32, "cpu")
+    sums.add(slices, torch.ones(1500, len(plane)), rotations, plane)
+    volume = to_volume(sums.solve(1e-3 * sums.shell_mean_weight()[:16]), 32)
+    curve = fsc_curve(volume, molecule_32)
+    assert curve[:14].min() > 0.99
+    ratio = (volume * molecule_32).sum() / molecule_32.square().sum()
+    assert float(ratio) == pytest.approx(1, abs=0.05)
+
+
+def test_offset_grid_is_a_disc_with_zero_first():
+    grid = search.offset_grid(6, 3)
+    assert torch.equal(grid[0], torch.zeros(2))
+    assert len(grid) == 13
+    assert grid.norm(dim=-1).max() == 6
+
+
+def test_shift_phases_are_undone_by_centring(scene):
+    observations, _, _, offsets = scene
+    from cryorecon.engines.observations import centred
+
+    moved = observations.coefficients * shift_phases(offsets, observations.plane)
+    assert torch.allclose(centred(moved, offsets, observations.plane), observations.coefficients)
+
+
+def test_the_search_band_follows_the_particle_not_the_box():
+    assert RmfnConfig(diameter=0.8).search_band(64) == 4
+    assert RmfnConfig(diameter=0.4).search_band(64) == 8
+    assert RmfnConfig().bands(64) == (4, 11, 31)
+    assert len(so3_grid(RmfnConfig().search_nside)[0]) == 4608
+
+
+QUICK = RmfnConfig(n_starts=1, half_rounds=5, joint_rounds=2, final_steps=10)
+
+
+@pytest.fixture(scope="module")
+def recovered(stack_32, tmp_path_factory):
+    """Ab initio from a STAR file whose pose columns hold no numbers at all."""
+    from rich.console import Console
+
+    job = tmp_path_factory.mktemp("job") / "run"
+    tables = read_star(stack_32 / "particles.star")
+    for column in tables["particles"]:
+        if column.startswith(("rlnAngle", "rlnOrigin")):
+            tables["particles"][column] = "secret"
+    blind = job.parent / "blind.star"
+    write_star(blind, tables)
+    abinitio_rmfn(blind, job, AbinitioOptions(seed=5, engine=QUICK), Console(quiet=True))
+    return job
+
+
+def test_recovery_from_scratch_without_reading_the_truth(recovered, stack_32):
+    truth = read_map(stack_32 / "map.mrc")
+    volume = torch.from_numpy(read_map(recovered / "initial_model.mrc").data)
+    reference = torch.from_numpy(truth.data)
+    moved = apply_alignment(volume, align_maps(volume, reference, truth.pixel_size_angst))
+    curve = fsc_curve(moved, reference)
+    assert resolution_at(curve, 0.5, 32, 2.4) < 6.2
+    mine, true = (
+        read_particles(p) for p in (recovered / "run_data.star", stack_32 / "particles.star")
+    )
+    found = compare_pose_sets(
+        euler_to_matrix(torch.from_numpy(mine.euler_deg())),
+        euler_to_matrix(torch.from_numpy(true.euler_deg())),
+        torch.from_numpy(mine.origins_angst()),
+        torch.from_numpy(true.origins_angst()),
+    )
+    assert found.median_deg < 4.0
+    assert found.fraction_within(10) > 0.9
+    assert found.median_offset_angst < 1.0
+
+
+def test_the_job_directory_is_whole(recovered, stack_32):
+    names = {p.name for p in recovered.iterdir()}
+    wanted = "initial_model.mrc run_data.star fsc.star fsc.xml job.yaml run.log scale1.mrc"
+    assert names >= {*wanted.split(), "RELION_JOB_EXIT_SUCCESS", "RELION_OUTPUT_NODES.star"}
+    assert names >= {f"run_half{h}_class001_unfil.mrc" for h in (1, 2)}
+    assert not any(n.endswith(".tmp") for n in names)
+    before = read_star(stack_32 / "particles.star")["particles"]
+    after = read_star(recovered / "run_data.star")["particles"]
+    assert list(after["rlnImageName"]) == list(before["rlnImageName"])
+    assert set(before) <= set(after)
+    assert set(after["rlnRandomSubset"]) == {"1", "2"}
+    halves = [read_map(recovered / f"run_half{h}_class001_unfil.mrc") for h in (1, 2)]
+    assert all(h.pixel_size_angst == pytest.approx(2.4) for h in halves)
+
+
+def test_one_seed_gives_one_result_and_half_sets_are_honoured(tmp_path):
+    from rich.console import Console
+
+    simulate(MODEL, tmp_path / "s", SimulateConfig(n_particles=60, box=24, snr=1.0))
+    tables = read_star(tmp_path / "s" / "particles.star")
+    tables["particles"]["rlnRandomSubset"] = ["1", "1", "2"] * 20
+    write_star(tmp_path / "p.star", tables)
+    tiny = RmfnConfig(
+        n_starts=1, temperatures=(5.0, 1.0), half_rounds=2, joint_rounds=1, final_steps=2
+    )
+    for name in ("a", "b"):
+        options = AbinitioOptions(seed=1, engine=tiny)
+        abinitio_rmfn(tmp_path / "p.star", tmp_path / name, options, Console(quiet=True))
+    a, b = (read_map(tmp_path / n / "initial_model.mrc").data for n in "ab")
+    assert (a == b).all()
+    subsets = read_star(tmp_path / "a" / "run_data.star")["particles"]["rlnRandomSubset"]
+    assert list(subsets) == ["1", "1", "2"] * 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_recovery_at_64_px(tmp_path, seed):
+    """2,000 images, SNR 0.1, shifts of up to 3 px: within 1.25x and 2x of the limits."""
+    from rich.console import Console
+
+    config = SimulateConfig(pixel_size_angst=1.2, shift_angst=3.6, seed=seed)
+    simulate(MODEL, tmp_path / "s", config)
+    job = tmp_path / "job"
+    star = tmp_path / "s" / "particles.star"
+    abinitio_rmfn(star, job, AbinitioOptions(seed=seed), Console(quiet=True))
+    truth = torch.from_numpy(read_map(tmp_path / "s" / "map.mrc").data)
+    volume = torch.from_numpy(read_map(job / "initial_model.mrc").data)
+    moved = apply_alignment(volume, align_maps(volume, truth, 1.2))
+    assert resolution_at(fsc_curve(moved, truth), 0.5, 64, 1.2) < 1.25 * 2.6
+    mine, true = read_particles(job / "run_data.star"), read_particles(star)
+    poses = [euler_to_matrix(torch.from_numpy(p.euler_deg())) for p in (mine, true)]
+    assert compare_pose_sets(*poses).median_deg < 1.6

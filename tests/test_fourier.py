@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cryorecon.physics import fourier
+from cryorecon.physics.masks import soft_ball
+
+BOXES = (8, 9, 16, 17)
+
+
+@pytest.mark.parametrize("box", BOXES)
+def test_centred_dft_of_a_delta_at_the_centre_is_one(box):
+    image = torch.zeros(box, box, dtype=torch.float64)
+    image[box // 2, box // 2] = 1
+    transform = fourier.fft_centred(image, 2)
+    assert torch.allclose(transform, torch.ones_like(transform), atol=1e-12)
+
+
+@pytest.mark.parametrize("box", BOXES)
+def test_centred_dft_of_a_wave_is_a_delta_at_its_frequency(box):
+    x = fourier.centred_frequencies(box).double()
+    wave = torch.polar(torch.ones(box, dtype=torch.float64), 2 * torch.pi * 3 * x / box)
+    transform = fourier.fft_centred(wave, 1)
+    expected = torch.zeros(box, dtype=torch.complex128)
+    expected[box // 2 + 3] = box
+    assert torch.allclose(transform, expected, atol=1e-10)
+
+
+@pytest.mark.parametrize("box", BOXES)
+def test_inverse_undoes_forward(box, generator):
+    volume = torch.randn(box, box, box, generator=generator, dtype=torch.float64)
+    back = fourier.ifft_centred(fourier.fft_centred(volume, 3), 3)
+    assert torch.allclose(back.real, volume, atol=1e-12)
+
+
+@pytest.mark.parametrize("box", BOXES)
+def test_half_plane_is_sorted_and_holds_one_of_each_pair(box):
+    plane = fourier.half_plane(box)
+    assert (plane.radius.diff() >= 0).all()
+    assert float(plane.radius[-1]) <= (box - 1) // 2
+    both = torch.cat([plane.frequencies, -plane.frequencies[1:]])
+    assert len(torch.unique(both, dim=0)) == len(both)
+    axis = torch.arange(-box, box + 1)
+    inside = (axis[:, None] ** 2 + axis**2 <= ((box - 1) // 2) ** 2).sum()
+    assert len(both) == inside == int(plane.multiplicity.sum())
+
+
+@pytest.mark.parametrize("box", BOXES)
+def test_images_of_coefficients_of_images_are_the_band_limited_images(box, generator):
+    plane = fourier.half_plane(box)
+    images = torch.randn(3, box, box, generator=generator, dtype=torch.float64)
+    once = fourier.to_images(fourier.to_coefficients(images, plane), plane)
+    twice = fourier.to_images(fourier.to_coefficients(once, plane), plane)
+    assert torch.allclose(once, twice, atol=1e-12)
+    radius = fourier.radius_grid(box, 2)
+    kept = fourier.fft_centred(images, 2) * (radius <= (box - 1) // 2)
+    assert torch.allclose(once, fourier.ifft_centred(kept, 2).real, atol=1e-12)
+
+
+def test_a_band_is_a_prefix():
+    plane = fourier.half_plane(16)
+    band = plane.within(4.0)
+    assert torch.equal(band.frequencies, plane.frequencies[: len(band)])
+    assert float(band.radius.max()) <= 4 < float(plane.radius[len(band)])
+
+
+@pytest.mark.parametrize("box", BOXES)
+def test_shift_phases_move_content_by_minus_the_origin(box, generator):
+    plane = fourier.half_plane(box)
+    image = fourier.to_images(
+        fourier.to_coefficients(
+            torch.randn(1, box, box, generator=generator, dtype=torch.float64), plane
+        ),
+        plane,
+    )
+    offsets = torch.tensor([[2.0, -1.0]], dtype=torch.float64)
+    moved = fourier.to_coefficients(image, plane) * fourier.shift_phases(offsets, plane)
+    expected = image.roll((1, -2), (-2, -1))  # y by +1, x by -2
+    assert torch.allclose(fourier.to_images(moved, plane), expected, atol=1e-10)
+
+
+@pytest.mark.parametrize(("old", "new"), [(16, 24), (17, 12), (16, 9), (9, 16)])
+def test_resampling_keeps_a_band_limited_density(old, new):
+    def gaussian(box):
+        x = fourier.centred_frequencies(box).double() / box
+        g = torch.exp(-((x - 0.03) ** 2) / (2 * 0.12**2))
+        return g[:, None, None] * g[None, :, None] * g[None, None, :]
+
+    resampled = fourier.resample_volume(gaussian(old), new)
+    assert torch.allclose(resampled, gaussian(new), atol=2e-2)
+
+
+def test_crop_undoes_pad(generator):
+    for small, large in ((8, 12), (9, 12), (8, 13), (9, 13)):
+        x = torch.randn(small, small, generator=generator)
+        padded = fourier.crop_or_pad_centred(x, large, 2)
+        assert padded[large // 2, large // 2] == x[small // 2, small // 2]
+        assert torch.equal(fourier.crop_or_pad_centred(padded, small, 2), x)
+
+
+def test_lowpass_passes_low_and_stops_high():
+    box = 32
+    x = fourier.centred_frequencies(box).double()
+    low, high = torch.cos(2 * torch.pi * 3 * x / box), torch.cos(2 * torch.pi * 12 * x / box)
+    image = (low + high)[None, :].expand(box, -1)
+    assert torch.allclose(fourier.lowpass(image, 8, 2), low.expand(box, -1), atol=1e-10)
+
+
+def test_soft_ball_is_one_inside_and_zero_outside():
+    mask = soft_ball(20, 5, 3, 3, torch.float64)
+    radius = fourier.radius_grid(20, 3)
+    assert (mask[radius <= 5] == 1).all()
+    assert (mask[radius >= 8] == 0).all()
+    assert mask[10, 10, 16] == pytest.approx(0.75)

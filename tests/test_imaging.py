@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cryorecon.physics import imaging
+from cryorecon.physics.ctf import CtfParameters, ctf
+from cryorecon.physics.fourier import half_plane, to_coefficients
+from cryorecon.physics.projection import padded_transform
+from cryorecon.physics.rotations import exp_map, random_rotations
+
+
+def optics(n, generator, **changes):
+    def uniform(low, high):
+        return low + (high - low) * torch.rand(n, generator=generator, dtype=torch.float64)
+
+    values = {
+        "defocus_u_angst": uniform(12000, 16000),
+        "defocus_v_angst": uniform(9000, 12000),
+        "defocus_angle_deg": uniform(-90, 90),
+        "voltage_kv": uniform(300, 300),
+        "spherical_aberration_mm": uniform(2.7, 2.7),
+        "amplitude_contrast": uniform(0.1, 0.1),
+        "phase_shift_deg": uniform(0, 90),
+        "b_factor_angst2": uniform(0, 0),
+    }
+    return CtfParameters(**{**values, **changes})
+
+
+@pytest.mark.parametrize("box", [10, 11])
+def test_prediction_has_gradients_in_rotation_and_offset(box, generator):
+    plane = half_plane(box)
+    volume = torch.randn(box, box, box, generator=generator, dtype=torch.float64)
+    transform = padded_transform(volume)
+    start = random_rotations(2, generator)
+    gain = ctf(plane.frequencies, optics(2, generator), box, 3.0)
+    turn = torch.full((2, 3), 0.02, dtype=torch.float64, requires_grad=True)
+    offsets = torch.tensor([[0.3, -1.2], [2.0, 0.1]], dtype=torch.float64, requires_grad=True)
+
+    def predict(w, o):
+        return torch.view_as_real(imaging.predict(transform, exp_map(w) @ start, o, gain, plane))
+
+    assert torch.autograd.gradcheck(predict, (turn, offsets))
+
+
+def test_ctf_envelope_and_even_symmetry(generator):
+    plane = half_plane(24)
+    one = optics(3, generator)
+    damped = CtfParameters(**{**one.__dict__, "b_factor_angst2": torch.full((3,), 80.0).double()})
+    s2 = (plane.frequencies.double() / (24 * 2.0)).square().sum(-1)
+    ratio = ctf(plane.frequencies, damped, 24, 2.0) / ctf(plane.frequencies, one, 24, 2.0)
+    assert torch.allclose(ratio, torch.exp(-80 * s2 / 4).expand(3, -1))
+    mates = ctf(-plane.frequencies, one, 24, 2.0)
+    assert torch.allclose(mates, ctf(plane.frequencies, one, 24, 2.0))
+
+
+def test_astigmatism_changes_the_image_and_its_axis_counts(generator):
+    plane = half_plane(32)
+    flat = optics(1, generator)
+    turned = CtfParameters(**{**flat.__dict__, "defocus_angle_deg": flat.defocus_angle_deg + 90})
+    a, b = (ctf(plane.frequencies, p, 32, 2.0) for p in (flat, turned))
+    assert (a - b).norm() > 0.3 * a.norm()
+    quarter = torch.stack([-plane.frequencies[:, 1], plane.frequencies[:, 0]], -1)
+    assert torch.allclose(ctf(quarter, turned, 32, 2.0), a)
+
+
+def test_white_noise_power_is_found_outside_the_particle(generator):
+    box, sigma = 32, 1.7
+    images = sigma * torch.randn(300, box, box, generator=generator)
+    images[:, 10:22, 10:22] += 50
+    plane = half_plane(box)
+    spectrum = imaging.noise_power_outside(images, 10.0, plane)
+    assert torch.allclose(spectrum[1:], torch.full((15,), (sigma * box) ** 2), rtol=0.06)
+
+
+def test_likelihood_is_that_of_the_pixels(generator):
+    """For white noise the half plane gives -|image - prediction|^2 / (2 sigma^2)."""
+    box, sigma = 11, 0.7
+    plane = half_plane(box)
+    observed, predicted = (
+        to_coefficients(torch.randn(4, box, box, generator=generator).double(), plane)
+        for _ in range(2)
+    )
+    power = torch.full((plane.n_shells,), (sigma * box) ** 2, dtype=torch.float64)
+    found = imaging.log_likelihood(observed, predicted, power, plane)
+    from cryorecon.physics.fourier import to_images
+
+    pixels = to_images(observed - predicted, plane)
+    expected = -(pixels**2).sum((-2, -1)) / (2 * sigma**2)
+    assert torch.allclose(found, expected)

@@ -1,0 +1,319 @@
+"""MRC files, STAR files and particles: round trips and every kind of bad input."""
+
+from __future__ import annotations
+
+import gzip
+import shutil
+import subprocess
+from pathlib import Path
+
+import mrcfile
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import GOLDEN
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from cryorecon.errors import CryoreconError
+from cryorecon.io import mrc
+from cryorecon.io.particles import read_particles
+from cryorecon.io.star import read_star, write_star
+
+N = 8
+
+
+def write_stack(path: Path, images: np.ndarray, pixel: float = 2.0) -> None:
+    with mrc.stack_writer(path, images.shape[-1], pixel) as stack:
+        for image in images:
+            stack.append(image[None])
+
+
+def optics(**columns: object) -> pd.DataFrame:
+    base = {
+        "rlnOpticsGroup": 1,
+        "rlnVoltage": 300.0,
+        "rlnSphericalAberration": 2.7,
+        "rlnAmplitudeContrast": 0.1,
+        "rlnImagePixelSize": 2.0,
+        "rlnImageSize": N,
+    }
+    return pd.DataFrame([{**base, **columns}])
+
+
+def rows(n: int = 3, stack: str = "s.mrcs") -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "rlnImageName": [f"{i + 1:06d}@{stack}" for i in range(n)],
+            "rlnOpticsGroup": 1,
+            "rlnDefocusU": 10000.0,
+            "rlnDefocusV": 9900.0,
+            "rlnDefocusAngle": 12.0,
+            "myLabel": [f"00{i}" for i in range(n)],
+        }
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    images = np.random.default_rng(0).standard_normal((3, N, N)).astype(np.float32)
+    write_stack(tmp_path / "s.mrcs", images)
+    return tmp_path
+
+
+def star(folder: Path, table: pd.DataFrame | None = None, group: pd.DataFrame | None = None):
+    path = folder / "p.star"
+    write_star(
+        path,
+        {
+            "optics": optics() if group is None else group,
+            "particles": rows() if table is None else table,
+        },
+    )
+    return path
+
+
+@pytest.mark.parametrize(
+    ("mode", "dtype"), [(0, "i1"), (1, "i2"), (2, "f4"), (6, "u2"), (12, "f2")]
+)
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_every_mode_and_byte_order_is_read(tmp_path, mode, dtype, order):
+    images = np.arange(2 * N * N).reshape(2, N, N) % 100 - (0 if dtype == "u2" else 50)
+    with mrcfile.new(tmp_path / "a.mrcs") as file:
+        file.set_data(images.astype(dtype))
+        assert int(file.header.mode) == mode
+    raw = (tmp_path / "a.mrcs").read_bytes()
+    if order == ">":
+        words = np.frombuffer(raw[:1024], "<i4").copy()
+        head = bytearray(words.astype(">i4").tobytes())
+        head[208:212], head[212:216] = b"MAP ", bytes([0x11, 0x11, 0, 0])
+        body = np.frombuffer(raw[1024:], f"<{dtype}").astype(f">{dtype}").tobytes()
+        (tmp_path / "a.mrcs").write_bytes(bytes(head) + body)
+    assert np.array_equal(np.asarray(mrc.open_stack(tmp_path / "a.mrcs"), int), images)
+
+
+def test_a_streamed_stack_reads_back_and_others_read_it(folder):
+    data = mrc.open_stack(folder / "s.mrcs")
+    with mrcfile.open(folder / "s.mrcs") as file:
+        assert np.array_equal(file.data, data)
+        assert file.is_image_stack()
+        assert float(file.header.cella.x) == pytest.approx(2.0 * N)
+        assert float(file.header.dmax) == pytest.approx(data.max())
+    assert mrcfile.validate(folder / "s.mrcs")
+
+
+def test_an_extended_header_is_skipped(tmp_path):
+    volume = np.random.default_rng(1).random((4, 4, 4)).astype(np.float32)
+    with mrcfile.new(tmp_path / "m.mrc") as file:
+        file.set_data(volume)
+        file.voxel_size = 1.5
+        file.set_extended_header(np.zeros(80, "V1"))
+    found = mrc.read_map(tmp_path / "m.mrc")
+    assert np.array_equal(found.data, volume)
+    assert found.pixel_size_angst == pytest.approx(1.5)
+
+
+def test_a_failed_stack_leaves_nothing(tmp_path):
+    with pytest.raises(RuntimeError), mrc.stack_writer(tmp_path / "x.mrcs", N, 1.0) as stack:
+        stack.append(np.zeros((1, N, N)))
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rows_and_columns_survive_a_round_trip(folder):
+    particles = read_particles(star(folder))
+    particles.write(folder / "out.star", euler_deg=np.ones((3, 3)), origins_angst=np.ones((3, 2)))
+    before, after = read_star(folder / "p.star"), read_star(folder / "out.star")
+    assert list(after) == list(before)
+    for column in before["particles"]:
+        assert list(after["particles"][column]) == list(before["particles"][column])
+    assert list(after["particles"]["myLabel"]) == ["000", "001", "002"]
+    again = read_particles(folder / "out.star")
+    assert np.allclose(again.euler_deg(), 1)
+    assert np.allclose(again.origins_angst(), 1)
+
+
+@pytest.mark.parametrize("dialect", ["relion30", "relion31"])
+def test_the_dialect_is_kept(tmp_path, dialect):
+    particles = read_particles(GOLDEN / f"{dialect}_32.star")
+    origins = particles.origins_angst() + 1.0
+    particles.write(tmp_path / "out.star", origins_angst=origins)
+    shutil.copy(GOLDEN / f"{dialect}_32.mrcs", tmp_path)
+    again = read_particles(tmp_path / "out.star")
+    assert again.has_optics_table == (dialect == "relion31")
+    assert np.allclose(again.origins_angst(), origins, atol=1e-5)
+
+
+@pytest.mark.skipif(shutil.which("relion_star_handler") is None, reason="RELION not installed")
+def test_relion_reads_what_we_write(folder):
+    particles = read_particles(star(folder))
+    particles.write(folder / "out.star", euler_deg=np.ones((3, 3)))
+    command = ["relion_star_handler", "--i", "out.star", "--o", "r.star", "--select", "rlnAngleRot"]
+    subprocess.run(
+        [*command, "--minval", "0", "--maxval", "2"], cwd=folder, check=True, capture_output=True
+    )
+    assert len(read_star(folder / "r.star")["particles"]) == 3
+
+
+def test_images_come_in_the_order_asked(folder):
+    data = np.array(mrc.open_stack(folder / "s.mrcs"))
+    other = np.random.default_rng(5).standard_normal((2, N, N)).astype(np.float32)
+    write_stack(folder / "t.mrcs", other)
+    names = ["3@s.mrcs", "1@t.mrcs", "1@s.mrcs", "2@t.mrcs"]
+    table = pd.concat([rows(2), rows(2)], ignore_index=True).assign(rlnImageName=names)
+    particles = read_particles(star(folder, table))
+    expected = np.stack([data[2], other[0], data[0], other[1]])
+    assert np.array_equal(particles.images([0, 1, 2, 3]), expected)
+    assert np.array_equal(particles.images([3, 0]), expected[[3, 0]])
+    assert list(particles.file_order()) == [2, 0, 1, 3]
+    assert np.array_equal(particles.subset([1, 3]).images([1]), expected[[3]])
+
+
+def test_paths_from_an_ancestor_and_from_the_project(folder, tmp_path_factory, monkeypatch):
+    job = folder / "Extract" / "job007"
+    job.mkdir(parents=True)
+    shutil.move(folder / "s.mrcs", job / "s.mrcs")
+    table = rows(stack="Extract/job007/s.mrcs")
+    path = star(job, table)
+    assert len(read_particles(path)) == 3
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    shutil.move(path, elsewhere / "p.star")
+    with pytest.raises(CryoreconError, match=r"names 1 of 1 stacks.*--project"):
+        read_particles(elsewhere / "p.star")
+    assert len(read_particles(elsewhere / "p.star", project=folder)) == 3
+    monkeypatch.chdir(folder)
+    assert len(read_particles(elsewhere / "p.star")) == 3
+
+
+def nan_stack(folder):
+    images = np.zeros((3, N, N), np.float32)
+    images[1, 2, 2] = np.nan
+    write_stack(folder / "s.mrcs", images)
+
+
+def truncate(folder):
+    raw = (folder / "s.mrcs").read_bytes()
+    (folder / "s.mrcs").write_bytes(raw[:-100])
+
+
+def larger(folder):
+    write_stack(folder / "t.mrcs", np.zeros((1, N + 2, N + 2), np.float32))
+
+
+def text_stack(folder):
+    (folder / "s.mrcs").write_text("not an image\n" * 200)
+
+
+def directory_stack(folder):
+    (folder / "s.mrcs").unlink()
+    (folder / "s.mrcs").mkdir()
+
+
+MIXED = rows().assign(rlnImageName=["1@s.mrcs", "1@t.mrcs", "2@s.mrcs"])
+TWO_GROUPS = pd.concat([optics(), optics(rlnOpticsGroup=2, rlnImagePixelSize=2.5)])
+
+BAD = {
+    "truncated": (truncate, None, None, r"s.mrcs is truncated.*1792 bytes.*1692 bytes"),
+    "beyond": (None, rows(5), None, r"row 4: asks for image 4 of .*s.mrcs, which holds 3"),
+    "zero": (None, rows().assign(rlnImageName="0@s.mrcs"), None, "row 1: image number 0"),
+    "no ctf": (
+        None,
+        rows().drop(columns=["rlnDefocusV"]),
+        None,
+        "lacks the CTF column rlnDefocusV",
+    ),
+    "boxes": (larger, MIXED, None, r"mixes box sizes.*8 x 8.*10 x 10"),
+    "nan": (nan_stack, None, None, r"row 2: image 2 of .*s.mrcs holds NaN"),
+    "text value": (None, rows().assign(rlnDefocusU=["1", "x", "3"]), None, "row 2, .*rlnDefocusU"),
+    "empty": (None, rows(0), None, "holds no particles"),
+    "group": (None, rows().assign(rlnOpticsGroup=[1, 2, 1]), None, "row 2: optics group 2"),
+    "size": (None, None, optics(rlnImageSize=12), "says 12 px boxes"),
+    "pixels": (None, None, TWO_GROUPS, r"mixes pixel sizes \(2, 2.5 A\)"),
+    "text stack": (text_stack, None, None, "not an MRC file"),
+    "directory stack": (directory_stack, None, None, "s.mrcs is a directory"),
+    "missing stack": (None, rows(stack="gone.mrcs"), None, "1 of 1 stacks that do not exist: gone"),
+    "subset": (None, rows().assign(rlnRandomSubset=[1, 3, 2]), None, "row 2: rlnRandomSubset is 3"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_particles_are_named(folder, name):
+    damage, table, group, message = BAD[name]
+    if damage:
+        damage(folder)
+    with pytest.raises(CryoreconError, match=message) as caught:
+        particles = read_particles(star(folder, table, group))
+        particles.ctf_parameters()
+        particles.random_subsets()
+        particles.images(range(len(particles)))
+    assert "p.star" in str(caught.value) or "s.mrcs" in str(caught.value)
+    assert caught.value.remedy
+
+
+def test_bad_maps_are_named(tmp_path):
+    with mrcfile.new(tmp_path / "flat.mrc") as file:
+        file.set_data(np.zeros((4, 8, 8), np.float32))
+        file.voxel_size = 1
+    with pytest.raises(CryoreconError, match=r"not a cubic map: it has 8 x 8 x 4"):
+        mrc.read_map(tmp_path / "flat.mrc")
+    mrc.write_map(tmp_path / "nan.mrc", np.full((4, 4, 4), np.nan), 1.0)
+    with pytest.raises(CryoreconError, match="64 voxels that are NaN"):
+        mrc.read_map(tmp_path / "nan.mrc")
+    with mrcfile.new(tmp_path / "unitless.mrc") as file:
+        file.set_data(np.zeros((4, 4, 4), np.float32))
+        file.header.cella = (0, 0, 0)
+    with pytest.raises(CryoreconError, match="voxel size"):
+        mrc.read_map(tmp_path / "unitless.mrc")
+    (tmp_path / "z.mrc").write_bytes(gzip.compress((tmp_path / "nan.mrc").read_bytes()))
+    for path, words in ((tmp_path / "z.mrc", "not an MRC"), (tmp_path, "is a directory")):
+        with pytest.raises(CryoreconError, match=words):
+            mrc.read_map(path)
+
+
+def test_bad_star_files_are_named(tmp_path):
+    path = tmp_path / "a.star"
+    for content, words in (
+        (b"\x00\xff\xfe\x80binary", "not a text file"),
+        (b"hello\n", "no data_ block"),
+        (b"data_particles\n\nloop_\n_rlnA #1\n_rlnB #2\n1 2\n3\n", "row 2: fewer values"),
+        (b"data_job\n\n_rlnJobType 3\n", "no table with a column rlnImageName"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(CryoreconError, match=words) as caught:
+            read_particles(path)
+        assert "a.star" in str(caught.value)
+    with pytest.raises(CryoreconError, match="does not exist"):
+        read_particles(tmp_path / "none.star")
+
+
+SLOW_OK = settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+@SLOW_OK
+@given(st.integers(0, 1023), st.integers(0, 255))
+def test_a_damaged_header_is_read_or_refused(folder, position, value):
+    raw = bytearray((folder / "s.mrcs").read_bytes())
+    raw[position] = value
+    (folder / "damaged.mrcs").write_bytes(bytes(raw))
+    try:
+        data = mrc.open_stack(folder / "damaged.mrcs")
+    except CryoreconError:
+        return
+    assert data.ndim == 3
+    assert data.nbytes <= len(raw)
+
+
+@SLOW_OK
+@given(st.integers(0, 900), st.text(alphabet="ab1 _#\n\t'\"@data_loop", max_size=12))
+def test_a_damaged_star_file_is_read_or_refused(folder, position, insert):
+    text = star(folder).read_text()
+    damaged = folder / "damaged.star"
+    damaged.write_text(text[:position] + insert + text[position:])
+    try:
+        particles = read_particles(damaged)
+        particles.ctf_parameters()
+    except CryoreconError:
+        return
+    assert 0 < len(particles) <= 4
