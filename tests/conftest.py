@@ -10,7 +10,8 @@ import torch
 
 from cryorecon.io.atoms import read_atoms
 from cryorecon.physics.potential import potential_map
-from cryorecon.run.simulate import SimulateConfig, simulate
+from cryorecon.run.simulate import simulate
+from cryorecon.run.simulate_config import SimulateConfig
 
 GOLDEN = Path(__file__).parent / "golden"
 MODEL = Path(str(files("cryorecon") / "data" / "4ake_chain_a_heavy.pdb"))

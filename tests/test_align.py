@@ -15,7 +15,6 @@ from cryorecon.maps.align import (
     rotate_map,
 )
 from cryorecon.maps.fsc import fsc_curve
-from cryorecon.maps.mask import soft_sphere
 from cryorecon.maps.poses import mirror_poses, rotate_poses, shift_origins
 from cryorecon.physics.imaging import render
 from cryorecon.physics.rotations import geodesic_distance_deg, random_rotations
@@ -178,14 +177,3 @@ def test_an_alignment_takes_poses_along() -> None:
     assert correlation(moved, blobs.moved(rotation, shift, True)) > 0.9999
     before, after = render(blobs.map(), poses), render(moved, new, origins)
     assert correlation(before, after) > 0.999
-
-
-@pytest.mark.parametrize("box", [20, 21])
-def test_soft_sphere_falls_from_one_to_zero_about_the_centre(box: int) -> None:
-    mask = soft_sphere(box, 5.0, 3.0, dtype=torch.float64)
-    row = mask[box // 2, box // 2]
-    centre = box // 2
-    assert row[centre - 5 : centre + 6].eq(1).all()
-    assert row[centre + 8 :].eq(0).all()
-    assert 0 < row[centre + 7] < row[centre + 6] < 1
-    torch.testing.assert_close(mask, mask.transpose(0, 2))

@@ -66,7 +66,7 @@ def test_astigmatism_changes_the_image_and_its_axis_counts(generator):
 
 def test_white_noise_power_is_found_outside_the_particle(generator):
     box, sigma = 32, 1.7
-    images = sigma * torch.randn(300, box, box, generator=generator)
+    images = sigma * torch.randn(1200, box, box, generator=generator)
     images[:, 10:22, 10:22] += 50
     plane = half_plane(box)
     spectrum = imaging.noise_power_outside(images, 10.0, plane)

@@ -42,7 +42,7 @@ def test_geodesic_distance_is_the_rotation_angle(generator):
 
 @pytest.mark.parametrize("nside", [1, 2, 3, 4])
 def test_grid_is_uniform(nside):
-    """RELION's orders and those between: equal spacing, no gaps, no moments of degree 1 or 2."""
+    """RELION's orders and those between: equal spacing, no moments of degree 1 or 2."""
     grid, n_inplane = rot.so3_grid(nside)
     assert len(grid) == 72 * nside**3
     assert n_inplane == 6 * nside
@@ -50,7 +50,8 @@ def test_grid_is_uniform(nside):
     second = torch.einsum("nij,nkl->ijkl", grid, grid) / len(grid)
     identity = torch.eye(3, dtype=torch.float64)
     haar = torch.einsum("ik,jl->ijkl", identity, identity) / 3
-    assert (second - haar).abs().max() < 0.02
+    # The rule is nearly exact for degree 2: its error falls as the square of the spacing.
+    assert (second - haar).abs().max() < 0.04 / nside**2
 
 
 def test_grid_covers_so3(generator):

@@ -9,17 +9,13 @@ import pytest
 import torch
 from conftest import GOLDEN, MODEL
 
-from cryorecon.conventions import euler_to_matrix
 from cryorecon.errors import CryoreconError
 from cryorecon.io.atoms import read_atoms
-from cryorecon.io.mrc import open_stack, read_map
-from cryorecon.io.particles import read_particles
+from cryorecon.io.mrc import read_map
 from cryorecon.maps.fsc import fsc_curve
-from cryorecon.physics.ctf import ctf
-from cryorecon.physics.fourier import centred_frequencies, fft_centred, half_plane, radius_grid
-from cryorecon.physics.imaging import render
-from cryorecon.physics.potential import Atoms, potential_map
-from cryorecon.run.simulate import SimulateConfig, simulate
+from cryorecon.physics.potential import Atoms
+from cryorecon.run.simulate import simulate
+from cryorecon.run.simulate_config import SimulateConfig
 
 PDB = """\
 ATOM      1  CA AALA A   1      10.000   0.000   0.000  0.40 15.00           C
@@ -73,117 +69,43 @@ def test_bad_models_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("box", [24, 25])
-@pytest.mark.parametrize("b", [0.5, 30.0])
-def test_an_atom_has_its_scattering_factor(box, b):
-    import gemmi
-
-    pixel = 1.0
-    transform = fft_centred(potential_map(atom(b=b), box, pixel).double(), 3) * pixel**3
-    s2 = (radius_grid(box, 3) / (box * pixel)) ** 2
-    coefficients = gemmi.Element("C").c4322
-    expected = sum(
-        a * torch.exp(-w * s2 / 4) for a, w in zip(coefficients.a, coefficients.b, strict=True)
-    ) * torch.exp(-b * s2 / 4)
-    inside = radius_grid(box, 3) < box / 2
-    error = (transform - expected).abs()[inside].max()
-    assert error < 0.02 * expected.max()
-
-
-@pytest.mark.parametrize("box", [20, 21])
-def test_the_mass_centre_is_the_box_centre_and_axes_are_zyx(box):
-    atoms = Atoms(
-        np.array([[4.0, 0, 0], [-4.0, 0, 0], [0, 0, 0]]),
-        ("C", "C", "C"),
-        np.ones(3),
-        np.full(3, 20.0),
-    )
-    volume = potential_map(atoms, box, 1.0)
-    centre = box // 2
-    line = volume[centre, centre]
-    assert line[centre + 4] > 0.8 * line[centre]
-    assert volume[centre, centre + 4, centre] < 0.1 * line[centre]
-
-
-def test_a_molecule_larger_than_the_box_is_refused():
-    atoms = Atoms(np.array([[0.0, 0, 0], [50.0, 0, 0]]), ("C", "C"), np.ones(2), np.full(2, 20.0))
-    with pytest.raises(CryoreconError, match="50 A across, the box only 20 A"):
-        potential_map(atoms, 20, 1.0)
-
-
-def clean(folder):
-    particles = read_particles(folder / "particles.star")
-    volume = torch.from_numpy(read_map(folder / "map.mrc").data)
-    pixel = particles.pixel_size_angst
-    plane = half_plane(particles.box)
-    gain = ctf(plane.frequencies, particles.ctf_parameters(), particles.box, pixel).float()
-    rotations = euler_to_matrix(torch.from_numpy(particles.euler_deg())).float()
-    offsets = torch.from_numpy(particles.origins_angst() / pixel).float()
-    images = torch.from_numpy(particles.images(range(len(particles))))
-    return images, render(volume, rotations, offsets, gain, padding=3)
-
-
-def test_snr_is_as_defined_and_noise_is_white(stack_32):
-    images, signal = clean(stack_32)
-    noise = images - signal
-    assert float(signal.var() / noise.var()) == pytest.approx(0.2, rel=0.03)
-    power = (fft_centred(noise, 2).abs() ** 2).mean(0)
-    radius = radius_grid(32, 2)
-    low, high = power[radius < 6].mean(), power[radius > 10].mean()
-    assert float(low / high) == pytest.approx(1, abs=0.03)
-
-
-def test_coloured_noise_has_the_stated_spectrum_and_variance(tmp_path):
-    config = SimulateConfig(
-        n_particles=300, box=24, pixel_size_angst=3.2, noise_falloff_angst=20.0, snr=0.05
-    )
-    simulate(MODEL, tmp_path, config)
-    images, signal = clean(tmp_path)
-    noise = images - signal
-    assert float(signal.var() / noise.var()) == pytest.approx(0.05, rel=0.05)
-    power = (fft_centred(noise, 2).abs() ** 2).mean(0)
-    s = radius_grid(24, 2) / (24 * 3.2)
-    expected = 1 / (1 + (s * 20.0) ** 2)
-    ratio = power / expected
-    assert float(ratio.std() / ratio.mean()) < 0.1
-
-
-def test_one_seed_gives_one_stack(tmp_path):
-    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        simulate(MODEL, tmp_path / name, SimulateConfig(n_particles=40, box=16, seed=seed))
-    a, b, c = (np.array(open_stack(tmp_path / n / "particles.mrcs")) for n in "abc")
-    assert np.array_equal(a, b)
-    assert not np.array_equal(a, c)
-
-
-def test_views_cluster_when_asked(tmp_path):
-    config = SimulateConfig(n_particles=200, box=16, view_clusters=1, view_concentration=50.0)
-    simulate(MODEL, tmp_path, config)
-    angles = torch.from_numpy(read_particles(tmp_path / "particles.star").euler_deg())
-    assert euler_to_matrix(angles)[:, 2].mean(0).norm() > 0.95
-
-
-@pytest.mark.parametrize("box", [24, 25])
-def test_a_map_can_be_the_model_at_any_box(tmp_path, box):
+def test_a_map_is_cut_about_its_centre(tmp_path, box):
     config = SimulateConfig(n_particles=30, box=box, snr=float("inf"))
     simulate(GOLDEN / "map_32.mrc", tmp_path, config)
-    found = read_map(tmp_path / "map.mrc")
-    assert found.pixel_size_angst * box == pytest.approx(32 * 2.6)
-    source = torch.from_numpy(read_map(GOLDEN / "map_32.mrc").data)
-    a, b = fft_centred(source, 3), fft_centred(torch.from_numpy(found.data), 3)
-    low = centred_frequencies(9)
-    pick = [(low + n // 2)[:, None, None] for n in (32, box)]
-    pairs = [
-        x[p, p.transpose(0, 1), p.permute(1, 2, 0)] / n**3
-        for x, p, n in ((a, pick[0], 32), (b, pick[1], box))
-    ]
-    assert torch.allclose(pairs[0], pairs[1], atol=1e-5 * float(pairs[0].abs().max()))
+    found, source = read_map(tmp_path / "map.mrc"), read_map(GOLDEN / "map_32.mrc")
+    assert found.pixel_size_angst == pytest.approx(2.6)
+    low = 16 - box // 2
+    assert np.array_equal(found.data, source.data[(slice(low, low + box),) * 3])
+
+
+@pytest.mark.parametrize("pixel", [3.2, 2.3])
+def test_a_map_is_resampled_to_a_pixel_size(tmp_path, pixel):
+    config = SimulateConfig(n_particles=3, pixel_size_angst=pixel, snr=float("inf"))
+    simulate(GOLDEN / "map_32.mrc", tmp_path, config)
+    found, source = read_map(tmp_path / "map.mrc"), read_map(GOLDEN / "map_32.mrc")
+    assert found.pixel_size_angst == pytest.approx(pixel, rel=1e-4)
+    assert len(found.data) == round(32 * 2.6 / pixel)
+    # The integral of the density and its centre stay where they are.
+    for data, size in ((found.data, pixel), (source.data, 2.6)):
+        away = (np.arange(len(data)) - len(data) // 2) * size
+        total = data.sum()
+        moments = [total * size**3, (data.sum((0, 1)) * away).sum() / total]
+        if size == pixel:
+            mine = moments
+    assert mine[0] == pytest.approx(moments[0], rel=0.02)
+    assert mine[1] == pytest.approx(moments[1], abs=0.3)
 
 
 def test_wrong_requests_are_named(tmp_path):
-    with pytest.raises(CryoreconError, match="SNR must be positive"):
+    with pytest.raises(CryoreconError, match=r"--snr is 0\. It must be positive"):
         SimulateConfig(snr=0)
-    with pytest.raises(CryoreconError, match=r"83.2 A wide.*not 1.5"):
-        simulate(GOLDEN / "map_32.mrc", tmp_path, SimulateConfig(pixel_size_angst=1.5))
+    with pytest.raises(CryoreconError, match=r"83.2 A wide: 4 px at 20.8 A/px are too few"):
+        simulate(GOLDEN / "map_32.mrc", tmp_path, SimulateConfig(pixel_size_angst=20.8))
+    with pytest.raises(CryoreconError, match="--defocus-min 20000 exceeds --defocus-max 10000"):
+        SimulateConfig(defocus_min_angst=20_000.0, defocus_max_angst=10_000.0)
+    with pytest.raises(CryoreconError, match=r"--n is 0\. It must be at least 1"):
+        SimulateConfig(n_particles=0)
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(shutil.which("relion_reconstruct") is None, reason="RELION not installed")

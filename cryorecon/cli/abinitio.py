@@ -9,9 +9,6 @@ from typing import Annotated
 import typer
 
 from cryorecon.cli.console import console, prepare_folder
-from cryorecon.engines.rmfn import RmfnConfig
-from cryorecon.run.abinitio import AbinitioOptions, abinitio_rmfn
-from cryorecon.run.settings import with_settings
 
 
 class Method(StrEnum):
@@ -27,7 +24,7 @@ OffsetRange = Annotated[
     float | None, typer.Option(help="Largest in-plane offset, A; default a tenth of the box.")
 ]
 Starts = Annotated[
-    int, typer.Option(help="Searches from different random poses; the likeliest goes on.")
+    int, typer.Option(min=1, help="Searches from different random poses; the likeliest goes on.")
 ]
 Project = Annotated[Path | None, typer.Option(help="Folder that image paths are relative to.")]
 Seed = Annotated[int, typer.Option(help="One seed gives one result on one machine.")]
@@ -44,7 +41,7 @@ def abinitio_rmfn_command(
     output: Output,
     diameter: Diameter = None,
     offset_range: OffsetRange = None,
-    starts: Starts = RmfnConfig.n_starts,
+    starts: Starts = 2,
     project: Project = None,
     seed: Seed = 0,
     settings: Settings = None,
@@ -55,6 +52,11 @@ def abinitio_rmfn_command(
 
     No pose column of the STAR file is read. Half sets (rlnRandomSubset) are honoured.
     """
+    # torch takes seconds to load: only when the command runs.
+    from cryorecon.engines.rmfn import RmfnConfig
+    from cryorecon.run.abinitio import AbinitioOptions, abinitio_rmfn
+    from cryorecon.run.settings import with_settings
+
     engine = with_settings(RmfnConfig(n_starts=starts), config, settings or [])
     prepare_folder(output, overwrite)
     options = AbinitioOptions(diameter, offset_range, project, seed, engine)
@@ -67,7 +69,7 @@ def abinitio_command(
     method: Annotated[Method, typer.Option(help="Engine.")] = Method.RMFN,
     diameter: Diameter = None,
     offset_range: OffsetRange = None,
-    starts: Starts = RmfnConfig.n_starts,
+    starts: Starts = 2,
     project: Project = None,
     seed: Seed = 0,
     settings: Settings = None,

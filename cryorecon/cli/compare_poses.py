@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
 from cryorecon.cli.console import console
-from cryorecon.maps.poses import FRACTION_LIMITS_DEG, PoseComparison
-from cryorecon.run.compare_poses import compare_pose_files, poses_as_dict
-from cryorecon.run.curves import write_json
+
+if TYPE_CHECKING:
+    from cryorecon.maps.poses import PoseComparison
 
 
 def compare_poses(
@@ -31,18 +31,23 @@ def compare_poses(
     Images are matched by rlnImageName. The global rotation, the hand and the shift of the map
     that bring the second set closest to the first are found robustly and taken out.
     """
+    # torch takes seconds to load: only when the command runs.
+    from cryorecon.run.compare_poses import compare_pose_files, poses_as_dict
+    from cryorecon.run.curves import write_json
+
     comparison = compare_pose_files(first, second, common_only=common)
     console.print(_summary(f"{first.name} and {second.name}", comparison))
     if json is not None:
         write_json(json, poses_as_dict(comparison))
     if plot is not None:
-        # Drawing libraries take a second to load: only when asked for.
         from cryorecon.run.plots import pose_error_figure, save_figure
 
         save_figure(pose_error_figure(comparison, f"{first.name} and {second.name}"), plot)
 
 
 def _summary(title: str, comparison: PoseComparison) -> Table:
+    from cryorecon.maps.poses import FRACTION_LIMITS_DEG
+
     table = Table(title=escape(f"Poses of {title}, after global alignment"), show_header=False)
     table.add_column()
     table.add_column(justify="right")

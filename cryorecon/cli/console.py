@@ -39,7 +39,7 @@ def prepare_folder(folder: Path, overwrite: bool) -> None:
 
 @contextmanager
 def count_progress(title: str, unit: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar driven by calls of (done, total)."""
+    """A progress bar driven by calls of (done, total); nothing where the output is no terminal."""
     bar = Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -49,6 +49,7 @@ def count_progress(title: str, unit: str) -> Iterator[Callable[[int, int], None]
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=error_console,
+        disable=not error_console.is_terminal,
     )
     with bar:
         task = bar.add_task(title, total=None)

@@ -9,8 +9,7 @@ from typing import Annotated
 import typer
 
 from cryorecon.cli.console import console, count_progress, prepare_folder
-from cryorecon.run.demo import run_demo
-from cryorecon.run.simulate import SimulateConfig, simulate
+from cryorecon.run.simulate_config import SimulateConfig
 
 
 def demo_command(
@@ -25,6 +24,10 @@ def demo_command(
 
     The truth is used at the end only, for the FSC and the pose errors.
     """
+    # torch takes seconds to load: only when the command runs.
+    from cryorecon.run.demo import run_demo
+    from cryorecon.run.simulate import simulate
+
     prepare_folder(output, overwrite)
     config = SimulateConfig(
         n_particles=n, box=box, pixel_size_angst=76.8 / box, snr=snr, shift_angst=3.6, seed=seed

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
 from cryorecon.cli.console import console
-from cryorecon.io.mrc import write_map
-from cryorecon.run.compare_maps import compare_maps, comparison_as_dict
-from cryorecon.run.curves import THRESHOLDS, FscCurve, write_fsc_star, write_fsc_xml, write_json
+
+if TYPE_CHECKING:
+    from cryorecon.run.curves import FscCurve
 
 _MOST_ROWS = 32
 
@@ -40,6 +40,11 @@ def fsc(
     0.143 is meant for two independent half maps, 0.5 for a map against a known structure.
     Without --align the maps are compared where they lie.
     """
+    # torch takes seconds to load: only when the command runs.
+    from cryorecon.io.mrc import write_map
+    from cryorecon.run.compare_maps import compare_maps, comparison_as_dict
+    from cryorecon.run.curves import THRESHOLDS, write_fsc_star, write_fsc_xml, write_json
+
     result = compare_maps(map1, map2, mask, align=align or aligned_map is not None)
     console.print(_shell_table(result.curve))
     if result.alignment is not None:
@@ -56,7 +61,6 @@ def fsc(
     if json is not None:
         write_json(json, comparison_as_dict(result))
     if plot is not None:
-        # Drawing libraries take a second to load: only when asked for.
         from cryorecon.run.plots import fsc_figure, save_figure
 
         save_figure(fsc_figure({result.curve.maps: result.curve}), plot)

@@ -5,15 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
 from cryorecon.cli.console import console, count_progress
-from cryorecon.io.mrc import write_map
-from cryorecon.io.particles import read_particles
-from cryorecon.maps.fsc import fsc_curve, resolution_at
-from cryorecon.run.load import half_sets
-from cryorecon.run.reconstruct import reconstruct
 
 
 def reconstruct_command(
@@ -30,6 +24,15 @@ def reconstruct_command(
     seed: Annotated[int, typer.Option(help="For random half sets.")] = 0,
 ) -> None:
     """Backproject particles with the poses and CTFs in their STAR file."""
+    # torch takes seconds to load: only when the command runs.
+    import torch
+
+    from cryorecon.io.mrc import write_map
+    from cryorecon.io.particles import read_particles
+    from cryorecon.maps.fsc import fsc_curve, resolution_at
+    from cryorecon.run.load import half_sets
+    from cryorecon.run.reconstruct import reconstruct
+
     source = read_particles(particles, project)
     half = half_sets(source, torch.Generator().manual_seed(seed)) if halves else None
     with count_progress("Backprojecting", "images") as progress:

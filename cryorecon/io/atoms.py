@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 
 import gemmi
@@ -11,6 +13,7 @@ from cryorecon.errors import CryoreconError, require_file
 from cryorecon.physics.potential import Atoms
 
 DEFAULT_B_FACTOR_ANGST2 = 20.0
+_NO_LETTER = "\0"
 
 
 def read_atoms(
@@ -22,73 +25,125 @@ def read_atoms(
 ) -> Atoms:
     """Read an atomic model by fixed rules.
 
-    The first model only. Of alternative locations the most occupied counts (the first of
-    equals), with full occupancy; atoms without alternatives keep their occupancy. Hydrogens and
-    waters are left out unless asked for. B-factors are the file's, 20 A^2 where it has none or
-    a negative one, unless one value for all is given.
+    * The first model only.
+    * Of a residue's alternative locations, the letter of the highest mean occupancy counts (the
+      first letter of equals); its atoms take the summed occupancy of all their alternatives, at
+      most 1. An atom that lacks this letter is represented by its own most occupied alternative.
+      Atoms without alternatives keep their occupancy.
+    * Hydrogens (and deuterium) and waters are left out unless asked for.
+    * B-factors are the file's; an atom whose B-factor is not positive gets 20 A^2. One value for
+      all replaces them when given. Anisotropic B-factors are not used.
+    * Atoms count as neutral.
 
     Parameters
     ----------
     path : path
         ``.pdb``, ``.ent``, ``.cif``, ``.mmcif``, each also ``.gz``.
+    keep_hydrogens, keep_waters : bool
     b_factor_angst2 : float, optional
         One isotropic B-factor for all atoms.
 
     Raises
     ------
     CryoreconError
-        If the file is missing, cannot be parsed, holds no atoms, or an element is unknown.
+        If the file is missing, cannot be parsed, holds no atoms, an atom's element is unknown or
+        has no electron scattering factor, or a coordinate, occupancy or B-factor is no number.
     """
     path = require_file(path, "PDB or mmCIF file")
-    try:
-        structure = gemmi.read_structure(str(path))
-        structure.setup_entities()
-    except (RuntimeError, ValueError) as error:
-        raise CryoreconError(
-            f"{path} cannot be read as an atomic model: {str(error).splitlines()[0]}",
-            "Give a PDB or mmCIF file, plain or gzipped",
-        ) from error
-    if len(structure) == 0:
-        raise CryoreconError(f"{path} holds no atoms", "Give a PDB or mmCIF file with coordinates")
+    model = _first_model(path)
     if not keep_hydrogens:
-        structure.remove_hydrogens()
+        model.remove_hydrogens()
     if not keep_waters:
-        structure.remove_waters()
-    rows = [row for chain in structure[0] for residue in chain for row in _residue(path, residue)]
-    if not rows:
+        model.remove_waters()
+    picked = [
+        pick
+        for chain in model
+        for _, residues in groupby(chain, key=lambda residue: str(residue.seqid))
+        for pick in _pick_atoms(list(residues))
+    ]
+    if not picked:
         raise CryoreconError(
             f"{path} holds no atoms besides waters and hydrogens",
             "Keep them with --keep-waters and --keep-hydrogens, or give another model",
         )
-    elements, positions, occupancies, b_factors = zip(*rows, strict=True)
-    b_values = np.asarray(b_factors, dtype=np.float64)
-    b_values = np.where(b_values > 0, b_values, DEFAULT_B_FACTOR_ANGST2)
+    for residue, atom, occupancy in picked:
+        _check_atom(path, residue, atom, occupancy)
+    occupancies = np.array([occupancy for _, _, occupancy in picked])
+    if not occupancies.sum() > 0:
+        raise CryoreconError(
+            f"{path}: the occupancies of all {len(picked)} atoms are 0", "Set its occupancies"
+        )
+    b_factors = np.array([atom.b_iso for _, atom, _ in picked], dtype=np.float64)
+    b_factors = np.where(b_factors > 0, b_factors, DEFAULT_B_FACTOR_ANGST2)
     if b_factor_angst2 is not None:
-        b_values = np.full_like(b_values, b_factor_angst2)
+        b_factors = np.full(len(picked), float(b_factor_angst2))
     return Atoms(
-        np.asarray(positions, dtype=np.float64),
-        tuple(elements),
-        np.asarray(occupancies, dtype=np.float64),
-        b_values,
+        np.array([atom.pos.tolist() for _, atom, _ in picked], dtype=np.float64),
+        tuple(atom.element.name for _, atom, _ in picked),
+        occupancies,
+        b_factors,
     )
 
 
-def _residue(
-    path: Path, residue: gemmi.Residue
-) -> list[tuple[str, tuple[float, float, float], float, float]]:
-    chosen: dict[str, gemmi.Atom] = {}
+def _first_model(path: Path) -> gemmi.Model:
+    try:
+        structure = gemmi.read_structure(str(path))
+    except (RuntimeError, ValueError, OSError) as error:
+        reason = (str(error).splitlines() or ["damaged file"])[0].rstrip(" :.")
+        raise CryoreconError(
+            f"{path} cannot be read as an atomic model: {reason}",
+            "Give a file named .pdb, .ent, .cif or .mmcif, plain or gzipped",
+        ) from error
+    if len(structure) == 0 or structure[0].count_atom_sites() == 0:
+        raise CryoreconError(f"{path} holds no atoms", "Give a PDB or mmCIF file with coordinates")
+    return structure[0]
+
+
+_Pick = tuple[gemmi.Residue, gemmi.Atom, float]
+
+
+def _pick_atoms(residues: list[gemmi.Residue]) -> Iterator[_Pick]:
+    """Each atom once, with its occupancy, of the residues that share one place in the chain."""
+    sums: dict[str, list[float]] = {}
+    for residue in residues:
+        for atom in residue:
+            if atom.altloc != _NO_LETTER:
+                sums.setdefault(atom.altloc, []).append(atom.occ)
+    best = max(sorted(sums), key=lambda letter: float(np.mean(sums[letter])), default=_NO_LETTER)
+    # Two residue types at one place are alternatives of each other: keep the best letter's.
+    rivals = [r for r in residues if len(r) and all(a.altloc != _NO_LETTER for a in r)]
+    winners = [r for r in rivals if any(a.altloc == best for a in r)]
+    lost = [r for r in rivals if r not in winners] if winners else []
+    for residue in residues:
+        if residue not in lost:
+            yield from _pick_residue(residue, best, [atom for r in lost for atom in r])
+
+
+def _pick_residue(residue: gemmi.Residue, best: str, lost: list[gemmi.Atom]) -> Iterator[_Pick]:
+    by_name: dict[str, list[gemmi.Atom]] = {}
     for atom in residue:
-        rival = chosen.get(atom.name)
-        if rival is None or atom.occ > rival.occ:
-            chosen[atom.name] = atom
-    rows = []
-    for atom in chosen.values():
-        if atom.element.atomic_number == 0:
-            raise CryoreconError(
-                f"{path}: atom {atom.name} of residue {residue} has no known element",
-                "Fill in its element column",
-            )
-        occupancy = 1.0 if atom.altloc != "\0" else atom.occ
-        position = (atom.pos.x, atom.pos.y, atom.pos.z)
-        rows.append((atom.element.name, position, occupancy, atom.b_iso))
-    return rows
+        if atom.altloc == _NO_LETTER:
+            yield residue, atom, atom.occ
+        else:
+            by_name.setdefault(atom.name, []).append(atom)
+    for name, atoms in by_name.items():
+        ranked = sorted(atoms, key=lambda atom: (atom.altloc != best, -atom.occ, atom.altloc))
+        total = sum(atom.occ for atom in [*atoms, *(a for a in lost if a.name == name)])
+        yield residue, ranked[0], min(1.0, total)
+
+
+def _check_atom(path: Path, residue: gemmi.Residue, atom: gemmi.Atom, occupancy: float) -> None:
+    where = f"{path}: atom {atom.name} of residue {residue}"
+    element = atom.element
+    if element.atomic_number == 0:
+        raise CryoreconError(f"{where} has no known element", "Fill in its element column")
+    if element.c4322 is None:
+        raise CryoreconError(
+            f"{where}: no electron scattering factor is tabulated for {element.name}",
+            "Remove the atom",
+        )
+    if not np.isfinite([*atom.pos.tolist(), occupancy, atom.b_iso]).all():
+        raise CryoreconError(
+            f"{where} has a coordinate, occupancy or B-factor that is not a finite number",
+            "Correct the file",
+        )

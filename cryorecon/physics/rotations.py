@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import healpix
 import numpy as np
-import roma
 import torch
 from torch import Tensor
 
@@ -32,6 +31,8 @@ def random_rotations(
     Tensor, shape (n, 3, 3)
     """
     quaternions = torch.randn(n, 4, generator=generator, dtype=dtype, device=generator.device)
+    import roma  # loads torch._dynamo, which takes a second: only when needed
+
     return roma.unitquat_to_rotmat(torch.nn.functional.normalize(quaternions, dim=-1))
 
 
@@ -51,6 +52,8 @@ def exp_map(vectors_rad: Tensor) -> Tensor:
 
 def log_map(rotations: Tensor) -> Tensor:
     """Rotation vectors, in radians and shorter than or equal to pi, of rotation matrices."""
+    import roma  # loads torch._dynamo, which takes a second: only when needed
+
     return roma.rotmat_to_rotvec(rotations)
 
 

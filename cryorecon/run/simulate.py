@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pandas as pd
@@ -13,178 +16,121 @@ from torch import Tensor
 
 from cryorecon.conventions import matrix_to_euler
 from cryorecon.errors import CryoreconError
-from cryorecon.io.atoms import read_atoms
-from cryorecon.io.mrc import read_map, stack_writer, write_map
+from cryorecon.io.mrc import stack_writer, write_map
 from cryorecon.io.star import write_star
 from cryorecon.physics.ctf import CtfParameters, ctf
-from cryorecon.physics.fourier import half_plane, resample_volume, to_images
+from cryorecon.physics.fourier import (
+    HalfPlane,
+    half_plane,
+    to_images,
+)
 from cryorecon.physics.imaging import predict
-from cryorecon.physics.potential import potential_map
 from cryorecon.physics.projection import Transform, padded_transform
 from cryorecon.physics.rotations import random_rotations, rotations_towards, sample_views
+from cryorecon.run.simulate_config import SimulateConfig
+from cryorecon.run.specimen import load_model
 
-_BLOCK = 256
-_PADDING = 3
-
-
-@dataclass(frozen=True)
-class SimulateConfig:
-    """What to simulate; lengths in angstrom, angles in degrees.
-
-    Attributes
-    ----------
-    snr : float
-        Variance of the CTF-modulated signal over the whole box, over the variance of the noise.
-        Infinity leaves the noise out.
-    shift_angst : float
-        Origins are uniform within +- this along x and y.
-    view_clusters, view_concentration
-        0 clusters: directions uniform on the sphere. Else a mixture of that many von
-        Mises-Fisher distributions of this concentration around random centres.
-    noise_falloff_angst : float
-        0: white noise. Else its power falls as ``1 / (1 + (s * falloff)^2)`` with spatial
-        frequency s, at the same variance.
-    b_factor_angst2 : float or None
-        One B-factor for all atoms; None keeps the model's own.
-    """
-
-    n_particles: int = 2000
-    box: int = 64
-    pixel_size_angst: float | None = None
-    snr: float = 0.1
-    defocus_min_angst: float = 10_000.0
-    defocus_max_angst: float = 20_000.0
-    astigmatism_angst: float = 300.0
-    phase_shift_deg: float = 0.0
-    shift_angst: float = 0.0
-    view_clusters: int = 0
-    view_concentration: float = 10.0
-    noise_falloff_angst: float = 0.0
-    voltage_kv: float = 300.0
-    spherical_aberration_mm: float = 2.7
-    amplitude_contrast: float = 0.1
-    b_factor_angst2: float | None = 20.0
-    keep_hydrogens: bool = False
-    keep_waters: bool = False
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.n_particles < 1:
-            raise CryoreconError("The number of particles must be at least 1", "Raise --n")
-        if self.box < 8:
-            raise CryoreconError(f"A box of {self.box} px is too small", "Use --box 8 or more")
-        if not self.snr > 0:
-            raise CryoreconError(f"The SNR must be positive, not {self.snr}", "Use --snr 0.1, say")
-        if not 0 <= self.amplitude_contrast <= 1:
-            raise CryoreconError(
-                f"The amplitude contrast must lie in [0, 1], not {self.amplitude_contrast}",
-                "Use --amplitude-contrast 0.1, say",
-            )
-        if self.defocus_min_angst > self.defocus_max_angst:
-            raise CryoreconError(
-                "The least defocus exceeds the largest", "Swap --defocus-min and --defocus-max"
-            )
-
-
-def load_model(path: str | Path, config: SimulateConfig) -> tuple[Tensor, float]:
-    """The true map on the simulation's grid and its pixel size in angstrom.
-
-    Atomic models become potentials; an MRC map is resampled to the box in Fourier space.
-    """
-    if Path(path).suffix.lower() in (".mrc", ".map", ".ccp4"):
-        source = read_map(path)
-        volume = torch.from_numpy(source.data)
-        field_of_view = source.pixel_size_angst * len(volume)
-        pixel_size = field_of_view / config.box
-        wanted = config.pixel_size_angst
-        if wanted is not None and abs(wanted - pixel_size) > 1e-3 * pixel_size:
-            raise CryoreconError(
-                f"{path} is {field_of_view:.1f} A wide, so a box of {config.box} px has "
-                f"{pixel_size:.4f} A/px, not {wanted:g}",
-                f"Leave --pixel-size out, or use --box {round(field_of_view / wanted)}",
-            )
-        return resample_volume(volume.double(), config.box).float(), pixel_size
-    atoms = read_atoms(
-        path,
-        keep_hydrogens=config.keep_hydrogens,
-        keep_waters=config.keep_waters,
-        b_factor_angst2=config.b_factor_angst2,
-    )
-    pixel_size = config.pixel_size_angst or round(2.6 * atoms.radius_angst() / config.box, 2)
-    return potential_map(atoms, config.box, pixel_size), pixel_size
+_SNR_SAMPLE = 512
+# Images go through in blocks of at most this many images and interpolated coefficients, so that
+# a block takes about 100 MB whatever the box.
+_BLOCK_IMAGES = 256
+_BLOCK_COEFFICIENTS = 2**19
+# The oversampled transform is as fine as this side allows, at least 2 and at most 4 times.
+_TRANSFORM_SIDE = 320
 
 
 @dataclass(frozen=True)
-class _Truth:
+class _Scene:
+    """All that the noise-free images follow from."""
+
+    transform: Transform
+    plane: HalfPlane
+    pixel_size_angst: float
     rotations: Tensor
     origins_angst: Tensor
     optics: CtfParameters
 
+    def images(self, rows: slice) -> Tensor:
+        """Noise-free images, shape (b, N, N), float32."""
+        frequencies, box = self.plane.frequencies, self.plane.box
+        gain = ctf(frequencies, self.optics[rows], box, self.pixel_size_angst).float()
+        offsets = (self.origins_angst[rows] / self.pixel_size_angst).float()
+        rotations = self.rotations[rows].float()
+        return to_images(predict(self.transform, rotations, offsets, gain, self.plane), self.plane)
 
-def _generators(seed: int) -> Iterator[torch.Generator]:
-    """One generator per purpose, so that one more option does not change the others' draws."""
-    children = np.random.SeedSequence(seed).spawn(3)
-    for child in children:
-        yield torch.Generator().manual_seed(int(child.generate_state(1)[0]))
+    def blocks(self, n: int) -> Iterator[slice]:
+        """The first n rows in blocks whose size depends on the box alone."""
+        size = min(max(_BLOCK_COEFFICIENTS // len(self.plane), 1), _BLOCK_IMAGES)
+        for start in range(0, n, size):
+            yield slice(start, min(start + size, n))
+
+    def signal_variance(self) -> float:
+        """Variance of all pixels of the first images taken together."""
+        n = min(len(self.rotations), _SNR_SAMPLE)
+        total = squares = 0.0
+        for rows in self.blocks(n):
+            images = self.images(rows).double()
+            total += float(images.sum())
+            squares += float(images.square().sum())
+        pixels = n * self.plane.box**2
+        return squares / pixels - (total / pixels) ** 2
 
 
-def _draw_truth(config: SimulateConfig, poses: torch.Generator, optics: torch.Generator) -> _Truth:
-    n = config.n_particles
-
-    def uniform(low: float, high: float, generator: torch.Generator) -> Tensor:
-        return low + (high - low) * torch.rand(n, generator=generator, dtype=torch.float64)
-
+def _set_scene(
+    volume: Tensor, pixel_size_angst: float, config: SimulateConfig, seeds: list[int]
+) -> _Scene:
+    box, n = len(volume), config.n_particles
+    # One generator per purpose: an option changes no draws but its own.
+    views, origins, optics = (torch.Generator().manual_seed(seed) for seed in seeds)
     if config.view_clusters:
-        views = sample_views(n, config.view_clusters, config.view_concentration, poses)
-        rotations = rotations_towards(views, poses)
+        directions = sample_views(n, config.view_clusters, config.view_concentration, views)
+        rotations = rotations_towards(directions, views)
     else:
-        rotations = random_rotations(n, poses)
-    reach = config.shift_angst
-    origins = torch.stack([uniform(-reach, reach, poses), uniform(-reach, reach, poses)], -1)
-    mean = uniform(config.defocus_min_angst, config.defocus_max_angst, optics)
-    half_difference = uniform(0, config.astigmatism_angst, optics) / 2
-    same = torch.ones(n, dtype=torch.float64)
-    parameters = CtfParameters(
-        mean + half_difference,
-        mean - half_difference,
-        uniform(-90, 90, optics),
-        same * config.voltage_kv,
-        same * config.spherical_aberration_mm,
-        same * config.amplitude_contrast,
-        same * config.phase_shift_deg,
-        same * 0,
+        rotations = random_rotations(n, views)
+    shifts = torch.rand(n, 2, generator=origins, dtype=torch.float64) * 2 - 1
+    padding = min(max(_TRANSFORM_SIDE // box, 2), 4)
+    return _Scene(
+        padded_transform(volume, padding),
+        half_plane(box),
+        pixel_size_angst,
+        rotations,
+        shifts * config.shift_angst,
+        _draw_optics(config, optics),
     )
-    return _Truth(rotations, origins, parameters)
 
 
-def _clean_images(
-    transform: Transform, truth: _Truth, rows: slice, box: int, pixel_size_angst: float
-) -> Tensor:
-    plane = half_plane(box)
-    gain = ctf(plane.frequencies, truth.optics[rows], box, pixel_size_angst).float()
-    offsets = (truth.origins_angst[rows] / pixel_size_angst).float()
-    rotations = truth.rotations[rows].float()
-    return to_images(predict(transform, rotations, offsets, gain, plane), plane)
+def _draw_optics(config: SimulateConfig, generator: torch.Generator) -> CtfParameters:
+    def uniform(low: float, high: float) -> Tensor:
+        draws = torch.rand(config.n_particles, generator=generator, dtype=torch.float64)
+        return low + (high - low) * draws
+
+    mean = uniform(config.defocus_min_angst, config.defocus_max_angst)
+    half_difference = uniform(0, config.astigmatism_angst) / 2
+    angle = uniform(-90, 90)
+    one = torch.ones_like(mean)
+    return CtfParameters(
+        defocus_u_angst=mean + half_difference,
+        defocus_v_angst=mean - half_difference,
+        defocus_angle_deg=angle,
+        voltage_kv=one * config.voltage_kv,
+        spherical_aberration_mm=one * config.spherical_aberration_mm,
+        amplitude_contrast=one * config.amplitude_contrast,
+        phase_shift_deg=one * config.phase_shift_deg,
+        b_factor_angst2=one * 0,
+    )
 
 
-def _noise(
-    shape: tuple[int, ...],
-    config: SimulateConfig,
-    pixel_size_angst: float,
-    generator: torch.Generator,
-) -> Tensor:
-    """Noise of variance 1."""
-    noise = torch.randn(shape, generator=generator)
-    if config.noise_falloff_angst <= 0:
-        return noise
-    box = shape[-1]
-    ky = torch.fft.fftfreq(box, pixel_size_angst)[:, None]
-    kx = torch.fft.rfftfreq(box, pixel_size_angst)
-    power = 1 / (1 + (kx**2 + ky**2) * config.noise_falloff_angst**2)
-    both = torch.fft.fftfreq(box, pixel_size_angst)
-    total = 1 / (1 + (both**2 + both[:, None] ** 2) * config.noise_falloff_angst**2)
-    gain = (power / total.mean()).sqrt()
-    return torch.fft.irfft2(torch.fft.rfft2(noise) * gain, s=(box, box))
+def noise_gain(box: int, pixel_size_angst: float, falloff_angst: float) -> Tensor:
+    """Gain of white noise in Fourier space that makes its power ``1 / (1 + (s * falloff)^2)``.
+
+    Returns
+    -------
+    Tensor, shape (N, N // 2 + 1)
+        In the layout of ``rfft2``; the variance stays as it is.
+    """
+    s = torch.fft.fftfreq(box, pixel_size_angst, dtype=torch.float64)
+    power = 1 / (1 + (s**2 + s[:, None] ** 2) * falloff_angst**2)
+    return (power / power.mean()).sqrt()[:, : box // 2 + 1].float()
 
 
 def simulate(
@@ -196,66 +142,111 @@ def simulate(
     """Write ``particles.mrcs``, ``particles.star`` (true poses, RELION 3.1) and ``map.mrc``.
 
     Images stream to disk in blocks, so memory does not grow with their number beyond the table.
+    They are made by :mod:`cryorecon.physics.imaging`, white on black, with the map's transform
+    oversampled up to four times. The three files appear together when all is done. One seed gives
+    the same poses, optics and noise whatever the block size.
 
     Parameters
     ----------
     model : path
         PDB, mmCIF (both also gzipped) or MRC file.
     output : path
-        Folder, made if missing.
+        Folder, made if missing; files of these names in it are replaced.
     progress : callable, optional
         Called with (images done, images in all).
+
+    Raises
+    ------
+    CryoreconError
+        If the model cannot be read or does not fit the box, its map has no contrast, or the
+        folder cannot be written.
     """
-    output = Path(output)
+    output, n = Path(output), config.n_particles
+    stack_name = _name_in_star(output / "particles.mrcs")
     volume, pixel_size = load_model(model, config)
-    output.mkdir(parents=True, exist_ok=True)
-    pose_draws, optics_draws, noise_draws = _generators(config.seed)
-    truth = _draw_truth(config, pose_draws, optics_draws)
-    transform = padded_transform(volume, _PADDING)
-    n, box = config.n_particles, config.box
-    sample = _clean_images(transform, truth, slice(0, min(n, 512)), box, pixel_size)
-    noise_std = float(sample.var() / config.snr) ** 0.5
-    with stack_writer(output / "particles.mrcs", box, pixel_size) as stack:
-        for start in range(0, n, _BLOCK):
-            rows = slice(start, min(start + _BLOCK, n))
-            images = _clean_images(transform, truth, rows, box, pixel_size)
-            images += noise_std * _noise(tuple(images.shape), config, pixel_size, noise_draws)
-            stack.append(images.numpy())
-            if progress is not None:
-                progress(rows.stop, n)
-        # The table goes first: a stack without its table would look whole.
-        write_star(output / "particles.star", _tables(truth, output, config, pixel_size))
-    write_map(output / "map.mrc", volume.numpy(), pixel_size)
+    *seeds, noise_seed = np.random.SeedSequence(config.seed).spawn(4)
+    draws = [int(seed.generate_state(1, np.uint64)[0] >> 1) for seed in seeds]
+    scene = _set_scene(volume, pixel_size, config, draws)
+    variance = scene.signal_variance()
+    if not variance > 0:
+        raise CryoreconError(f"The images of {model} have no contrast", "Give another model")
+    noise_std = math.sqrt(variance / config.snr)
+    noise_draws = np.random.default_rng(noise_seed)
+    box = len(volume)
+    gain = noise_gain(box, pixel_size, config.noise_falloff_angst)
+    with _together(output) as folder:
+        with stack_writer(folder / "particles.mrcs", box, pixel_size) as stack:
+            for rows in scene.blocks(n):
+                images = scene.images(rows)
+                # numpy's normal deviates run on from call to call, torch's depend on the block.
+                shape = tuple(images.shape)
+                noise = torch.from_numpy(noise_draws.standard_normal(shape, dtype=np.float32))
+                if config.noise == "coloured":
+                    noise = torch.fft.irfft2(torch.fft.rfft2(noise) * gain, s=(box, box))
+                stack.append((images + noise_std * noise).numpy())
+                if progress is not None:
+                    progress(rows.stop, n)
+        write_map(folder / "map.mrc", volume.numpy(), pixel_size)
+        write_star(folder / "particles.star", _tables(scene, stack_name, config))
 
 
-def _tables(
-    truth: _Truth, output: Path, config: SimulateConfig, pixel_size_angst: float
-) -> dict[str, pd.DataFrame]:
+def _name_in_star(stack: Path) -> str:
+    """The stack's path as given; relative to the current directory where it lies below it."""
+    if stack.is_absolute() and stack.is_relative_to(Path.cwd()):
+        stack = stack.relative_to(Path.cwd())
+    name = stack.as_posix()
+    if any(character.isspace() for character in name):
+        raise CryoreconError(
+            f"The path {name!r} holds white space, which RELION's tables cannot",
+            "Choose another folder, or change into it and give a relative one",
+        )
+    return name
+
+
+@contextmanager
+def _together(output: Path) -> Iterator[Path]:
+    """A hidden folder in `output` whose files move there when the block ends well."""
+    existed = output.is_dir()
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=".simulate-", dir=output) as name:
+            yield Path(name)
+            for file in sorted(Path(name).iterdir()):
+                file.replace(output / file.name)
+            existed = True
+    except OSError as error:
+        raise CryoreconError(
+            f"{output} cannot be written: {error.strerror or error}", "Choose another folder"
+        ) from error
+    finally:
+        if not existed and output.is_dir() and not any(output.iterdir()):
+            output.rmdir()
+
+
+def _tables(scene: _Scene, stack_name: str, config: SimulateConfig) -> dict[str, pd.DataFrame]:
     optics = {
         "rlnOpticsGroupName": "opticsGroup1",
         "rlnOpticsGroup": 1,
         "rlnVoltage": config.voltage_kv,
         "rlnSphericalAberration": config.spherical_aberration_mm,
         "rlnAmplitudeContrast": config.amplitude_contrast,
-        "rlnImagePixelSize": pixel_size_angst,
-        "rlnImageSize": config.box,
+        "rlnImagePixelSize": scene.pixel_size_angst,
+        "rlnImageSize": scene.plane.box,
         "rlnImageDimensionality": 2,
     }
-    angles = matrix_to_euler(truth.rotations).numpy()
-    stack = (output / "particles.mrcs").as_posix()
-    n = config.n_particles
+    angles = matrix_to_euler(scene.rotations).numpy()
     particles = {
-        "rlnImageName": [f"{i + 1:06d}@{stack}" for i in range(n)],
+        "rlnImageName": [f"{i + 1:06d}@{stack_name}" for i in range(config.n_particles)],
         "rlnMicrographName": "simulated",
         "rlnOpticsGroup": 1,
-        "rlnDefocusU": truth.optics.defocus_u_angst.numpy(),
-        "rlnDefocusV": truth.optics.defocus_v_angst.numpy(),
-        "rlnDefocusAngle": truth.optics.defocus_angle_deg.numpy(),
-        "rlnPhaseShift": truth.optics.phase_shift_deg.numpy(),
+        "rlnDefocusU": scene.optics.defocus_u_angst.numpy(),
+        "rlnDefocusV": scene.optics.defocus_v_angst.numpy(),
+        "rlnDefocusAngle": scene.optics.defocus_angle_deg.numpy(),
+        "rlnPhaseShift": scene.optics.phase_shift_deg.numpy(),
         "rlnAngleRot": angles[:, 0],
         "rlnAngleTilt": angles[:, 1],
         "rlnAnglePsi": angles[:, 2],
-        "rlnOriginXAngst": truth.origins_angst[:, 0].numpy(),
-        "rlnOriginYAngst": truth.origins_angst[:, 1].numpy(),
+        "rlnOriginXAngst": scene.origins_angst[:, 0].numpy(),
+        "rlnOriginYAngst": scene.origins_angst[:, 1].numpy(),
     }
     return {"optics": pd.DataFrame([optics]), "particles": pd.DataFrame(particles)}

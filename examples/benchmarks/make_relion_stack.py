@@ -17,7 +17,8 @@ import numpy as np
 
 from cryorecon.io.mrc import open_stack, stack_writer
 from cryorecon.io.star import read_star, write_star
-from cryorecon.run.simulate import SimulateConfig, simulate
+from cryorecon.run.simulate import simulate
+from cryorecon.run.simulate_config import SimulateConfig
 
 
 def main() -> None:
