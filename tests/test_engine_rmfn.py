@@ -159,7 +159,7 @@ def test_the_search_band_follows_the_particle_not_the_box():
     assert len(so3_grid(RmfnConfig().search_nside)[0]) == 4608
 
 
-QUICK = RmfnConfig(n_starts=1, half_rounds=5, joint_rounds=2, final_steps=10)
+QUICK = RmfnConfig(final_steps=10)
 
 
 @pytest.fixture(scope="module")
@@ -236,7 +236,10 @@ def test_one_seed_gives_one_result_and_half_sets_are_honoured(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_recovery_at_64_px(tmp_path, seed):
-    """2,000 images, SNR 0.1, shifts of up to 3 px: within 1.25x and 2x of the limits."""
+    """2,000 images, SNR 0.1, shifts of up to 3 px: within 1.25x and 2x of the limits.
+
+    These, 2.5 A and 0.73 degrees, are what examples/benchmarks/limits.py finds for such a stack.
+    """
     from rich.console import Console
 
     config = SimulateConfig(pixel_size_angst=1.2, shift_angst=3.6, seed=seed)
@@ -247,7 +250,7 @@ def test_recovery_at_64_px(tmp_path, seed):
     truth = torch.from_numpy(read_map(tmp_path / "s" / "map.mrc").data)
     volume = torch.from_numpy(read_map(job / "initial_model.mrc").data)
     moved = apply_alignment(volume, align_maps(volume, truth, 1.2))
-    assert resolution_at(fsc_curve(moved, truth), 0.5, 64, 1.2) < 1.25 * 2.6
+    assert resolution_at(fsc_curve(moved, truth), 0.5, 64, 1.2) < 1.25 * 2.5
     mine, true = read_particles(job / "run_data.star"), read_particles(star)
     poses = [euler_to_matrix(torch.from_numpy(p.euler_deg())) for p in (mine, true)]
-    assert compare_pose_sets(*poses).median_deg < 1.6
+    assert compare_pose_sets(*poses).median_deg < 2 * 0.73

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import typer
@@ -47,6 +48,9 @@ def _root(
 
 def main() -> None:
     """Run the command line; user errors exit with status 1, interruption with 3."""
+    # Threads of torch's OpenMP spin between loops: two jobs on one machine would hold each other
+    # up for many times their own length. torch is not loaded before a command runs.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
         app()
     except CryoreconError as error:

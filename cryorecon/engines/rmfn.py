@@ -77,7 +77,7 @@ class RmfnConfig:
     search_prior: float = 0.05
     n_starts: int = 2
     offset_range: float = 0.1
-    half_rounds: int = 8
+    half_rounds: int = 14
     joint_rounds: int = 3
     settled_deg: float = 0.3
     width: int = 128
@@ -110,8 +110,9 @@ class RmfnState:
     band : float
         Radius that the next refinement uses, in cycles per box.
     sums : list of two NormalEquations
+        Of the half sets, at the poses of the last round against half maps.
     fsc : Tensor, shape (N // 2 + 1,)
-        Between the half maps.
+        Between the maps of these, masked.
     network : NetworkMap
     """
 

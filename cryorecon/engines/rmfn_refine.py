@@ -168,15 +168,18 @@ def _solve_halves(
 ) -> None:
     """Wiener maps whose signal power comes from the half sets' agreement.
 
-    With correlation c between half maps the signal-to-noise ratio of one is c / (1 - c), of
-    both together twice that.
+    A joint round leaves the half sets' sums and their FSC as the last half-map round left them:
+    poses that were refined against the joint map would make the halves agree too well. With
+    correlation c between half maps the signal-to-noise ratio of one is c / (1 - c), of both
+    together twice that.
     """
     box = state.maps[0].shape[-1]
-    state.sums = sums
+    measured = joint and len(state.sums) > 0
+    if not measured:
+        state.sums = sums
     mask = soft_ball(box, config.diameter / 2 * box, 0.07 * box, 3)
-    raw = [m * mask for m in half_maps(state, box)]
-    if not joint or len(state.fsc) == 1:
-        state.fsc = agreement(*raw)
+    if not measured:
+        state.fsc = agreement(*(half * mask for half in half_maps(state, box)))
     correlation = state.fsc[: max_band(box) + 1].clamp(1e-3, 0.999)
     ratio = correlation / (1 - correlation)
     solved = sums if not joint else [sums[0].plus(sums[1])]

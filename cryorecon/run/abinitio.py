@@ -32,7 +32,10 @@ from cryorecon.run.plots import (
     viewing_direction_figure,
 )
 
-_REASSIGN_AFTER_ROUND = 3
+# All images are searched again after this round, and every second round from then on while more
+# than this share of them finds a better pose.
+_FIRST_NEW_SEARCH = 3
+_ENOUGH_FOUND = 0.02
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,9 @@ def _bar(console: Console, title: str, total: int) -> Iterator[_Update]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as progress:
         task = progress.add_task(title, total=total, rate="", note="")
 
         def update(done: int, note: str = "") -> None:
@@ -190,12 +195,14 @@ def _refine(
     """Rounds against the half maps until they settle, then against the joint map."""
     box, n = observations.plane.box, len(observations)
     settled, joint_left, number = False, config.joint_rounds, 0
+    search_after: int | None = _FIRST_NEW_SEARCH
     while not settled or joint_left > 0:
         joint = settled
-        if number == _REASSIGN_AFTER_ROUND:
+        if number == search_after:
             with _bar(job.console, "Searching again", n) as bar:
                 share = reassign(state, observations, config, generator, bar)
             job.say(f"searched again: {100 * share:.1f} % of the images found a better pose")
+            search_after = number + 2 if share > _ENOUGH_FOUND else None
         number += 1
         band_angst = shell_to_angst(state.band, box, pixel_size_angst)
         title = f"Refining {'all' if joint else 'halves'} at {band_angst:.2f} A"
@@ -218,8 +225,7 @@ def _refine(
         )
         joint_left -= joint
         stable = report.pose_change_deg < config.settled_deg and state.band <= report.band
-        after_reassign = number > _REASSIGN_AFTER_ROUND
-        settled = settled or (stable and after_reassign) or number >= config.half_rounds
+        settled = settled or (stable and search_after is None) or number >= config.half_rounds
 
 
 def _write(job: Job, particles: Particles, state: RmfnState, scales: list[Tensor]) -> None:

@@ -12,40 +12,14 @@ JSON is there is not run again.
 """
 
 import argparse
-import json
-import resource
-import subprocess
-import time
 from pathlib import Path
+
+from measure import timed
 
 SCHEDULES = {
     "default": {"ini": 50, "inbetween": 200, "fin": 50, "from": 100, "to": 500},
     "short": {"ini": 25, "inbetween": 50, "fin": 25, "from": 100, "to": 200},
 }
-
-
-def timed(command: list[str], record: Path, limit_s: float | None = None) -> dict:
-    """Run a command, measure it with its children, and keep the record."""
-    if record.exists():
-        return json.loads(record.read_text())
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    start = time.monotonic()
-    finished = True
-    with open(record.with_suffix(".log"), "w") as log:
-        try:
-            subprocess.run(command, check=True, stdout=log, stderr=log, timeout=limit_s)
-        except subprocess.TimeoutExpired:
-            finished = False
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    result = {
-        "command": " ".join(command),
-        "finished": finished,
-        "wall_s": round(time.monotonic() - start, 1),
-        "cpu_s": round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 1),
-        "peak_mb": round(after.ru_maxrss / 1024),
-    }
-    record.write_text(json.dumps(result, indent=2))
-    return result
 
 
 def initial_model(star: Path, out: Path, schedule: str, diameter_angst: float) -> list[str]:

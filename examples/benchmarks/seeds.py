@@ -1,0 +1,48 @@
+"""Run `cryorecon abinitio` from several seeds on one stack and judge each run against the truth.
+
+    python examples/benchmarks/seeds.py STACK OUT [--seeds 0 1 2 3 4]
+
+Reads STACK/blind.star, which has no poses; STACK/particles.star and STACK/map.mrc are opened when
+all runs are done. One row a seed: wall and CPU seconds, peak memory, resolution, pose error.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from measure import timed
+from score import score
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("stack", type=Path)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--set", action="append", default=[], help="engine settings, key=value")
+    args = parser.parse_args()
+    settings = [word for pair in args.set for word in ("--set", pair)]
+    costs = {}
+    for seed in args.seeds:
+        job = args.output / f"seed{seed}"
+        command = [sys.executable, "-m", "cryorecon", "abinitio", str(args.stack / "blind.star")]
+        command += ["-o", str(job), "--seed", str(seed), "--overwrite", *settings]
+        costs[seed] = timed(command, args.output / f"seed{seed}.json")
+    print(
+        "| seed | wall s | CPU s | peak MB | FSC 0.5 (A) | FSC 0.143 (A) | median deg | median A |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    for seed, cost in costs.items():
+        job = args.output / f"seed{seed}"
+        found = score(args.stack, job / "initial_model.mrc", job / "run_data.star")
+        (args.output / f"seed{seed}_score.json").write_text(json.dumps(found))
+        print(
+            f"| {seed} | {cost['wall_s']:.0f} | {cost['cpu_s']:.0f} | {cost['peak_mb']} | "
+            f"{found['fsc_0.5_angst']:.2f} | {found['fsc_0.143_angst']:.2f} | "
+            f"{found['median_deg']:.2f} | {found['median_offset_angst']:.2f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
