@@ -9,11 +9,16 @@ import pytest
 import torch
 from conftest import GOLDEN, MODEL
 
+from cryorecon.conventions import euler_to_matrix
 from cryorecon.errors import CryoreconError
 from cryorecon.io.atoms import read_atoms
-from cryorecon.io.mrc import read_map
+from cryorecon.io.mrc import open_stack, read_map
+from cryorecon.io.particles import read_particles
 from cryorecon.maps.fsc import fsc_curve
-from cryorecon.physics.potential import Atoms
+from cryorecon.physics.ctf import ctf
+from cryorecon.physics.fourier import fft_centred, half_plane, radius_grid
+from cryorecon.physics.imaging import render
+from cryorecon.physics.potential import Atoms, potential_map
 from cryorecon.run.simulate import simulate
 from cryorecon.run.simulate_config import SimulateConfig
 
@@ -66,6 +71,101 @@ def test_bad_models_are_named(tmp_path):
     ):
         with pytest.raises(CryoreconError, match=words):
             read_atoms(path)
+
+
+@pytest.mark.parametrize("box", [24, 25])
+@pytest.mark.parametrize("b", [0.5, 30.0])
+def test_an_atom_has_its_scattering_factor(box, b):
+    import gemmi
+
+    pixel = 1.0
+    transform = fft_centred(potential_map(atom(b=b), box, pixel).double(), 3) * pixel**3
+    s2 = (radius_grid(box, 3) / (box * pixel)) ** 2
+    coefficients = gemmi.Element("C").c4322
+    expected = sum(
+        a * torch.exp(-w * s2 / 4) for a, w in zip(coefficients.a, coefficients.b, strict=True)
+    ) * torch.exp(-b * s2 / 4)
+    inside = radius_grid(box, 3) < box / 2
+    error = (transform - expected).abs()[inside].max()
+    assert error < 0.02 * expected.max()
+
+
+@pytest.mark.parametrize("box", [20, 21])
+def test_the_mass_centre_is_the_box_centre_and_axes_are_zyx(box):
+    atoms = Atoms(
+        np.array([[4.0, 0, 0], [-4.0, 0, 0], [0, 0, 0]]),
+        ("C", "C", "C"),
+        np.ones(3),
+        np.full(3, 20.0),
+    )
+    volume = potential_map(atoms, box, 1.0)
+    centre = box // 2
+    line = volume[centre, centre]
+    assert line[centre + 4] > 0.8 * line[centre]
+    assert volume[centre, centre + 4, centre] < 0.1 * line[centre]
+
+
+def test_a_molecule_larger_than_the_box_is_refused():
+    atoms = Atoms(np.array([[0.0, 0, 0], [50.0, 0, 0]]), ("C", "C"), np.ones(2), np.full(2, 20.0))
+    with pytest.raises(CryoreconError, match="needs 50 A around its centre of mass"):
+        potential_map(atoms, 20, 1.0)
+
+
+def clean(folder):
+    particles = read_particles(folder / "particles.star")
+    volume = torch.from_numpy(read_map(folder / "map.mrc").data)
+    pixel = particles.pixel_size_angst
+    plane = half_plane(particles.box)
+    gain = ctf(plane.frequencies, particles.ctf_parameters(), particles.box, pixel).float()
+    rotations = euler_to_matrix(torch.from_numpy(particles.euler_deg())).float()
+    offsets = torch.from_numpy(particles.origins_angst() / pixel).float()
+    images = torch.from_numpy(particles.images(range(len(particles))))
+    return images, render(volume, rotations, offsets, gain, padding=3)
+
+
+def test_snr_is_as_defined_and_noise_is_white(stack_32):
+    images, signal = clean(stack_32)
+    noise = images - signal
+    assert float(signal.var() / noise.var()) == pytest.approx(0.2, rel=0.03)
+    power = (fft_centred(noise, 2).abs() ** 2).mean(0)
+    radius = radius_grid(32, 2)
+    low, high = power[radius < 6].mean(), power[radius > 10].mean()
+    assert float(low / high) == pytest.approx(1, abs=0.03)
+
+
+def test_coloured_noise_has_the_stated_spectrum_and_variance(tmp_path):
+    config = SimulateConfig(
+        n_particles=300,
+        box=24,
+        pixel_size_angst=3.2,
+        snr=0.05,
+        noise="coloured",
+        noise_falloff_angst=20.0,
+    )
+    simulate(MODEL, tmp_path, config)
+    images, signal = clean(tmp_path)
+    noise = images - signal
+    assert float(signal.var() / noise.var()) == pytest.approx(0.05, rel=0.05)
+    power = (fft_centred(noise, 2).abs() ** 2).mean(0)
+    s = radius_grid(24, 2) / (24 * 3.2)
+    expected = 1 / (1 + (s * 20.0) ** 2)
+    ratio = power / expected
+    assert float(ratio.std() / ratio.mean()) < 0.1
+
+
+def test_one_seed_gives_one_stack(tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        simulate(MODEL, tmp_path / name, SimulateConfig(n_particles=40, box=16, seed=seed))
+    a, b, c = (np.array(open_stack(tmp_path / n / "particles.mrcs")) for n in "abc")
+    assert np.array_equal(a, b)
+    assert not np.array_equal(a, c)
+
+
+def test_views_cluster_when_asked(tmp_path):
+    config = SimulateConfig(n_particles=200, box=16, view_clusters=1, view_concentration=50.0)
+    simulate(MODEL, tmp_path, config)
+    angles = torch.from_numpy(read_particles(tmp_path / "particles.star").euler_deg())
+    assert euler_to_matrix(angles)[:, 2].mean(0).norm() > 0.95
 
 
 @pytest.mark.parametrize("box", [24, 25])

@@ -1,20 +1,6 @@
-"""Run RELION's initial model, and its own refinement after it, on a particle stack.
+"""RELION 3.1's commands for an initial model and for the refinement that follows it."""
 
-    python examples/benchmarks/peer_relion.py STACK/blind.star OUT --schedule short [--refine]
-
-Schedules: `default` is RELION 3.1's (50 + 200 + 50 iterations, mini-batches of 100 to 500),
-`short` 25 + 50 + 25 with 100 to 200; both one class, 25 to 8 A, HEALPix order 1 + oversampling 1,
-offsets +-2 px, 2 threads. `--refine` follows with RELION's gold-standard 3-D auto-refinement of the
-initial model (MPI, a process for each half set), stopped after an hour.
-
-Each step writes OUT/NAME.json with its command, wall and CPU seconds and peak memory; a step whose
-JSON is there is not run again.
-"""
-
-import argparse
 from pathlib import Path
-
-from measure import timed
 
 SCHEDULES = {
     "default": {"ini": 50, "inbetween": 200, "fin": 50, "from": 100, "to": 500},
@@ -49,25 +35,3 @@ def refinement(star: Path, model: Path, out: Path, name: str, diameter_angst: fl
 
 def last(out: Path, prefix: str, suffix: str) -> Path:
     return sorted(out.glob(f"{prefix}_it*_{suffix}"))[-1]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("star", type=Path)
-    parser.add_argument("output", type=Path)
-    parser.add_argument("--schedule", choices=SCHEDULES, default="short")
-    parser.add_argument("--diameter", type=float, default=62.0, help="angstrom")
-    parser.add_argument("--refine", action="store_true")
-    args = parser.parse_args()
-    args.output.mkdir(parents=True, exist_ok=True)
-    record = args.output / f"{args.schedule}.json"
-    print(timed(initial_model(args.star, args.output, args.schedule, args.diameter), record))
-    if args.refine:
-        model = last(args.output, args.schedule, "class001.mrc")
-        name = f"{args.schedule}_refined"
-        command = refinement(args.star, model, args.output, name, args.diameter)
-        print(timed(command, args.output / f"{name}.json", limit_s=3600))
-
-
-if __name__ == "__main__":
-    main()

@@ -40,16 +40,8 @@ def score(stack: Path, map_path: Path, star: Path) -> dict:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("stack", type=Path)
-    parser.add_argument("runs", nargs="+", metavar="NAME=MAP,STAR")
-    args = parser.parse_args()
-    scores = {}
-    for run in args.runs:
-        name, _, files = run.partition("=")
-        map_path, _, star = files.partition(",")
-        scores[name] = score(args.stack, Path(map_path), Path(star))
+def print_scores(scores: dict[str, dict]) -> None:
+    """Tables of the runs and of the shells."""
     print("| run | FSC 0.5 (A) | FSC 0.143 (A) | median deg | mean deg | within 5 deg | median A |")
     print("|---|---|---|---|---|---|---|")
     for name, s in scores.items():
@@ -63,6 +55,19 @@ def main() -> None:
     for shell in range(1, len(next(iter(scores.values()))["fsc"])):
         row = " | ".join(f"{s['fsc'][shell]:.3f}" for s in scores.values())
         print(f"| {shell} | {row} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("stack", type=Path)
+    parser.add_argument("runs", nargs="+", metavar="NAME=MAP,STAR")
+    args = parser.parse_args()
+    scores = {}
+    for run in args.runs:
+        name, _, files = run.partition("=")
+        map_path, _, star = files.partition(",")
+        scores[name] = score(args.stack, Path(map_path), Path(star))
+    print_scores(scores)
 
 
 if __name__ == "__main__":
