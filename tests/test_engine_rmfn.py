@@ -242,7 +242,7 @@ def test_recovery_at_64_px(tmp_path, seed):
     """
     from rich.console import Console
 
-    config = SimulateConfig(pixel_size_angst=1.2, shift_angst=3.6, seed=seed)
+    config = SimulateConfig(pixel_size_angst=1.2, shift_angst=3.6, b_factor_angst2=20.0, seed=seed)
     simulate(MODEL, tmp_path / "s", config)
     job = tmp_path / "job"
     star = tmp_path / "s" / "particles.star"

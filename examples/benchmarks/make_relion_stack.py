@@ -35,6 +35,7 @@ def main() -> None:
         pixel_size_angst=pixel,
         snr=float("inf"),
         shift_angst=args.shift_px * pixel,
+        b_factor_angst2=20.0,
         seed=args.seed,
     )
     model = files("cryorecon") / "data" / "4ake_chain_a_heavy.pdb"
