@@ -18,7 +18,6 @@ from pathlib import Path
 
 from measure import timed
 from peer_relion import SCHEDULES, initial_model, last, refinement
-from score import print_scores, score
 
 
 def main() -> None:
@@ -26,7 +25,7 @@ def main() -> None:
     parser.add_argument("stack", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("--schedules", nargs="+", choices=SCHEDULES, default=list(SCHEDULES))
-    parser.add_argument("--diameter", type=float, default=62.0, help="angstrom")
+    parser.add_argument("--diameter", type=float, default=70.0, help="angstrom")
     parser.add_argument("--refine", action="store_true")
     args = parser.parse_args()
     star, out = args.stack / "blind.star", args.output
@@ -44,6 +43,8 @@ def main() -> None:
             command = refinement(star, model, out, refined, args.diameter)
             costs[f"relion {name}, refined"] = timed(command, out / f"{refined}.json", 3600)
             files[f"relion {name}, refined"] = refined_files(out, refined)
+    from score import print_scores, score  # loads torch, see measure.timed
+
     print("| run | wall s | CPU s | peak MB | finished |\n|---|---|---|---|---|")
     for name, cost in costs.items():
         numbers = f"{cost['wall_s']:.0f} | {cost['cpu_s']:.0f} | {cost['peak_mb']}"

@@ -13,7 +13,8 @@ def timed(command: list[str], record: Path, limit_s: float | None = None) -> dic
     """Wall and CPU seconds and peak memory of a command with its children.
 
     A record that exists is returned as it is: nothing is run twice. The command's output goes to
-    a .log file beside the record.
+    a .log file beside the record. The peak cannot come out below the size of this process, so that
+    nothing large may be imported before.
     """
     if record.exists():
         return json.loads(record.read_text())

@@ -15,7 +15,7 @@ def initial_model(star: Path, out: Path, schedule: str, diameter_angst: float) -
         f"--sgd_ini_iter {s['ini']} --sgd_inbetween_iter {s['inbetween']} --sgd_fin_iter {s['fin']}"
         f" --sgd_ini_resol 25 --sgd_fin_resol 8 --sgd_ini_subset {s['from']} "
         f"--sgd_fin_subset {s['to']} --sgd_write_iter 50 --flatten_solvent --zero_mask "
-        f"--dont_check_norm --dont_combine_weights_via_disc --preread_images --pool 3 --pad 1 "
+        f"--dont_check_norm --dont_combine_weights_via_disc --preread_images --pool 3 --pad 2 "
         f"--particle_diameter {diameter_angst} --oversampling 1 --healpix_order 1 "
         f"--offset_range 2 --offset_step 2 --j 2 --random_seed 1"
     ).split()

@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 from measure import timed
-from score import score
 
 
 def main() -> None:
@@ -29,6 +28,8 @@ def main() -> None:
         command = [sys.executable, "-m", "cryorecon", "abinitio", str(args.stack / "blind.star")]
         command += ["-o", str(job), "--seed", str(seed), "--overwrite", *settings]
         costs[seed] = timed(command, args.output / f"seed{seed}.json")
+    from score import score  # loads torch, see measure.timed
+
     print(
         "| seed | wall s | CPU s | peak MB | FSC 0.5 (A) | FSC 0.143 (A) | median deg | median A |"
     )
