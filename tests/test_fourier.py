@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cryorecon.physics import fourier
-from cryorecon.physics.masks import soft_ball
+from cryorecon.physics.masks import molecule_mask, soft_ball
 
 BOXES = (8, 9, 16, 17)
 
@@ -113,3 +113,15 @@ def test_soft_ball_is_one_inside_and_zero_outside():
     assert (mask[radius <= 5] == 1).all()
     assert (mask[radius >= 8] == 0).all()
     assert mask[10, 10, 16] == pytest.approx(0.75)
+
+
+@pytest.mark.parametrize("box", [32, 33])
+def test_molecule_mask_holds_the_molecule_and_drops_the_solvent(molecule_32, box, generator):
+    volume = torch.nn.functional.pad(molecule_32, (0, box - 32) * 3)
+    noisy = volume + 0.2 * volume.std() * torch.randn(volume.shape, generator=generator)
+    mask = molecule_mask(noisy, 6.0)
+    assert mask.min() >= 0
+    assert mask.max() <= 1
+    assert (volume * mask).square().sum() > 0.95 * volume.square().sum()
+    assert mask.mean() < 0.5
+    assert torch.equal(molecule_mask(-volume.abs() - 1, 6.0), torch.ones_like(volume))

@@ -59,6 +59,9 @@ class RmfnConfig:
         Largest in-plane offset, as a fraction of the box side.
     half_rounds, joint_rounds : int
         Most rounds of refinement against the half maps, and rounds against the joint map.
+    mask_cycles : float
+        Detail, in cycles per particle diameter, of the mask around the molecule that references
+        wear in refinement.
     settled_deg : float
         Half-map refinement ends when the median pose moves less and the band is stable.
     width : int
@@ -79,6 +82,7 @@ class RmfnConfig:
     offset_range: float = 0.1
     half_rounds: int = 14
     joint_rounds: int = 3
+    mask_cycles: float = 6.4
     settled_deg: float = 0.3
     width: int = 128
     final_steps: int = 40

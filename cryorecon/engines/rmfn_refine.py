@@ -19,7 +19,7 @@ from cryorecon.engines.rmfn import (
     shell_prior,
 )
 from cryorecon.physics.fourier import lowpass, max_band
-from cryorecon.physics.masks import soft_ball
+from cryorecon.physics.masks import molecule_mask, soft_ball
 from cryorecon.physics.projection import to_volume
 from cryorecon.physics.rotations import geodesic_distance_deg
 
@@ -42,7 +42,7 @@ def reassign(
     """
     box = observations.plane.box
     band = min(round(config.search_band(box) * 1.25), max_band(box))
-    joint = (state.maps[0] + state.maps[1]) / 2
+    joint = _without_solvent((state.maps[0] + state.maps[1]) / 2, config)
     every = observations.select(torch.arange(len(observations)), band)
     rotations, offsets = best_grid_poses(
         every, joint, config, config.search_nside + 1, generator, progress
@@ -107,6 +107,7 @@ def refine_round(
     """
     before, before_offsets = state.rotations.clone(), state.offsets_px.clone()
     references = [(state.maps[0] + state.maps[1]) / 2] * 2 if joint else state.maps
+    references = [_without_solvent(reference, config) for reference in references]
     likelihood, done = [], 0
     sums = []
     for half in (0, 1):
@@ -135,6 +136,12 @@ def refine_round(
         float(torch.cat(likelihood).mean()),
         limit,
     )
+
+
+def _without_solvent(volume: Tensor, config: RmfnConfig) -> Tensor:
+    """A map free of the noise around the molecule, which would pull poses to itself."""
+    band = min(config.mask_cycles / config.diameter, max_band(volume.shape[-1]))
+    return volume * molecule_mask(volume, band)
 
 
 def _empty(observations: Observations) -> NormalEquations:
