@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -118,3 +119,34 @@ def test_a_failed_job_says_so(tmp_path):
     assert "row 3: image 3" in done.stderr
     assert (tmp_path / "job" / "RELION_JOB_EXIT_FAILURE").exists()
     assert not (tmp_path / "job" / "initial_model.mrc").exists()
+
+
+def test_an_interrupted_job_says_so_and_leaves_no_older_result(tmp_path):
+    """Ctrl-C: exit 3, the marker, and no map of an earlier run."""
+    job = tmp_path / "job"
+    job.mkdir()
+    (job / "initial_model.mrc").write_bytes(b"old")
+    star = GOLDEN / "relion31_32.star"
+    # A shell's background jobs ignore the signal, and so would their children.
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "from cryorecon.cli.main import main; main()"
+    )
+    command = [sys.executable, "-c", code, "abinitio", str(star), "-o", str(job)]
+    process = subprocess.Popen(
+        [*command, "--overwrite", "--starts", "500"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    with process:
+        for line in process.stdout:
+            if "searching" in line:
+                break
+        process.send_signal(signal.SIGINT)
+        rest = process.stdout.read()
+    assert process.returncode == 3
+    assert "Interrupted." in rest
+    assert "Traceback" not in rest
+    assert (job / "RELION_JOB_EXIT_ABORTED").exists()
+    assert not (job / "initial_model.mrc").exists()

@@ -46,6 +46,10 @@ def _root(
     pass
 
 
+# Typer's exit status when a command is interrupted from the keyboard.
+_INTERRUPTED = 130
+
+
 def main() -> None:
     """Run the command line; user errors exit with status 1, interruption with 3."""
     # Threads of torch's OpenMP spin between loops: two jobs on one machine would hold each other
@@ -56,6 +60,8 @@ def main() -> None:
     except CryoreconError as error:
         error_console.print(f"Error: {error}", style="bold red", markup=False)
         sys.exit(1)
-    except KeyboardInterrupt:
+    except SystemExit as stop:
+        if stop.code != _INTERRUPTED:
+            raise
         error_console.print("Interrupted.", style="bold red")
         sys.exit(3)

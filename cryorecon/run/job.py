@@ -25,6 +25,20 @@ _MARKERS = {
     "failure": "RELION_JOB_EXIT_FAILURE",
     "aborted": "RELION_JOB_EXIT_ABORTED",
 }
+# What jobs write besides log and job.yaml, which are replaced at once.
+_OUTPUTS = (
+    "initial_model.mrc",
+    "run_half?_class001_unfil.mrc",
+    "run_data.star",
+    "scale?.mrc",
+    "fsc.star",
+    "fsc.xml",
+    "fsc.png",
+    "map.png",
+    "views.png",
+    "pose_errors.png",
+    "RELION_OUTPUT_NODES.star",
+)
 
 
 class Job:
@@ -82,8 +96,7 @@ def open_job(
         The resolved settings.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for marker in _MARKERS.values():
-        (folder / marker).unlink(missing_ok=True)
+    _clear(folder)
     with replacing(folder / "job.yaml") as temporary:
         temporary.write_text(
             yaml.safe_dump(_describe(inputs, n_rows, config, seed), sort_keys=False), "utf-8"
@@ -98,6 +111,13 @@ def open_job(
         raise
     finally:
         (folder / _MARKERS[outcome]).touch()
+
+
+def _clear(folder: Path) -> None:
+    """Remove what an earlier job wrote: a job that fails must not seem to have made it."""
+    for pattern in (*_MARKERS.values(), *_OUTPUTS):
+        for path in folder.glob(pattern):
+            path.unlink()
 
 
 def write_output_nodes(folder: Path, nodes: dict[str, int]) -> None:
