@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -33,15 +33,35 @@ Settings = Annotated[
     typer.Option("--set", help="Rarely needed engine settings, as key=value; repeatable."),
 ]
 Config = Annotated[Path | None, typer.Option(help="YAML file of engine settings.")]
+Halves = Annotated[
+    Literal["independent", "shared", "none"],
+    typer.Option(help="Both half sets from scratch; half sets of one search; no half maps."),
+]
+Contrast = Annotated[
+    Literal["auto", "white", "black"],
+    typer.Option(help="Particles white on black, black on white, or as the images tell."),
+]
+Volume = Annotated[
+    Literal["rmfn", "grid"],
+    typer.Option(help="What holds the map in the search: the network or a plain grid."),
+]
+Init = Annotated[
+    Literal["random", "perturbed"],
+    typer.Option(help="Ab initio, or the published protocol, which starts near known poses."),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Write into a non-empty folder.")]
 
 
 def abinitio_rmfn_command(
     particles: Particles,
     output: Output,
+    init: Init = "random",
     diameter: Diameter = None,
     offset_range: OffsetRange = None,
     starts: Starts = 2,
+    halves: Halves = "shared",
+    contrast: Contrast = "auto",
+    volume: Volume = "rmfn",
     project: Project = None,
     seed: Seed = 0,
     settings: Settings = None,
@@ -50,16 +70,26 @@ def abinitio_rmfn_command(
 ) -> None:
     """Map and poses from random starts, with a residual multiplicative filter network.
 
-    No pose column of the STAR file is read. Half sets (rlnRandomSubset) are honoured.
+    No pose column of the STAR file is read. Half sets (rlnRandomSubset) are honoured. --init
+    perturbed runs the published protocol instead, which starts 45 to 90 degrees from the poses
+    in the file; of the options it takes --diameter, --project, --seed, --set and --config.
     """
     # torch takes seconds to load: only when the command runs.
     from cryorecon.engines.rmfn import RmfnConfig
+    from cryorecon.engines.rmfn_paper import PaperConfig
     from cryorecon.run.abinitio import AbinitioOptions, abinitio_rmfn
+    from cryorecon.run.paper_protocol import PaperOptions, abinitio_perturbed
     from cryorecon.run.settings import with_settings
 
-    engine = with_settings(RmfnConfig(n_starts=starts), config, settings or [])
+    if init == "perturbed":
+        paper = with_settings(PaperConfig(), config, settings or [])
+        prepare_folder(output, overwrite)
+        paper_options = PaperOptions(diameter, project, seed, paper)
+        abinitio_perturbed(particles, output, paper_options, console)
+        return
+    engine = with_settings(RmfnConfig(n_starts=starts, volume=volume), config, settings or [])
     prepare_folder(output, overwrite)
-    options = AbinitioOptions(diameter, offset_range, project, seed, engine)
+    options = AbinitioOptions(diameter, offset_range, project, seed, halves, contrast, engine)
     abinitio_rmfn(particles, output, options, console)
 
 
@@ -70,6 +100,9 @@ def abinitio_command(
     diameter: Diameter = None,
     offset_range: OffsetRange = None,
     starts: Starts = 2,
+    halves: Halves = "shared",
+    contrast: Contrast = "auto",
+    volume: Volume = "rmfn",
     project: Project = None,
     seed: Seed = 0,
     settings: Settings = None,
@@ -81,9 +114,13 @@ def abinitio_command(
     run(
         particles,
         output,
+        "random",
         diameter,
         offset_range,
         starts,
+        halves,
+        contrast,
+        volume,
         project,
         seed,
         settings,

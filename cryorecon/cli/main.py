@@ -12,6 +12,7 @@ from cryorecon.cli.abinitio import abinitio_command, abinitio_rmfn_command
 from cryorecon.cli.compare_poses import compare_poses
 from cryorecon.cli.console import error_console
 from cryorecon.cli.demo import demo_command
+from cryorecon.cli.fit_image import fit_image_command
 from cryorecon.cli.fsc import fsc
 from cryorecon.cli.reconstruct import reconstruct_command
 from cryorecon.cli.simulate import simulate_command
@@ -30,6 +31,7 @@ app.command("abinitio-rmfn")(abinitio_rmfn_command)
 app.command("reconstruct")(reconstruct_command)
 app.command("fsc")(fsc)
 app.command("compare-poses")(compare_poses)
+app.command("fit-image")(fit_image_command)
 app.command("demo")(demo_command)
 
 

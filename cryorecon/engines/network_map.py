@@ -64,9 +64,14 @@ class NetworkMap:
         self.scale = 1.0
         self._fitted = False
 
+    @property
+    def bands(self) -> tuple[int, ...]:
+        """Cycles per box of each scale, ascending."""
+        return self.network.config.bands
+
     def grid_size(self, scale: int) -> int:
         """Points a side that hold scale `scale` (0-based), with room for the mask's edge."""
-        return smallest_grid(self.network.config.bands[scale] + 2)
+        return smallest_grid(self.bands[scale] + 2)
 
     def volume(self, scale: int, box: int | None = None, *, masked: bool = True) -> Tensor:
         """The map of one scale on a grid of `box` points a side; sums over a voxel's share."""
@@ -101,7 +106,7 @@ class NetworkMap:
         weight = torch.where(inside, weight, torch.zeros_like(weight))
         norm = (weight * target.values.abs() ** 2).sum().clamp(min=1e-30)
         if not self._fitted:
-            self._match_scale(target, scale)
+            self.match_scale(target, scale)
         first = 0.0
         for step in range(n_steps or self.fit_config.n_steps):
             predicted = gridded_transform(self.volume(scale), target.padding).values
@@ -142,14 +147,15 @@ class NetworkMap:
         for _ in range(n_steps):
             draw = torch.randint(len(inside), (n_points,), generator=generator)
             rows = inside[draw]
-            residual = self.network(points[rows], scale + 1)[-1] - values[rows]
+            residual = self.network(points[rows], scale + 1)[-1][:, 0] - values[rows]
             loss = residual.square().mean() / norm
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
         return float(loss.detach())
 
-    def _match_scale(self, target: Transform, scale: int) -> None:
+    def match_scale(self, target: Transform, scale: int) -> None:
+        """Give the untrained network the power of a map's transform."""
         with torch.no_grad():
             wanted = to_volume(target, self.grid_size(scale)).norm()
             self.scale *= float(wanted / self.volume(scale).norm().clamp(min=1e-30))

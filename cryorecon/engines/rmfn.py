@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from cryorecon.engines.accumulate import NormalEquations
+from cryorecon.engines.grid_map import GridMap
 from cryorecon.engines.network_map import FitConfig, NetworkMap
 from cryorecon.engines.observations import Observations
 from cryorecon.engines.search import accumulate_grid, grid_expectation, offset_grid
@@ -64,6 +66,8 @@ class RmfnConfig:
         wear in refinement.
     settled_deg : float
         Half-map refinement ends when the median pose moves less and the band is stable.
+    volume : "rmfn" or "grid"
+        What the search holds its map in: the network, or the solved grid itself.
     width : int
         Hidden units of the network.
     final_steps : int
@@ -84,6 +88,7 @@ class RmfnConfig:
     joint_rounds: int = 3
     mask_cycles: float = 6.4
     settled_deg: float = 0.3
+    volume: Literal["rmfn", "grid"] = "rmfn"
     width: int = 128
     final_steps: int = 40
     fit: FitConfig = field(default_factory=FitConfig)
@@ -97,6 +102,14 @@ class RmfnConfig:
         first, last = self.search_band(box), max_band(box)
         middle = round((first * last) ** 0.5)
         return tuple(sorted({first, middle, last}))
+
+
+def new_map(config: RmfnConfig, box: int, generator: torch.Generator) -> NetworkMap | GridMap:
+    """An untrained map of the kind that the settings name."""
+    bands, radius = config.bands(box), config.diameter / 2
+    if config.volume == "grid":
+        return GridMap(bands, radius)
+    return NetworkMap(MfnConfig(bands, config.width), radius, generator, config.fit)
 
 
 @dataclass
@@ -125,7 +138,7 @@ class RmfnState:
     half: Tensor
     maps: list[Tensor]
     band: float
-    network: NetworkMap
+    network: NetworkMap | GridMap
     sums: list[NormalEquations] = field(default_factory=list)
     fsc: Tensor = field(default_factory=lambda: torch.ones(1))
 
@@ -153,14 +166,19 @@ class Search:
     ----------
     log_evidence : float
         Mean over the images of the last epoch: what starts are compared by.
+    held_out_evidence, held_out_error : float
+        Mean over images that the search did not see, and its standard error. Without a signal
+        it is negative: the likelihood ratio then has mean 1, its logarithm less than 0.
     """
 
     config: RmfnConfig
     observations: Observations
     generator: torch.Generator
-    network: NetworkMap = field(init=False)
+    network: NetworkMap | GridMap = field(init=False)
     sums: NormalEquations | None = None
     log_evidence: float = -torch.inf
+    held_out_evidence: float = -torch.inf
+    held_out_error: float = 0.0
     _epoch: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -169,12 +187,7 @@ class Search:
         self.observations = self.observations.select(
             torch.arange(len(self.observations)), self.band
         )
-        self.network = NetworkMap(
-            MfnConfig(config.bands(box), config.width),
-            config.diameter / 2,
-            self.generator,
-            config.fit,
-        )
+        self.network = new_map(config, box, self.generator)
         self.grid = so3_grid(config.search_nside, torch.float32)[0]
         self.offsets = _offsets(config, box, self.band)
         self._start_from_random_poses()
@@ -225,6 +238,16 @@ class Search:
         """Average the evidence of the epoch's images."""
         self.log_evidence = float(torch.cat(self._epoch).mean())
         self._epoch.clear()
+
+    def judge(self, held_out: Observations) -> None:
+        """Evidence of images that took no part in the search."""
+        band = held_out.select(torch.arange(len(held_out)), self.band)
+        with torch.no_grad():
+            transform = padded_transform(self.network.volume(0)).within(self.band)
+            templates = extract_slices(transform, self.grid, band.plane)
+            found = grid_expectation(band, templates, self.offsets)[0].log_evidence
+        self.held_out_evidence = float(found.mean())
+        self.held_out_error = float(found.std() / max(len(found), 1) ** 0.5)
 
 
 def best_grid_poses(

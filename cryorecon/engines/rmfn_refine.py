@@ -214,7 +214,7 @@ def fit_scales(state: RmfnState, config: RmfnConfig, generator: torch.Generator)
     joint = (state.maps[0] + state.maps[1]) / 2
     box = joint.shape[-1]
     volumes = []
-    for scale, band in enumerate(state.network.network.config.bands):
+    for scale, band in enumerate(state.network.bands):
         target = lowpass(joint, band, 3)
         state.network.fit_volume(target, scale, config.final_steps, 20_000, generator)
         with torch.no_grad():

@@ -17,6 +17,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,15 @@ class MfnConfig:
         lambda_2 of the paper: how far a layer's frequencies reach beyond the band before it.
     ndim : int
         2 for images, 3 for maps.
+    n_outputs : int
+        Values a point: 3 for colours.
+    residual : bool
+        Whether each scale's output is added to the one before it. False makes a BACON.
+    initialisation : "proposed" or "bacon"
+        Frequencies of the layers after the first: the paper's eq. 7, or uniform over what each
+        layer adds to the band; the bands are the same.
+    bias : bool
+        Constant terms of the linear maps, as BACON has them.
     """
 
     bands: tuple[int, ...] = (3, 10, 31)
@@ -45,6 +55,10 @@ class MfnConfig:
     overlap: float = 0.3
     expansion: float = 2.0
     ndim: int = 3
+    n_outputs: int = 1
+    residual: bool = True
+    initialisation: Literal["proposed", "bacon"] = "proposed"
+    bias: bool = False
 
     def __post_init__(self) -> None:
         if not self.bands or any(b < 1 for b in self.bands):
@@ -90,6 +104,8 @@ def _next_frequencies(
 ) -> Tensor:
     """Frequencies of eq. 7, rounded to whole cycles and kept within ``band - previous``."""
     shape = (config.width, config.ndim)
+    if config.initialisation == "bacon":
+        return torch.randint(previous - band, band - previous + 1, shape, generator=generator)
     directions = _half_directions(config.ndim)
     chosen = directions[torch.randint(len(directions), (config.width,), generator=generator)]
     spread = (2 * torch.rand(shape, generator=generator) - 1) * config.overlap * previous
@@ -102,11 +118,12 @@ def _next_frequencies(
 
 
 class ResidualMfn(nn.Module):
-    """Residual multiplicative filter network with one real output per scale.
+    """Residual multiplicative filter network with an output per scale.
 
     ``z_1 = g_1(x)``, ``z_i = g_i(x) * (W_i z_{i-1})``, ``y_i = y_{i-1} + w_i . z_i`` with filters
     ``g_i(x) = sin(2 pi f_i x + phi_i)``; frequencies f are fixed whole cycles per box, phases and
-    linear maps are trained (Shekarforoush et al. 2022, eqs. 1-3, 7, 8).
+    linear maps are trained (Shekarforoush et al. 2022, eqs. 1-3, 7, 8). Without the sum over
+    scales and with biases it is BACON (Lindell et al. 2022).
 
     Parameters
     ----------
@@ -131,32 +148,50 @@ class ResidualMfn(nn.Module):
         self.phases = uniform(n_scales, width, limit=math.pi)
         limit = math.sqrt(6 / width)
         self.hidden = uniform(n_scales - 1, width, width, limit=limit)
-        self.readout = uniform(n_scales, width, limit=limit)
+        self.readout = uniform(n_scales, config.n_outputs, width, limit=limit)
+        self.hidden_bias = self.readout_bias = None
+        if config.bias:
+            self.hidden_bias = nn.Parameter(torch.zeros(n_scales - 1, width))
+            self.readout_bias = nn.Parameter(torch.zeros(n_scales, config.n_outputs))
 
-    def forward(self, points: Tensor, n_scales: int | None = None) -> list[Tensor]:
+    def forward(
+        self, points: Tensor, n_scales: int | None = None, trained: int | None = None
+    ) -> list[Tensor]:
         """Outputs of the first `n_scales` scales at given points.
 
         Parameters
         ----------
         points : Tensor, shape (p, ndim)
             Coordinates (x, y, z) in boxes: the origin of the box at 0, its edges at +-1/2.
+        trained : int, optional
+            The only scale, 0-based, through whose output gradients reach the hidden layers; the
+            others train their own linear output alone.
 
         Returns
         -------
-        list of Tensor, shape (p,)
-            The cumulative output of each scale.
+        list of Tensor, shape (p, n_outputs)
+            The output of each scale; cumulative in a residual network.
         """
         count = n_scales or len(self.config.bands)
         frequencies = self.frequencies.to(points.dtype)
-        hidden = output = points.new_zeros(())
-        outputs = []
+        hidden = points.new_zeros(())
+        outputs: list[Tensor] = []
         for scale in range(count):
             angle = torch.addmm(self.phases[scale], points, frequencies[scale].T, alpha=2 * math.pi)
             filters = torch.sin(angle)
-            hidden = filters if scale == 0 else filters * (hidden @ self.hidden[scale - 1].T)
-            output = output + hidden @ self.readout[scale]
+            hidden = filters if scale == 0 else filters * self._mixed(hidden, scale - 1)
+            shown = hidden if trained in (None, scale) else hidden.detach()
+            output = shown @ self.readout[scale].T
+            if self.readout_bias is not None:
+                output = output + self.readout_bias[scale]
+            if self.config.residual and outputs:
+                output = outputs[-1] + output
             outputs.append(output)
         return outputs
+
+    def _mixed(self, hidden: Tensor, layer: int) -> Tensor:
+        mixed = hidden @ self.hidden[layer].T
+        return mixed if self.hidden_bias is None else mixed + self.hidden_bias[layer]
 
 
 def grid_points(size: int, ndim: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:

@@ -15,14 +15,12 @@ from pathlib import Path
 import torch
 
 from cryorecon.conventions import euler_to_matrix
-from cryorecon.engines.network_map import NetworkMap
 from cryorecon.engines.refine import derivatives, refine_poses
-from cryorecon.engines.rmfn import RmfnConfig, RmfnState
+from cryorecon.engines.rmfn import RmfnConfig, RmfnState, new_map
 from cryorecon.engines.rmfn_refine import refine_round
 from cryorecon.io.mrc import read_map
 from cryorecon.io.particles import read_particles
 from cryorecon.maps.fsc import fsc_curve, resolution_at
-from cryorecon.networks.mfn import MfnConfig
 from cryorecon.physics.fourier import max_band
 from cryorecon.physics.rotations import exp_map, geodesic_distance_deg
 from cryorecon.run.load import half_sets, load_observations
@@ -42,9 +40,7 @@ def true_pose_state(particles, observations, config, rotations, offsets) -> Rmfn
     generator = torch.Generator().manual_seed(0)
     half = half_sets(particles, generator)
     box = particles.box
-    network = NetworkMap(
-        MfnConfig(config.bands(box), config.width), config.diameter / 2, generator, config.fit
-    )
+    network = new_map(config, box, generator)
     blank = torch.zeros(box, box, box)
     state = RmfnState(
         rotations.clone(), offsets.clone(), half, [blank, blank], max_band(box), network

@@ -1,0 +1,98 @@
+"""``cryorecon fit-image``: multiplicative filter networks fit pictures, coarse to fine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from cryorecon.cli.console import console, count_progress, prepare_folder
+from cryorecon.errors import CryoreconError
+
+if TYPE_CHECKING:
+    from cryorecon.engines.image_fit import ImageFitConfig
+    from cryorecon.run.fit_image import Row
+
+
+def fit_image_command(
+    images: Annotated[list[Path], typer.Argument(help="Pictures (PNG, JPEG, TIFF).")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder.")],
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="residual, residual-bacon, bacon-fair, bacon-unfair, bacon-unstaged, sape; "
+            "repeatable; default all."
+        ),
+    ] = None,
+    size: Annotated[
+        int | None, typer.Option(min=16, help="Full side in pixels, even; default the picture's.")
+    ] = None,
+    width: Annotated[int, typer.Option(min=4, help="Hidden units a layer.")] = 256,
+    iterations: Annotated[
+        str, typer.Option(help="Length of each scale's stage, coarse to fine.")
+    ] = "500,500,1000,8000",
+    learning_rate: Annotated[float, typer.Option(help="Of Adam.")] = 5e-3,
+    seed: Annotated[int, typer.Option()] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite")] = False,
+) -> None:
+    """Fit networks to pictures at half size, scale by scale, and query them at full size.
+
+    Tells how much each scale's spectrum still changes after its own stage, and the PSNR at full
+    size. The defaults are those of Shekarforoush et al. 2022, section 5, and take hours on a CPU.
+    """
+    # torch takes seconds to load: only when the command runs.
+    from cryorecon.engines.image_fit import METHODS
+    from cryorecon.run.fit_image import fit_picture, read_image, summarise, write_table
+
+    unknown = [m for m in method or [] if m not in METHODS]
+    if unknown:
+        raise CryoreconError(f"Unknown method {unknown[0]}", f"Known: {', '.join(METHODS)}")
+    config = _config(size, width, iterations, learning_rate)
+    chosen = [m for m in METHODS if not method or m in method]
+    for path in images:
+        read_image(path, size)
+    prepare_folder(output, overwrite)
+    rows: list[Row] = []
+    total = sum(config.iterations)
+    for path in images:
+        with count_progress(f"Fitting {path.name}", "iterations") as bar:
+            rows += fit_picture(
+                path,
+                output,
+                chosen,
+                config,
+                size,
+                seed,
+                lambda m, done, _: bar(chosen.index(m) * total + done, len(chosen) * total),
+            )
+        write_table(output / "fits.csv", rows)
+    summary = summarise(rows)
+    write_table(output / "summary.csv", summary)
+    console.print(_shown(summary))
+    console.print(f"{output / 'fits.csv'}  {output / 'summary.csv'}")
+
+
+def _config(size: int | None, width: int, iterations: str, learning_rate: float) -> ImageFitConfig:
+    from cryorecon.engines.image_fit import ImageFitConfig
+
+    if size is not None and size % 2:
+        raise CryoreconError(f"--size {size} is odd", "Give an even number")
+    try:
+        return ImageFitConfig(tuple(map(int, iterations.split(","))), width, learning_rate)
+    except ValueError as error:
+        raise CryoreconError(
+            f"--iterations {iterations} is not a list of lengths", "Write 500,500,1000,8000"
+        ) from error
+
+
+def _shown(summary: list[Row]) -> Table:
+    table = Table(title="Mean and standard deviation over images", title_justify="left")
+    keys = [k for k in dict.fromkeys(k for row in summary for k in row) if f"{k}_std" in summary[0]]
+    for name in ("method", *keys):
+        table.add_column(name.replace("_", " "), justify="left" if name == "method" else "right")
+    for row in summary:
+        cells = [f"{row[k]:.2f} +- {row[f'{k}_std']:.2f}" if k in row else "-" for k in keys]
+        table.add_row(str(row["method"]), *cells)
+    return table

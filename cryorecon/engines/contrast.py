@@ -1,0 +1,33 @@
+"""Whether particles are white on black, as the image model has them, or black on white."""
+
+from __future__ import annotations
+
+import torch
+
+from cryorecon.engines.observations import Observations
+from cryorecon.physics.fourier import radius_grid, to_coefficients
+
+
+def contrast_score(observations: Observations, diameter: float) -> float:
+    """How surely particles are white (positive) or black (negative), in standard errors.
+
+    Every image is correlated with the CTF-modulated, whitened projection of a solid ball of the
+    particle's diameter; the score is the mean over the images divided by its standard error.
+
+    Parameters
+    ----------
+    observations : Observations of n images
+    diameter : float
+        Of the particle, as a fraction of the box side.
+    """
+    plane = observations.plane
+    radius = diameter / 2 * plane.box
+    distance = radius_grid(plane.box, 2).to(observations.ctf)
+    ball = to_coefficients((radius**2 - distance**2).clamp(min=0).sqrt(), plane)
+    scores = []
+    for rows in torch.arange(len(observations)).split(500):
+        matched, weight = observations.select(rows).matched()
+        fit = (matched * ball.conj()).real.sum(-1)
+        scores.append(fit / (weight * ball.abs() ** 2).sum(-1).sqrt())
+    values = torch.cat(scores).double()
+    return float(values.mean() / (values.std() / len(values) ** 0.5).clamp(min=1e-12))

@@ -1,0 +1,179 @@
+"""The stages of an ab initio run with engine rmfn, told to the log as they go."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from cryorecon.conventions import shell_to_angst
+from cryorecon.engines.observations import Observations
+from cryorecon.engines.rmfn import RmfnConfig, RmfnState, Search, assign
+from cryorecon.engines.rmfn_refine import reassign, refine_round
+from cryorecon.errors import CryoreconError
+from cryorecon.maps.align import align_maps
+from cryorecon.maps.fsc import fsc_curve
+from cryorecon.maps.poses import mirror_poses, rotate_poses, shift_origins
+from cryorecon.run.job import Job
+from cryorecon.run.progress import stage_bar
+
+# All images are searched again after this round, and every second round from then on while more
+# than this share of them finds a better pose.
+_FIRST_NEW_SEARCH = 3
+_ENOUGH_FOUND = 0.02
+# Images that the search does not see: do they tell its map from nothing, by this many errors?
+_HELD_OUT = 200
+_SURE = 3.0
+
+
+@dataclass(frozen=True)
+class Stages:
+    """One run's surroundings: where it logs, its settings and its random numbers."""
+
+    job: Job
+    config: RmfnConfig
+    generator: torch.Generator
+    pixel_size_angst: float
+
+    def from_scratch(self, observations: Observations, half: torch.Tensor) -> RmfnState:
+        """Search, assign, refine: poses and half maps from random starts."""
+        state = self.first_poses(observations, half)
+        self.refine(state, observations)
+        return state
+
+    def first_poses(self, observations: Observations, half: torch.Tensor) -> RmfnState:
+        """Search and assign."""
+        search = self.search(observations)
+        with stage_bar(self.job.console, "Assigning", len(observations)) as bar:
+            state = assign(search, observations, half, bar)
+        self.job.say("every image has a first pose")
+        return state
+
+    def search(self, observations: Observations) -> Search:
+        """Run the starts and keep the likeliest."""
+        config, box = self.config, observations.plane.box
+        n_held = min(_HELD_OUT, len(observations) // 5)
+        n = min(config.search_images, len(observations) - n_held)
+        best: Search | None = None
+        band_angst = self._angst(config.search_band(box), box)
+        self.job.say(f"searching from random poses at {band_angst:.1f} A with {n} images")
+        for start in range(config.n_starts):
+            order = torch.randperm(len(observations), generator=self.generator)
+            rows, held = order[:n], order[n : n + n_held]
+            search = Search(config, observations.select(rows), self.generator)
+            title = f"Search {start + 1}/{config.n_starts}"
+            with stage_bar(self.job.console, title, n * len(config.temperatures)) as bar:
+                done = 0
+                for temperature in config.temperatures:
+                    for batch in search.batches():
+                        effective = search.step(batch, temperature)
+                        done += len(batch)
+                        bar(done, f"{band_angst:.1f} A, {effective:.1f} poses an image")
+                    search.end_epoch()
+            search.judge(observations.select(held))
+            self.job.say(
+                f"start {start + 1}: log-evidence {search.log_evidence:.2f} an image, "
+                f"{search.held_out_evidence:.2f} of {n_held} held out"
+            )
+            if best is None or search.log_evidence > best.log_evidence:
+                best = search
+        assert best is not None
+        if best.held_out_evidence <= _SURE * best.held_out_error:
+            raise CryoreconError(
+                f"No signal found: images that were held out fit the map no better than an empty "
+                f"one (log-evidence {best.held_out_evidence:.2f} +- {best.held_out_error:.2f})",
+                "Check pixel size, CTF and --diameter, or give more particles",
+            )
+        return best
+
+    def refine(self, state: RmfnState, observations: Observations) -> None:
+        """Rounds against the half maps until they settle, then against the joint map."""
+        number, search_after = 0, _FIRST_NEW_SEARCH
+        while number < self.config.half_rounds:
+            if number == search_after:
+                share = self.search_again(state, observations)
+                search_after = number + 2 if share > _ENOUGH_FOUND else -1
+            number += 1
+            moved = self.round(state, observations, number, joint=False)
+            if moved < self.config.settled_deg and search_after < 0:
+                break
+        self.finish(state, observations, number)
+
+    def finish(self, state: RmfnState, observations: Observations, number: int) -> None:
+        """Rounds against the map of all images."""
+        for joint in range(self.config.joint_rounds):
+            self.round(state, observations, number + joint + 1, joint=True)
+
+    def search_again(self, state: RmfnState, observations: Observations) -> float:
+        """Every image against the better map; the share that found a better pose."""
+        with stage_bar(self.job.console, "Searching again", len(observations)) as bar:
+            share = reassign(state, observations, self.config, self.generator, bar)
+        self.job.say(f"searched again: {100 * share:.1f} % of the images found a better pose")
+        return share
+
+    def round(
+        self, state: RmfnState, observations: Observations, number: int, *, joint: bool
+    ) -> float:
+        """One round; degrees that the poses moved, or infinity while the band still grows."""
+        box = observations.plane.box
+        band_angst = self._angst(state.band, box)
+        title = f"Refining {'all' if joint else 'halves'} at {band_angst:.2f} A"
+        with stage_bar(self.job.console, title, len(observations)) as bar:
+            report = refine_round(
+                state,
+                observations,
+                self.config,
+                fsc_curve,
+                joint=joint,
+                n_steps=8 if number == 1 else 4,
+                progress=bar,
+            )
+        self.job.say(
+            f"round {number} ({'joint' if joint else 'half'} maps) at {band_angst:.2f} A: "
+            f"log-likelihood {report.log_likelihood:.2f}, poses moved "
+            f"{report.pose_change_deg:.2f} deg and {report.offset_change_px:.2f} px, half maps "
+            f"agree to {self._angst(report.agreement_band, box):.2f} A"
+        )
+        return report.pose_change_deg if state.band <= report.band else float("inf")
+
+    def independent_halves(self, observations: Observations, half: torch.Tensor) -> RmfnState:
+        """Each half set from scratch on its own, the second moved onto the first.
+
+        Rounds against the joint map follow; half maps and FSC are those from before them.
+        """
+        n = len(observations)
+        runs: list[RmfnState] = []
+        rows = [torch.nonzero(half == number)[:, 0] for number in (0, 1)]
+        for number, mine in enumerate(rows):
+            self.job.say(f"half set {number + 1}, {len(mine)} images, by itself")
+            quarters = torch.randperm(len(mine), generator=self.generator) % 2
+            runs.append(self.from_scratch(observations.select(mine), quarters))
+        self._move_second(runs)
+        state = RmfnState(
+            torch.empty(n, 3, 3),
+            torch.empty(n, 2),
+            half,
+            [run.maps[0] for run in runs],
+            min(run.band for run in runs),
+            runs[0].network,
+        )
+        for mine, run in zip(rows, runs, strict=True):
+            state.rotations[mine], state.offsets_px[mine] = run.rotations, run.offsets_px
+        refine_round(state, observations, self.config, fsc_curve, joint=False, n_steps=0)
+        self.finish(state, observations, 0)
+        return state
+
+    def _move_second(self, runs: list[RmfnState]) -> None:
+        first, second = runs
+        found = align_maps(second.maps[0], first.maps[0], self.pixel_size_angst)
+        self.job.say(
+            f"half set 2 moved onto half set 1{', as its mirror image' if found.flipped else ''}"
+        )
+        poses = second.rotations.double()
+        poses = mirror_poses(poses) if found.flipped else poses
+        poses = rotate_poses(poses, found.rotation.double())
+        offsets = shift_origins(second.offsets_px.double(), poses, found.shift_px.double())
+        second.rotations, second.offsets_px = poses.float(), offsets.float()
+
+    def _angst(self, shell: float, box: int) -> float:
+        return shell_to_angst(shell, box, self.pixel_size_angst)

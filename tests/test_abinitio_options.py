@@ -1,0 +1,126 @@
+"""What users can choose of an ab initio run, at 24 to 32 px."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import MODEL
+from rich.console import Console
+
+from cryorecon.engines.contrast import contrast_score
+from cryorecon.engines.rmfn import RmfnConfig
+from cryorecon.errors import CryoreconError
+from cryorecon.io.mrc import open_stack, read_map, stack_writer
+from cryorecon.io.particles import read_particles
+from cryorecon.io.star import read_star, write_star
+from cryorecon.maps.align import align_maps, apply_alignment
+from cryorecon.maps.fsc import fsc_curve
+from cryorecon.run.abinitio import AbinitioOptions, abinitio_rmfn
+from cryorecon.run.load import load_observations
+from cryorecon.run.simulate import simulate
+from cryorecon.run.simulate_config import SimulateConfig
+
+QUIET = Console(quiet=True)
+SHORT = RmfnConfig(n_starts=1, half_rounds=4, joint_rounds=1, final_steps=2)
+
+
+def rewritten(folder, change):
+    """The particles of a folder with their pixels changed."""
+    images = open_stack(folder / "particles.mrcs")
+    (folder / "new").mkdir(exist_ok=True)
+    with stack_writer(folder / "new" / "changed.mrcs", images.shape[-1], 2.4) as stack:
+        stack.append(change(images.astype("float32")))
+    tables = read_star(folder / "particles.star")
+    names = [f"{i + 1}@changed.mrcs" for i in range(len(images))]
+    tables["particles"]["rlnImageName"] = names
+    write_star(folder / "new" / "particles.star", tables)
+    return folder / "new" / "particles.star"
+
+
+@pytest.fixture(scope="module")
+def bright(tmp_path_factory):
+    """500 particles, 32 px at 2.4 A, SNR 0.5."""
+    folder = tmp_path_factory.mktemp("bright")
+    config = SimulateConfig(n_particles=500, box=32, pixel_size_angst=2.4, snr=0.5, seed=4)
+    simulate(MODEL, folder, config)
+    return folder
+
+
+def log_of(job):
+    return (job / "run.log").read_text()
+
+
+def agreement(job, folder, shell):
+    found, truth = (
+        torch.from_numpy(read_map(p).data) for p in (job / "initial_model.mrc", folder / "map.mrc")
+    )
+    moved = apply_alignment(found, align_maps(found, truth, 2.4))
+    return float(fsc_curve(moved, truth)[1 : shell + 1].min())
+
+
+def test_independent_halves_from_scratch(bright, tmp_path):
+    options = AbinitioOptions(halves="independent", engine=SHORT)
+    abinitio_rmfn(bright / "particles.star", tmp_path / "job", options, QUIET)
+    assert "half set 2 moved onto half set 1" in log_of(tmp_path / "job")
+    assert "independent half maps (gold standard)" in log_of(tmp_path / "job")
+    halves = [
+        torch.from_numpy(read_map(tmp_path / "job" / f"run_half{n}_class001_unfil.mrc").data)
+        for n in (1, 2)
+    ]
+    assert fsc_curve(*halves)[1:8].min() > 0.8
+    assert agreement(tmp_path / "job", bright, 9) > 0.9
+    subsets = read_particles(tmp_path / "job" / "run_data.star").random_subsets()
+    assert sorted(set(subsets)) == [1, 2]
+
+
+def test_black_particles_are_found_and_said(bright, tmp_path):
+    star = rewritten(bright, lambda images: -images)
+    options = AbinitioOptions(halves="none", engine=SHORT)
+    abinitio_rmfn(star, tmp_path / "job", options, QUIET)
+    assert "particles look BLACK ON WHITE" in log_of(tmp_path / "job")
+    assert "images are inverted" in log_of(tmp_path / "job")
+    assert agreement(tmp_path / "job", bright, 9) > 0.9
+    assert not (tmp_path / "job" / "fsc.star").exists()
+    assert not (tmp_path / "job" / "run_half1_class001_unfil.mrc").exists()
+
+
+def test_contrast_is_sure_of_particles_and_unsure_of_noise(bright, generator):
+    particles = read_particles(bright / "particles.star")
+    observations = load_observations(particles, 0.8)
+    assert contrast_score(observations, 0.8) > 20
+    observations.coefficients.neg_()
+    assert contrast_score(observations, 0.8) < -20
+    noise = torch.randn(observations.coefficients.shape, generator=generator)
+    observations.coefficients.copy_(torch.complex(noise, noise.roll(1)))
+    assert abs(contrast_score(observations, 0.8)) < 4
+
+
+def test_pure_noise_gives_no_map(bright, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    star = rewritten(bright, lambda images: torch.randn(images.shape, generator=generator).numpy())
+    with pytest.raises(CryoreconError, match="No signal found"):
+        abinitio_rmfn(star, tmp_path / "job", AbinitioOptions(engine=SHORT), QUIET)
+    assert (tmp_path / "job" / "RELION_JOB_EXIT_FAILURE").exists()
+    assert not (tmp_path / "job" / "initial_model.mrc").exists()
+
+
+def test_a_grid_can_hold_the_map(bright, tmp_path):
+    engine = RmfnConfig(volume="grid", n_starts=1, half_rounds=4, joint_rounds=1)
+    options = AbinitioOptions(engine=engine)
+    abinitio_rmfn(bright / "particles.star", tmp_path / "job", options, QUIET)
+    assert agreement(tmp_path / "job", bright, 9) > 0.9
+    assert (tmp_path / "job" / "scale3.mrc").exists()
+
+
+@pytest.mark.parametrize("box", [25, 33, 50])
+def test_any_box_runs(box, tmp_path):
+    config = SimulateConfig(
+        n_particles=30, box=box, pixel_size_angst=76.8 / box, snr=float("inf"), seed=1
+    )
+    simulate(MODEL, tmp_path / "s", config)
+    engine = RmfnConfig(
+        n_starts=1, temperatures=(5.0, 1.0), half_rounds=2, joint_rounds=1, final_steps=1
+    )
+    options = AbinitioOptions(engine=engine)
+    abinitio_rmfn(tmp_path / "s" / "particles.star", tmp_path / "job", options, QUIET)
+    assert read_map(tmp_path / "job" / "initial_model.mrc").data.shape == (box, box, box)

@@ -1,0 +1,71 @@
+"""The published protocol of the residual MFN, at 24 px."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import MODEL
+from rich.console import Console
+
+from cryorecon.conventions import euler_to_matrix
+from cryorecon.engines.rmfn_paper import PaperConfig, PaperProtocol, gaussian_filtered, perturbed
+from cryorecon.io.mrc import read_map
+from cryorecon.io.particles import read_particles
+from cryorecon.maps.poses import compare_pose_sets
+from cryorecon.physics.rotations import geodesic_distance_deg, random_rotations
+from cryorecon.run.load import load_observations
+from cryorecon.run.paper_protocol import PaperOptions, abinitio_perturbed
+from cryorecon.run.simulate import simulate
+from cryorecon.run.simulate_config import SimulateConfig
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stack")
+    config = SimulateConfig(n_particles=400, box=24, pixel_size_angst=3.2, snr=1.0, seed=2)
+    simulate(MODEL, folder, config)
+    return folder
+
+
+def test_poses_are_turned_by_the_angles_asked_for(generator):
+    rotations = random_rotations(500, generator)
+    angles = geodesic_distance_deg(rotations, perturbed(rotations, 45, 90, generator))
+    assert angles.min() >= 45 - 1e-6
+    assert angles.max() <= 90 + 1e-6
+    assert angles.mean() == pytest.approx(67.5, abs=2)
+
+
+def test_the_filter_acts_on_image_and_prediction(stack):
+    observations = load_observations(read_particles(stack / "particles.star"), 0.8)
+    filtered = gaussian_filtered(observations, 6)
+    m = len(filtered.plane)
+    gain = torch.exp(-0.5 * (filtered.plane.radius / 4) ** 2).float()
+    assert torch.allclose(filtered.coefficients, observations.coefficients[:, :m] * gain)
+    assert torch.allclose(filtered.ctf, observations.ctf[:, :m] * gain)
+
+
+def test_the_protocol_brings_poses_closer(stack, generator):
+    """From 10 to 20 degrees; from 45 to 90 it takes more images and epochs than a test has."""
+    particles = read_particles(stack / "particles.star")
+    observations = load_observations(particles, 0.8)
+    true = euler_to_matrix(torch.from_numpy(particles.euler_deg())).float()
+    start = perturbed(true, 10, 20, generator)
+    config = PaperConfig(epochs=(0, 12, 0), batch=100, width=64, structure_rate=5e-3)
+    run = PaperProtocol(config, observations, start, torch.zeros(len(true), 2), generator)
+    losses = [loss for _, _, loss in run.epochs()]
+    assert losses[-1] < 0.8 * losses[0]
+    assert compare_pose_sets(run.rotations.double(), true.double()).median_deg < 8
+
+
+def test_the_job_starts_from_the_files_poses_and_says_so(stack, tmp_path):
+    star = stack / "particles.star"
+    config = PaperConfig(epochs=(1, 1, 1), batch=200, width=16, structure_steps=1, pose_steps=2)
+    options = PaperOptions(engine=config, seed=1)
+    abinitio_perturbed(star, tmp_path / "job", options, Console(quiet=True))
+    for name in ("scale1.mrc", "scale2.mrc", "scale3.mrc", "initial_model.mrc"):
+        assert read_map(tmp_path / "job" / name).data.std() > 0
+    for name in ("pose_errors.png", "run_data.star", "RELION_JOB_EXIT_SUCCESS"):
+        assert (tmp_path / "job" / name).exists()
+    log = (tmp_path / "job" / "run.log").read_text()
+    assert "45 to 90 degrees FROM THOSE IN" in log
+    assert "epoch 3: scale 3" in log
