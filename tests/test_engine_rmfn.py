@@ -124,6 +124,27 @@ def test_refinement_finds_the_pose_and_never_gets_worse(scene, generator):
     assert (after.offsets_px - offsets).norm(dim=-1).median() < 0.3
 
 
+def test_residuals_at_the_true_poses_are_the_noise(scene):
+    """By optics group and shell, from images whose groups have different noise."""
+    observations, volume, rotations, offsets = scene
+    loud = observations.coefficients.clone()
+    model = refine.derivatives(volume, 2, 15)
+    poses = refine.Poses(rotations, offsets, torch.zeros(12))
+    clean = predict(
+        padded_transform(volume), rotations, offsets, observations.ctf, observations.plane
+    )
+    loud[6:] = clean[6:] + 2 * (loud[6:] - clean[6:])
+    groups = torch.tensor([0] * 6 + [1] * 6)
+    two = Observations(
+        observations.plane, loud, observations.ctf, observations.noise_power.repeat(2, 1), groups
+    )
+    power, count = refine.residual_power(two, model, poses)
+    measured = (power / count)[:, 4:].mean(1)
+    expected = observations.noise_power[0, 0] * torch.tensor([1.0, 4.0])
+    assert torch.allclose(measured, expected.to(measured), rtol=0.05)
+    assert count.sum() == 12 * len(observations.plane)
+
+
 def test_normal_equations_recover_the_map(molecule_32, generator):
     plane = half_plane(32)
     rotations = random_rotations(1500, generator, torch.float32)

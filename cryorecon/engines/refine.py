@@ -180,3 +180,30 @@ def refine_poses(
         value = torch.where(better, trial_value, value)
         damping = torch.where(better, damping * 0.2, damping * 8).clamp(1e-4, 1e4)
     return Poses(rotations, offsets_px, value)
+
+
+def residual_power(
+    observations: Observations, model: Derivatives, poses: Poses
+) -> tuple[Tensor, Tensor]:
+    """Power of what the map does not explain, summed by optics group and shell.
+
+    Returns
+    -------
+    power : Tensor, shape (groups, n_shells), real
+        Sum of ``|Y - CTF S|^2`` over images and coefficients.
+    count : Tensor, shape (groups, n_shells), real
+        Coefficients in each sum.
+    """
+    plane, groups = observations.plane, len(observations.noise_power)
+    table = model.table[..., :2].contiguous()
+    pairs = interpolate(table, poses.rotations, plane, model.padding)
+    slices = torch.view_as_complex(pairs.contiguous())
+    phases = shift_phases(poses.offsets_px, plane).to(slices.dtype)
+    power = (observations.coefficients - slices * phases * observations.ctf).abs() ** 2
+    shell = torch.zeros(len(power), plane.n_shells).to(power)
+    shell.index_add_(1, plane.shell, power)
+    per_shell = torch.bincount(plane.shell, minlength=plane.n_shells).to(power)
+    total = torch.zeros(groups, plane.n_shells).to(power)
+    total.index_add_(0, observations.group, shell)
+    images = torch.bincount(observations.group, minlength=groups).to(power)
+    return total, images[:, None] * per_shell

@@ -64,6 +64,8 @@ class RmfnConfig:
     mask_cycles : float
         Detail, in cycles per particle diameter, of the mask around the molecule that references
         wear in refinement.
+    update_noise : bool
+        Whether each round replaces the noise spectra by the power of its residuals.
     settled_deg : float
         Half-map refinement ends when the median pose moves less and the band is stable.
     volume : "rmfn" or "grid"
@@ -87,6 +89,7 @@ class RmfnConfig:
     half_rounds: int = 14
     joint_rounds: int = 3
     mask_cycles: float = 6.4
+    update_noise: bool = True
     settled_deg: float = 0.3
     volume: Literal["rmfn", "grid"] = "rmfn"
     width: int = 128

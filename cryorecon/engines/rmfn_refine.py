@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cryorecon.engines.accumulate import NormalEquations
 from cryorecon.engines.observations import Observations, centred
-from cryorecon.engines.refine import Poses, derivatives, refine_poses
+from cryorecon.engines.refine import Poses, derivatives, refine_poses, residual_power
 from cryorecon.engines.rmfn import (
     Agreement,
     Progress,
@@ -110,6 +110,7 @@ def refine_round(
     references = [_without_solvent(reference, config) for reference in references]
     likelihood, done = [], 0
     sums = []
+    noise = _Noise(observations)
     for half in (0, 1):
         model = derivatives(references[half], 2, state.band)
         new = _empty(observations)
@@ -119,6 +120,7 @@ def refine_round(
                 batch, model, state.rotations[rows], state.offsets_px[rows], n_steps
             )
             _store(state, rows, poses)
+            noise.add(batch, residual_power(batch, model, poses))
             _insert(new, observations.select(rows), poses)
             likelihood.append(poses.log_likelihood)
             done += len(rows)
@@ -126,6 +128,8 @@ def refine_round(
                 progress(done)
         sums.append(new)
     used = state.band
+    if config.update_noise and n_steps > 0:
+        noise.update(observations)
     _solve_halves(state, sums, config, agreement, joint=joint)
     limit = agreement_band(state.fsc)
     state.band = float(min(max_band(observations.plane.box), max(limit + 2, used), 1.6 * used + 1))
@@ -136,6 +140,24 @@ def refine_round(
         float(torch.cat(likelihood).mean()),
         limit,
     )
+
+
+class _Noise:
+    """Residual power of a round, by optics group and shell."""
+
+    def __init__(self, observations: Observations) -> None:
+        self.power = torch.zeros_like(observations.noise_power)
+        self.count = torch.zeros_like(self.power)
+
+    def add(self, batch: Observations, found: tuple[Tensor, Tensor]) -> None:
+        shells = batch.plane.n_shells
+        self.power[:, :shells] += found[0]
+        self.count[:, :shells] += found[1]
+
+    def update(self, observations: Observations) -> None:
+        """Replace the noise spectra where the round measured them."""
+        known = self.count > 0
+        observations.noise_power[known] = (self.power / self.count.clamp(min=1))[known]
 
 
 def _without_solvent(volume: Tensor, config: RmfnConfig) -> Tensor:
