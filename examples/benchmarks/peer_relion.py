@@ -28,7 +28,7 @@ def refinement(star: Path, model: Path, out: Path, name: str, diameter_angst: fl
         f"--i {star} --ref {model} --ini_high 15 --auto_refine --split_random_halves --ctf "
         f"--sym C1 --flatten_solvent --zero_mask --norm --scale --dont_combine_weights_via_disc "
         f"--preread_images --pool 3 --pad 2 --particle_diameter {diameter_angst} --oversampling 1 "
-        f"--healpix_order 2 --auto_local_healpix_order 4 --offset_range 5 --offset_step 2 "
+        f"--healpix_order 2 --auto_local_healpix_order 4 --offset_range 2 --offset_step 2 "
         f"--low_resol_join_halves 40 --j 1 --random_seed 1"
     ).split()
 
