@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from importlib.resources import files
 from pathlib import Path
 
 import pytest
+
+# As the command does: torch's threads must not spin while other programs wait for a core.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 import torch
 
 from cryorecon.io.atoms import read_atoms
