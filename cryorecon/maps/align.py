@@ -7,21 +7,31 @@ How particle poses follow their map is in :mod:`cryorecon.maps.poses`.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from scipy.ndimage import affine_transform
 from torch import Tensor
 
+from cryorecon.maps.sampling import (
+    Band,
+    Pair,
+    Pose,
+    climb,
+    polish,
+    prepare,
+    sample,
+    whitening_of,
+    within,
+)
 from cryorecon.physics.fourier import (
     crop_or_pad_centred,
     fft_centred,
     max_band,
     radius_grid,
-    resample_volume,
     shell_sums,
 )
-from cryorecon.physics.masks import soft_ball
-from cryorecon.physics.projection import Transform, padded_transform
+from cryorecon.physics.projection import padded_transform
 from cryorecon.physics.rotations import exp_map, so3_grid
 
 # Coarse search: 9,000 rotations 12 degrees apart, against details of a fifth of the box; a
@@ -34,16 +44,11 @@ _TRANSLATION_GRID = 20
 _FINEST_BAND = 48.0
 # (band, candidates kept, steps) of the refinements between search and final climb.
 _STAGES = ((5.0, 48, 25), (8.0, 8, 20), (12.0, 2, 20))
-# Power, relative to the strongest shell, of a shell that counts half.
-_WEAK_SHELL = 1e-5
 # The reference is turned by this rotation vector while it is compared. Interpolated noise is
 # strongest on the grid's own points: maps that nearly fit would be held where their grids fit.
 _FRAME_RAD = (0.41, -0.73, 0.58)
 # Shells whose FSC is below this are not worth climbing on.
 _AGREEMENT = 0.3
-
-# Rotations (b, 3, 3) and shifts (b, 3), the latter as fractions of the box.
-_Pose = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -135,102 +140,21 @@ def apply_alignment(volume: Tensor, alignment: Alignment) -> Tensor:
     return rotate_map(source, alignment.rotation, alignment.shift_px)
 
 
-@dataclass(frozen=True)
-class _Pair:
-    """A moving map to be sampled anywhere, a reference to be met, and a weight by shell."""
-
-    moving: Transform
-    reference: Tensor
-    whitening: Tensor
-
-
-@dataclass(frozen=True)
-class _Band:
-    """Coefficients of the half space kx >= 0 up to a radius, and the reference's values there."""
-
-    moving: Transform
-    points: Tensor
-    shells: Tensor
-    multiplicity: Tensor
-    wanted: Tensor
-
-
-def _prepare(volume: Tensor, box: int) -> tuple[Tensor, Tensor]:
-    """On a grid of `box` samples in float32: without background and corners, and whole."""
-    size = volume.shape[-1]
-    mask = soft_ball(size, 0.44 * size, 0.06 * size, 3, torch.float64, volume.device)
-    outside = 1 - mask
-    level = (volume.double() * outside).sum() / outside.sum()
-    whole = volume.double() - level
-    if box < size:
-        return resample_volume(whole * mask, box).float(), resample_volume(whole, box).float()
-    return (whole * mask).float(), whole.float()
-
-
-def _shell_power(transform: Tensor) -> Tensor:
-    box = transform.shape[-1]
-    shells = (radius_grid(box, 3, transform.device) + 0.5).long().flatten()
-    power = (transform.abs() ** 2).flatten().double()
-    counts = torch.bincount(shells)
-    return shell_sums(power, shells, len(counts)) / counts
-
-
-def _whitening(masked: Tensor, whole: Tensor) -> Tensor:
-    """One over the amplitude of each shell, less where a shell holds little of its own.
-
-    Shells far below the strongest hold leakage from it, by interpolation or by the edge of the
-    mask, which stands still when the map moves. Power that the mask brought in counts little.
-    """
-    power, before = _shell_power(fft_centred(masked, 3)), _shell_power(fft_centred(whole, 3))
-    own = (before / power.clamp(min=1e-300)).clamp(max=1)
-    return own * (power + _WEAK_SHELL * power[1:].max()).clamp(min=1e-300).rsqrt()
-
-
-def _pair(moving: Tensor, reference: Tensor, box: int) -> _Pair:
-    first, second = _prepare(moving, box), _prepare(reference, box)
-    whitening = _whitening(*first) * _whitening(*second)
+def _pair(moving: Tensor, reference: Tensor, box: int) -> Pair:
+    first, second = prepare(moving, box), prepare(reference, box)
+    whitening = whitening_of(*first) * whitening_of(*second)
     turned = rotate_map(second[0], exp_map(torch.tensor(_FRAME_RAD, dtype=torch.float64)))
-    return _Pair(padded_transform(first[0], 2), fft_centred(turned, 3), whitening)
+    return Pair(padded_transform(first[0], 2), fft_centred(turned, 3), whitening)
 
 
-def _within(pair: _Pair, band: float, dtype: torch.dtype = torch.float32) -> _Band:
-    reach, centre = int(band), pair.reference.shape[-1] // 2
-    device = pair.reference.device
-    axis = torch.arange(-reach, reach + 1, device=device)
-    points = torch.cartesian_prod(axis[reach:], axis, axis)
-    radius = points.double().norm(dim=-1)
-    keep = (radius <= band) & (radius > 0)
-    points, shells = points[keep], (radius[keep] + 0.5).long()
-    x, y, z = (points + centre).unbind(-1)
-    # Each point with kx > 0 stands for its Friedel mate as well.
-    multiplicity = torch.where(points[:, 0] > 0, 2.0, 1.0).to(dtype)
-    weights = pair.whitening[shells].to(dtype) * multiplicity / multiplicity.sum()
-    wanted = pair.reference[z, y, x] * weights
-    moving = pair.moving.within(band + 1)
-    return _Band(moving, points.to(dtype), shells, multiplicity, wanted)
-
-
-def _sample(band: _Band, rotations: Tensor) -> Tensor:
-    """Trilinear samples, shape (b, p), of the rotated map's transform, ``F(R.T k)``."""
-    values, padding = band.moving.values, band.moving.padding
-    size = values.shape[-1]
-    points = band.points @ rotations.to(band.points.dtype)
-    grid = (points * padding + size // 2) * (2 / (size - 1)) - 1
-    source = torch.view_as_real(values).permute(3, 0, 1, 2)[None].to(grid.dtype)
-    found = torch.nn.functional.grid_sample(
-        source, grid.reshape(1, 1, 1, -1, 3), align_corners=True
-    )
-    return torch.complex(found[0, 0, 0, 0], found[0, 1, 0, 0]).unflatten(0, points.shape[:-1])
-
-
-def _scores(band: _Band, rotations: Tensor, shifts: Tensor) -> Tensor:
+def _scores(band: Band, rotations: Tensor, shifts: Tensor) -> Tensor:
     """Mean FSC over the band's coefficients, shape (b,); shifts (b, 3) as fractions of the box."""
     angle = 2 * torch.pi * (shifts.to(band.points.dtype) @ band.points.T)
     phases = torch.polar(torch.ones_like(angle), angle)
-    return (_sample(band, rotations).conj() * band.wanted * phases).real.sum(-1)
+    return (sample(band, rotations).conj() * band.wanted * phases).real.sum(-1)
 
 
-def _search(pair: _Pair, band: _Band, keep: int) -> _Pose:
+def _search(pair: Pair, band: Band, keep: int) -> Pose:
     """Best grid rotations (keep, 3, 3) and their best shifts (keep, 3) over all translations."""
     rotations, _ = so3_grid(_GRID_NSIDE)
     rotations = rotations.to(pair.reference.device)
@@ -241,7 +165,7 @@ def _search(pair: _Pair, band: _Band, keep: int) -> _Pose:
     found = []
     for chunk in rotations.split(500):
         cross = torch.zeros(len(chunk), n, n, n // 2 + 1, dtype=wanted.dtype, device=wanted.device)
-        cross[:, z, y, x] = _sample(band, chunk).conj() * wanted
+        cross[:, z, y, x] = sample(band, chunk).conj() * wanted
         field = torch.fft.irfftn(cross, s=(n, n, n), dim=(1, 2, 3))
         found.append(torch.stack(field.flatten(1).max(-1), -1))
     best, place = torch.cat(found).unbind(-1)
@@ -251,63 +175,18 @@ def _search(pair: _Pair, band: _Band, keep: int) -> _Pose:
     return rotations[order], ((steps + n // 2) % n - n // 2).double() / n
 
 
-def _move(start: _Pose, step: Tensor) -> _Pose:
-    """Turn by the first half of `step` (rad, on the left), shift by the second (boxes).
-
-    Turning about the centre carries the shifted content with it, so that both halves are of
-    like importance: one quarter of the box is the lever of a rotation.
-    """
-    rotations, shifts = start
-    return exp_map(4 * step[:, :3]) @ rotations, shifts + step[:, 3:]
-
-
-def _climb(band: _Band, start: _Pose, steps: int, radius: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradient ascent (Adam, steps shrinking from `radius`) of many candidates at once."""
-    step = torch.zeros(len(start[0]), 6, dtype=torch.float64, device=start[0].device)
-    step.requires_grad_()
-    optimiser = torch.optim.Adam([step], lr=radius, betas=(0.7, 0.9))
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps, radius * 0.02)
-    for _ in range(steps):
-        optimiser.zero_grad()
-        (-_scores(band, *_move(start, step)).sum()).backward()
-        optimiser.step()
-        schedule.step()
-    with torch.no_grad():
-        rotations, shifts = _move(start, step)
-        scores = _scores(band, rotations, shifts)
-    order = scores.argsort(descending=True)
-    return rotations[order], shifts[order], scores[order]
-
-
-def _polish(band: _Band, start: _Pose) -> _Pose:
-    """Quasi-Newton ascent of one candidate to the top of its hill."""
-    step = torch.zeros(1, 6, dtype=torch.float64, device=start[0].device).requires_grad_()
-    scale = 0.1 / float(band.points.max())
-    optimiser = torch.optim.LBFGS([step], max_iter=25, line_search_fn="strong_wolfe")
-
-    def closure() -> Tensor:
-        optimiser.zero_grad()
-        loss = -_scores(band, *_move(start, step * scale)).sum()
-        loss.backward()
-        return loss
-
-    optimiser.step(closure)
-    rotations, shifts = _move(start, step.detach() * scale)
-    return rotations, shifts
-
-
-def _curve(band: _Band, pose: _Pose) -> Tensor:
+def _curve(band: Band, pose: Pose) -> Tensor:
     """FSC by shell over the band; shell 0 is 0."""
     angle = 2 * torch.pi * (pose[1].to(band.points.dtype) @ band.points.T)
     phases = torch.polar(torch.ones_like(angle), angle)
-    agreement = (_sample(band, pose[0]).conj() * band.wanted * phases).real[0]
+    agreement = (sample(band, pose[0]).conj() * band.wanted * phases).real[0]
     n_shells = int(band.shells.max()) + 1
     counts = shell_sums(band.multiplicity, band.shells, n_shells)
     sums = shell_sums(agreement, band.shells, n_shells) * band.multiplicity.sum()
     return sums / counts.clamp(min=1)
 
 
-def _weighed(band: _Band, pose: _Pose) -> _Band:
+def _weighed(band: Band, pose: Pose) -> Band:
     """The same band with each shell weighed by its signal-to-noise ratio, from the FSC so far."""
     with torch.no_grad():
         curve = _curve(band, pose).clamp(0.0, 1.0)
@@ -315,20 +194,21 @@ def _weighed(band: _Band, pose: _Pose) -> _Band:
     return replace(band, wanted=band.wanted * weights[band.shells])
 
 
-def _ascend(pair: _Pair, limit: float) -> tuple[_Pose, float]:
+def _ascend(pair: Pair, limit: float) -> tuple[Pose, float]:
     """Search, then refine at rising bands while the maps still agree there."""
-    first = _within(pair, min(_SEARCH_BAND, limit))
+    first = within(pair, min(_SEARCH_BAND, limit))
     pose = _search(pair, first, _STAGES[0][1])
     for reach, keep, steps in _STAGES:
-        band = _within(pair, min(reach, limit))
+        band = within(pair, min(reach, limit))
         start = pose[0][:keep], pose[1][:keep]
-        *found, _ = _climb(band, start, steps, 0.03 / min(reach, limit))
+        *found, _ = climb(partial(_scores, band), start, steps, 0.03 / min(reach, limit))
         pose = found[0], found[1]
     pose = pose[0][:1], pose[1][:1]
     reach = min(_STAGES[-1][0], limit)
     while True:
-        band = _within(pair, reach, torch.float64)
-        pose = _polish(_weighed(band, pose), pose)
+        band = within(pair, reach, torch.float64)
+        weighed = _weighed(band, pose)
+        pose = polish(partial(_scores, weighed), pose, reach)
         with torch.no_grad():
             edge = float(_curve(band, pose)[-2:].mean())
         if reach >= limit or edge < _AGREEMENT:
@@ -336,13 +216,13 @@ def _ascend(pair: _Pair, limit: float) -> tuple[_Pose, float]:
         reach = min(1.5 * reach, limit)
 
 
-def _judged(pair: _Pair, pose: _Pose, reach: float) -> tuple[float, float]:
+def _judged(pair: Pair, pose: Pose, reach: float) -> tuple[float, float]:
     """Mean whitened FSC over coefficients, and plain correlation, up to a band."""
     plain_pair = replace(pair, whitening=torch.ones_like(pair.whitening))
-    band, plain = (_within(p, reach, torch.float64) for p in (pair, plain_pair))
+    band, plain = (within(p, reach, torch.float64) for p in (pair, plain_pair))
     with torch.no_grad():
         weight = plain.multiplicity / plain.multiplicity.sum()
-        power = (_sample(plain, pose[0])[0].abs() ** 2 * weight).sum()
+        power = (sample(plain, pose[0])[0].abs() ** 2 * weight).sum()
         norm = (power * (plain.wanted.abs() ** 2 / weight).sum()).sqrt()
         return float(_scores(band, *pose)), float(_scores(plain, *pose) / norm)
 

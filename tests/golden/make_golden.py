@@ -4,7 +4,7 @@
 
 For boxes of 32 and 33 px: a map, its mirror image, noise-free images of 20 particles with origin
 shifts, astigmatism, phase shifts and two optics groups (3.1 dialect) or one (3.0 dialect), and
-the map that relion_reconstruct makes of 160 of them.
+the map that relion_reconstruct makes of 160 of them. Also the rotations of some point groups.
 """
 
 import subprocess
@@ -123,7 +123,19 @@ def make(box: int, folder: Path) -> None:
     write_star(HERE / f"reconstruct_{box}.star", tables)
 
 
+def make_symmetry() -> None:
+    """What `relion_refine` prints of its point groups."""
+    lines = []
+    for name in ("C3", "D2", "D7", "T", "O", "I"):
+        command = ["relion_refine", "--sym", name, "--print_symmetry_ops"]
+        printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        kept = [line for line in printed.splitlines() if "Running" not in line]
+        lines += [f"# {name}", *kept]
+    (HERE / "symmetry.txt").write_text("\n".join(lines) + "\n")
+
+
 if __name__ == "__main__":
+    make_symmetry()
     for box in (32, 33):
         with tempfile.TemporaryDirectory() as name:
             make(box, Path(name))
