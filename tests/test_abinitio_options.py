@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
+
 import pytest
 import torch
 from conftest import MODEL
@@ -10,11 +13,13 @@ from rich.console import Console
 from cryorecon.engines.contrast import contrast_score
 from cryorecon.engines.rmfn import RmfnConfig
 from cryorecon.errors import CryoreconError
-from cryorecon.io.mrc import open_stack, read_map, stack_writer
+from cryorecon.io.mrc import open_stack, read_map, stack_writer, write_map
 from cryorecon.io.particles import read_particles
 from cryorecon.io.star import read_star, write_star
-from cryorecon.maps.align import align_maps, apply_alignment
+from cryorecon.maps.align import align_maps, apply_alignment, rotate_map
 from cryorecon.maps.fsc import fsc_curve
+from cryorecon.physics.masks import soft_ball
+from cryorecon.physics.symmetry import symmetry_group
 from cryorecon.run.abinitio import AbinitioOptions, abinitio_rmfn
 from cryorecon.run.load import load_observations
 from cryorecon.run.simulate import simulate
@@ -51,10 +56,10 @@ def log_of(job):
 
 
 def agreement(job, folder, shell):
-    found, truth = (
-        torch.from_numpy(read_map(p).data) for p in (job / "initial_model.mrc", folder / "map.mrc")
-    )
-    moved = apply_alignment(found, align_maps(found, truth, 2.4))
+    source = read_map(folder / "map.mrc")
+    found, truth = torch.from_numpy(read_map(job / "initial_model.mrc").data), source.data
+    truth = torch.from_numpy(truth)
+    moved = apply_alignment(found, align_maps(found, truth, source.pixel_size_angst))
     return float(fsc_curve(moved, truth)[1 : shell + 1].min())
 
 
@@ -78,7 +83,7 @@ def test_black_particles_are_found_and_said(bright, tmp_path):
     options = AbinitioOptions(halves="none", engine=SHORT)
     abinitio_rmfn(star, tmp_path / "job", options, QUIET)
     assert "particles look BLACK ON WHITE" in log_of(tmp_path / "job")
-    assert "images are inverted" in log_of(tmp_path / "job")
+    assert "the CTF is inverted" in log_of(tmp_path / "job")
     assert agreement(tmp_path / "job", bright, 9) > 0.9
     assert not (tmp_path / "job" / "fsc.star").exists()
     assert not (tmp_path / "job" / "run_half1_class001_unfil.mrc").exists()
@@ -86,13 +91,16 @@ def test_black_particles_are_found_and_said(bright, tmp_path):
 
 def test_contrast_is_sure_of_particles_and_unsure_of_noise(bright, generator):
     particles = read_particles(bright / "particles.star")
-    observations = load_observations(particles, 0.8)
-    assert contrast_score(observations, 0.8) > 20
-    observations.coefficients.neg_()
-    assert contrast_score(observations, 0.8) < -20
-    noise = torch.randn(observations.coefficients.shape, generator=generator)
-    observations.coefficients.copy_(torch.complex(noise, noise.roll(1)))
-    assert abs(contrast_score(observations, 0.8)) < 4
+    images = load_observations(particles, 0.8)
+    assert contrast_score(images, 0.8) > 20
+    images.gain.neg_()
+    assert contrast_score(images, 0.8) < -20
+    noise = torch.randn(len(images), len(images.plane), 2, generator=generator)
+
+    def source(rows, count):
+        return torch.view_as_complex(noise)[rows, :count], torch.ones(len(rows), count)
+
+    assert abs(contrast_score(dataclasses.replace(images, source=source), 0.8)) < 4
 
 
 def test_pure_noise_gives_no_map(bright, tmp_path):
@@ -112,7 +120,7 @@ def test_a_grid_can_hold_the_map(bright, tmp_path):
     assert (tmp_path / "job" / "scale3.mrc").exists()
 
 
-@pytest.mark.parametrize("box", [25, 33, 50])
+@pytest.mark.parametrize("box", [25, 33, 50, 63])
 def test_any_box_runs(box, tmp_path):
     config = SimulateConfig(
         n_particles=30, box=box, pixel_size_angst=76.8 / box, snr=float("inf"), seed=1
@@ -124,3 +132,72 @@ def test_any_box_runs(box, tmp_path):
     options = AbinitioOptions(engine=engine)
     abinitio_rmfn(tmp_path / "s" / "particles.star", tmp_path / "job", options, QUIET)
     assert read_map(tmp_path / "job" / "initial_model.mrc").data.shape == (box, box, box)
+
+
+TINY = RmfnConfig(n_starts=1, temperatures=(5.0, 1.0), half_rounds=2, joint_rounds=1, final_steps=1)
+
+
+def test_images_read_again_give_the_same_map(bright, tmp_path):
+    """Not one number differs between images held in memory and images read when needed."""
+    maps = []
+    for keep in ("memory", "disk"):
+        options = AbinitioOptions(keep=keep, engine=TINY)
+        abinitio_rmfn(bright / "particles.star", tmp_path / keep, options, QUIET)
+        maps.append(read_map(tmp_path / keep / "initial_model.mrc").data)
+    assert (maps[0] == maps[1]).all()
+
+
+def test_particles_at_the_offset_limit_are_reported(bright, tmp_path):
+    options = AbinitioOptions(offset_range_angst=0.1, engine=TINY)
+    abinitio_rmfn(bright / "particles.star", tmp_path / "job", options, QUIET)
+    assert "at the limit of 0.1 A" in log_of(tmp_path / "job")
+    assert "give a larger --offset-range" in log_of(tmp_path / "job")
+
+
+def test_a_mask_is_worn_and_checked(bright, tmp_path):
+    ball = soft_ball(32, 9.0, 2.0, 3)
+    write_map(tmp_path / "mask.mrc", ball.numpy(), 2.4)
+    options = AbinitioOptions(mask=tmp_path / "mask.mrc", engine=TINY)
+    abinitio_rmfn(bright / "particles.star", tmp_path / "job", options, QUIET)
+    found = torch.from_numpy(read_map(tmp_path / "job" / "initial_model.mrc").data)
+    assert found[ball == 0].abs().max() == 0
+    write_map(tmp_path / "loud.mrc", 3 * ball.numpy(), 2.4)
+    write_map(tmp_path / "other.mrc", ball.numpy(), 1.2)
+    for name, words in (("loud", "goes from 0 to 1"), ("other", "Resample the mask")):
+        options = AbinitioOptions(mask=tmp_path / f"{name}.mrc", engine=TINY)
+        with pytest.raises(CryoreconError, match=words):
+            abinitio_rmfn(bright / "particles.star", tmp_path / "no", options, QUIET)
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.fixture(scope="module")
+def trimer(tmp_path_factory):
+    """300 particles of a map with a threefold axis: 24 px at 3.2 A, SNR 1."""
+    folder = tmp_path_factory.mktemp("trimer")
+    generator = torch.Generator().manual_seed(11)
+    group, box = symmetry_group("C3"), 24
+    places = torch.rand(7, 3, generator=generator).double() * 13 - 6.5
+    places = (group[:, None] @ places[None, :, :, None]).reshape(-1, 3)
+    axis = torch.arange(box, dtype=torch.float64) - box // 2
+    waves = [torch.exp(-((axis - places[:, i, None]) ** 2) / 2.5) for i in range(3)]
+    volume = torch.einsum("px,py,pz->zyx", *waves)
+    write_map(folder / "trimer.mrc", volume.float().numpy(), 3.2)
+    config = SimulateConfig(n_particles=300, box=24, pixel_size_angst=3.2, snr=1.0, seed=6)
+    simulate(folder / "trimer.mrc", folder, config)
+    return folder
+
+
+def test_symmetry_is_found_and_applied(trimer, tmp_path):
+    engine = RmfnConfig(n_starts=1, half_rounds=10, joint_rounds=1, final_steps=2)
+    options = AbinitioOptions(symmetry="c3", engine=engine)
+    abinitio_rmfn(trimer / "particles.star", tmp_path / "job", options, QUIET)
+    said = re.search(r"C3: turned copies of the map correlate (\S+)", log_of(tmp_path / "job"))
+    assert float(said[1]) > 0.8
+    found = torch.from_numpy(read_map(tmp_path / "job" / "initial_model.mrc").data)
+    turned = rotate_map(found, symmetry_group("C3")[1])
+    assert fsc_curve(found, turned)[1:8].min() > 0.98
+    assert (tmp_path / "job" / "initial_model_C1.mrc").exists()
+    assert agreement(tmp_path / "job", trimer, 7) > 0.95
+    with pytest.raises(CryoreconError, match="C1, Cn, Dn, T, O or I"):
+        options = AbinitioOptions(symmetry="Q7", engine=SHORT)
+        abinitio_rmfn(trimer / "particles.star", tmp_path / "no", options, QUIET)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import MODEL
 
 from cryorecon.conventions import euler_to_matrix
 from cryorecon.engines import accumulate, refine, search
-from cryorecon.engines.observations import Observations
+from cryorecon.engines.observations import ImageSet, Observations
 from cryorecon.engines.rmfn import RmfnConfig
 from cryorecon.io.mrc import read_map
 from cryorecon.io.particles import read_particles
@@ -138,11 +140,55 @@ def test_residuals_at_the_true_poses_are_the_noise(scene):
     two = Observations(
         observations.plane, loud, observations.ctf, observations.noise_power.repeat(2, 1), groups
     )
-    power, count = refine.residual_power(two, model, poses)
+    power, count = refine.residual_power(two, refine.predictions(two, model, poses))
     measured = (power / count)[:, 4:].mean(1)
     expected = observations.noise_power[0, 0] * torch.tensor([1.0, 4.0])
     assert torch.allclose(measured, expected.to(measured), rtol=0.05)
     assert count.sum() == 12 * len(observations.plane)
+
+
+def in_memory(observations):
+    """The observations as the set of images that a job works on."""
+    n = len(observations)
+    return ImageSet(
+        observations.plane,
+        lambda rows, count: (
+            observations.coefficients[rows, :count],
+            observations.ctf[rows, :count],
+        ),
+        observations.noise_power.clone(),
+        observations.group,
+        torch.ones(n, dtype=torch.float64),
+        torch.arange(n),
+    )
+
+
+def test_what_is_learned_from_one_half_set_stays_out_of_the_other(scene):
+    observations, *_ = scene
+    images, rows = in_memory(scene[0]), torch.arange(6)
+    halves = [images.apart(rows), images.apart(rows + 6)]
+    halves[0].noise_power.mul_(3)
+    halves[0].gain.mul_(2)
+    assert torch.equal(halves[1].noise_power, observations.noise_power)
+    assert torch.equal(images.noise_power, observations.noise_power)
+    second = halves[1].whole()
+    assert torch.equal(second.ctf, observations.ctf[6:])
+    assert torch.equal(second.coefficients, observations.coefficients[6:])
+    assert torch.equal(halves[0].whole().ctf, 2 * observations.ctf[:6])
+
+
+def test_image_scales_are_found(scene, generator):
+    """Images of twice the contrast get twice the scale; weak ones stay near 1."""
+    observations, volume, rotations, offsets = scene
+    poses = refine.Poses(rotations, offsets, torch.zeros(12))
+    predicted = refine.predictions(observations, refine.derivatives(volume, 2, 15), poses)
+    wanted = 0.7 + 0.6 * torch.rand(12, generator=generator).double()
+    noise = observations.coefficients - predicted
+    scaled = replace(observations, coefficients=predicted * wanted[:, None] + noise)
+    found = refine.image_scales(scaled, predicted, spread=1.0)
+    assert torch.allclose(found, wanted, atol=0.15)
+    faint = replace(scaled, noise_power=observations.noise_power * 1e6)
+    assert torch.allclose(refine.image_scales(faint, predicted), torch.ones(12).double(), atol=0.01)
 
 
 def test_normal_equations_recover_the_map(molecule_32, generator):

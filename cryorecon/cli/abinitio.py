@@ -41,6 +41,17 @@ Contrast = Annotated[
     Literal["auto", "white", "black"],
     typer.Option(help="Particles white on black, black on white, or as the images tell."),
 ]
+Symmetry = Annotated[
+    str, typer.Option(help="Point group: C1, Cn, Dn, T, O or I. The C1 map is kept as well.")
+]
+Mask = Annotated[
+    Path | None,
+    typer.Option(help="Map from 0 to 1 that holds in any orientation, such as a shell."),
+]
+Keep = Annotated[
+    Literal["auto", "memory", "disk"],
+    typer.Option("--images", help="Hold images in memory, or read them again when needed."),
+]
 Volume = Annotated[
     Literal["rmfn", "grid"],
     typer.Option(help="What holds the map in the search: the network or a plain grid."),
@@ -61,6 +72,9 @@ def abinitio_rmfn_command(
     starts: Starts = 2,
     halves: Halves = "shared",
     contrast: Contrast = "auto",
+    symmetry: Symmetry = "C1",
+    mask: Mask = None,
+    images: Keep = "auto",
     volume: Volume = "rmfn",
     project: Project = None,
     seed: Seed = 0,
@@ -89,7 +103,18 @@ def abinitio_rmfn_command(
         return
     engine = with_settings(RmfnConfig(n_starts=starts, volume=volume), config, settings or [])
     prepare_folder(output, overwrite)
-    options = AbinitioOptions(diameter, offset_range, project, seed, halves, contrast, engine)
+    options = AbinitioOptions(
+        diameter,
+        offset_range,
+        project,
+        seed,
+        halves,
+        contrast,
+        symmetry,
+        mask,
+        images,
+        engine,
+    )
     abinitio_rmfn(particles, output, options, console)
 
 
@@ -102,6 +127,9 @@ def abinitio_command(
     starts: Starts = 2,
     halves: Halves = "shared",
     contrast: Contrast = "auto",
+    symmetry: Symmetry = "C1",
+    mask: Mask = None,
+    images: Keep = "auto",
     volume: Volume = "rmfn",
     project: Project = None,
     seed: Seed = 0,
@@ -120,6 +148,9 @@ def abinitio_command(
         starts,
         halves,
         contrast,
+        symmetry,
+        mask,
+        images,
         volume,
         project,
         seed,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cryorecon.physics.fourier import HalfPlane, crop_or_pad_centred, radius_grid
+from cryorecon.physics.fourier import HalfPlane, radius_grid
 from cryorecon.physics.projection import Transform, insert_slices
 
 
@@ -109,13 +109,4 @@ class NormalEquations:
         weight = weight.clamp(min=1e-6 * float(weight.max()) + torch.finfo(weight.dtype).tiny)
         return Transform(
             torch.where(inside, sums.signal / weight, torch.zeros_like(sums.signal)), self.padding
-        )
-
-    def resized(self, band: float) -> NormalEquations:
-        """The same sums on a grid that reaches just as far as `band`."""
-        size = 2 * (int(band * self.padding) + 2)
-        return NormalEquations(
-            crop_or_pad_centred(self.signal, size, 3),
-            crop_or_pad_centred(self.weight, size, 3),
-            self.padding,
         )

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from cryorecon.engines.observations import Observations
+from cryorecon.engines.observations import ImageSet
 from cryorecon.physics.fourier import radius_grid, to_coefficients
 
 
-def contrast_score(observations: Observations, diameter: float) -> float:
+def contrast_score(images: ImageSet, diameter: float) -> float:
     """How surely particles are white (positive) or black (negative), in standard errors.
 
     Every image is correlated with the CTF-modulated, whitened projection of a solid ball of the
@@ -16,17 +16,17 @@ def contrast_score(observations: Observations, diameter: float) -> float:
 
     Parameters
     ----------
-    observations : Observations of n images
+    images : ImageSet of n images
     diameter : float
         Of the particle, as a fraction of the box side.
     """
-    plane = observations.plane
+    plane = images.plane
     radius = diameter / 2 * plane.box
-    distance = radius_grid(plane.box, 2).to(observations.ctf)
+    distance = radius_grid(plane.box, 2).to(images.gain)
     ball = to_coefficients((radius**2 - distance**2).clamp(min=0).sqrt(), plane)
     scores = []
-    for rows in torch.arange(len(observations)).split(500):
-        matched, weight = observations.select(rows).matched()
+    for rows in torch.arange(len(images)).split(500):
+        matched, weight = images.select(rows).matched()
         fit = (matched * ball.conj()).real.sum(-1)
         scores.append(fit / (weight * ball.abs() ** 2).sum(-1).sqrt())
     values = torch.cat(scores).double()

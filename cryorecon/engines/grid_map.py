@@ -7,8 +7,8 @@ from torch import Tensor
 
 from cryorecon.engines.accumulate import NormalEquations
 from cryorecon.networks.mfn import smallest_grid
-from cryorecon.physics.fourier import crop_or_pad_centred, fft_centred, ifft_centred, lowpass
-from cryorecon.physics.masks import soft_ball
+from cryorecon.physics.fourier import lowpass, resample_sums
+from cryorecon.physics.masks import Support
 from cryorecon.physics.projection import to_volume
 
 
@@ -19,13 +19,13 @@ class GridMap:
     ----------
     bands : tuple of int
         Cycles per box of each scale, ascending.
-    mask_radius : float
-        Radius of the mask as a fraction of the box.
+    support : Support
+        Where the map may have density.
     """
 
-    def __init__(self, bands: tuple[int, ...], mask_radius: float) -> None:
+    def __init__(self, bands: tuple[int, ...], support: Support) -> None:
         self.bands = bands
-        self.mask_radius = mask_radius
+        self.support = support
         self._volumes: dict[int, Tensor] = {}
 
     def grid_size(self, scale: int) -> int:
@@ -38,7 +38,7 @@ class GridMap:
         size = box or self.grid_size(scale)
         if size == len(values):
             return values
-        return ifft_centred(crop_or_pad_centred(fft_centred(values, 3), size, 3), 3).real
+        return resample_sums(values, size)
 
     def fit(
         self, sums: NormalEquations, prior: Tensor, scale: int, n_steps: int | None = None
@@ -46,7 +46,7 @@ class GridMap:
         """Take the solution of the normal equations; `n_steps` is for networks."""
         del n_steps
         size = self.grid_size(scale)
-        mask = soft_ball(size, self.mask_radius * size, 0.07 * size, 3, prior.dtype, prior.device)
+        mask = self.support.on(size, prior.dtype, prior.device)
         self._volumes[scale] = to_volume(sums.solve(prior), size) * mask
 
     def fit_volume(

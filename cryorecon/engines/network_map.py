@@ -16,7 +16,7 @@ from torch import Tensor
 from cryorecon.engines.accumulate import NormalEquations
 from cryorecon.networks.mfn import MfnConfig, ResidualMfn, grid_points, smallest_grid
 from cryorecon.physics.fourier import crop_or_pad_centred
-from cryorecon.physics.masks import soft_ball
+from cryorecon.physics.masks import Support
 from cryorecon.physics.projection import Transform, gridded_transform, to_volume
 
 
@@ -42,8 +42,8 @@ class NetworkMap:
     Parameters
     ----------
     config : MfnConfig
-    mask_radius : float
-        Radius of the soft spherical mask as a fraction of the box.
+    support : Support
+        Where the map may have density.
     generator : torch.Generator
         Draws the network.
     """
@@ -51,7 +51,7 @@ class NetworkMap:
     def __init__(
         self,
         config: MfnConfig,
-        mask_radius: float,
+        support: Support,
         generator: torch.Generator,
         fit: FitConfig | None = None,
     ) -> None:
@@ -60,7 +60,7 @@ class NetworkMap:
         self.optimizer = torch.optim.Adam(
             self.network.parameters(), lr=self.fit_config.learning_rate
         )
-        self.mask_radius = mask_radius
+        self.support = support
         self.scale = 1.0
         self._fitted = False
 
@@ -73,18 +73,14 @@ class NetworkMap:
         """Points a side that hold scale `scale` (0-based), with room for the mask's edge."""
         return smallest_grid(self.bands[scale] + 2)
 
-    def volume(self, scale: int, box: int | None = None, *, masked: bool = True) -> Tensor:
+    def volume(self, scale: int, box: int | None = None) -> Tensor:
         """The map of one scale on a grid of `box` points a side; sums over a voxel's share."""
         size = box or self.grid_size(scale)
         parameter = self.network.phases
         points = grid_points(size, 3, parameter.dtype, parameter.device)
         density = self.network(points, scale + 1)[-1].reshape(size, size, size)
         density = density * (self.scale * (self.grid_size(0) / size) ** 3)
-        if not masked:
-            return density
-        radius = self.mask_radius * size
-        mask = soft_ball(size, radius, 0.07 * size, 3, density.dtype, density.device)
-        return density * mask
+        return density * self.support.on(size, density.dtype, density.device)
 
     def fit(
         self, sums: NormalEquations, prior: Tensor, scale: int, n_steps: int | None = None
@@ -138,8 +134,7 @@ class NetworkMap:
             Mean relative squared residual of the last step.
         """
         box = target.shape[-1]
-        radius = self.mask_radius * box + 0.07 * box
-        inside = soft_ball(box, radius, 1.0, 3).flatten().nonzero()[:, 0]
+        inside = self.support.on(box).flatten().nonzero()[:, 0]
         points = grid_points(box, 3, target.dtype, target.device)
         values = target.flatten() / (self.scale * (self.grid_size(0) / box) ** 3)
         norm = values[inside].square().mean().clamp(min=1e-30)

@@ -1,8 +1,9 @@
-"""Images as the engines see them: whitened half-plane coefficients and their CTF."""
+"""Images as the engines see them: half-plane coefficients, their CTF and their noise."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ class Observations:
         return self.coefficients.shape[0]
 
     def select(self, rows: Tensor, band: float | None = None) -> Observations:
-        """The images of some rows, up to a radius in cycles per box."""
+        """The images of some rows, up to a radius in cycles per box; noise spectra are shared."""
         plane = self.plane if band is None else self.plane.within(band)
         m = len(plane)
         return Observations(
@@ -61,6 +62,66 @@ class Observations:
         """
         precision = self.precision()
         return self.coefficients * (self.ctf * precision), self.ctf**2 * precision
+
+
+Source = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """All images of a job; coefficients come from memory or from disk when they are asked for.
+
+    Attributes
+    ----------
+    plane : HalfPlane of m coefficients
+    source : callable
+        Given rows (b,) and a number k, the first k coefficients of these images, shape (b, k),
+        complex, and their CTF, real.
+    noise_power : Tensor, shape (groups, n_shells), real
+        Expected ``|noise|^2`` of a coefficient, by optics group and shell.
+    group : Tensor, shape (n,), int64
+    gain : Tensor, shape (n,), real
+        Factor on each image's CTF: its scale, negative where particles are black on white.
+    rows : Tensor, shape (n,), int64
+        Which of the source's images these are.
+    """
+
+    plane: HalfPlane
+    source: Source
+    noise_power: Tensor
+    group: Tensor
+    gain: Tensor
+    rows: Tensor
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def select(self, rows: Tensor, band: float | None = None) -> Observations:
+        """Load the images of some rows, up to a radius in cycles per box."""
+        plane = self.plane if band is None else self.plane.within(band)
+        coefficients, ctf = self.source(self.rows[rows], len(plane))
+        ctf = ctf * self.gain[rows, None]
+        noise = self.noise_power[:, : plane.n_shells]
+        return Observations(plane, coefficients, ctf, noise, self.group[rows])
+
+    def whole(self, band: float | None = None) -> Observations:
+        """Load all images, up to a radius in cycles per box."""
+        return self.select(torch.arange(len(self)), band)
+
+    def within(self, band: float) -> ImageSet:
+        """The same images up to a radius in cycles per box, not loaded yet."""
+        plane = self.plane.within(band)
+        return replace(self, plane=plane, noise_power=self.noise_power[:, : plane.n_shells])
+
+    def apart(self, rows: Tensor) -> ImageSet:
+        """Some images with noise spectra and gains of their own, for an independent run."""
+        return replace(
+            self,
+            noise_power=self.noise_power.clone(),
+            group=self.group[rows],
+            gain=self.gain[rows],
+            rows=self.rows[rows],
+        )
 
 
 def centred(matched: Tensor, offsets_px: Tensor, plane: HalfPlane) -> Tensor:

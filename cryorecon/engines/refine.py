@@ -182,24 +182,27 @@ def refine_poses(
     return Poses(rotations, offsets_px, value)
 
 
-def residual_power(
-    observations: Observations, model: Derivatives, poses: Poses
-) -> tuple[Tensor, Tensor]:
-    """Power of what the map does not explain, summed by optics group and shell.
+def predictions(observations: Observations, model: Derivatives, poses: Poses) -> Tensor:
+    """What a map predicts of n images at their poses, shape (n, m), complex."""
+    table = model.table[..., :2].contiguous()
+    pairs = interpolate(table, poses.rotations, observations.plane, model.padding)
+    slices = torch.view_as_complex(pairs.contiguous())
+    phases = shift_phases(poses.offsets_px, observations.plane).to(slices.dtype)
+    return slices * phases * observations.ctf
+
+
+def residual_power(observations: Observations, predicted: Tensor) -> tuple[Tensor, Tensor]:
+    """Power of what a prediction does not explain, summed by optics group and shell.
 
     Returns
     -------
     power : Tensor, shape (groups, n_shells), real
-        Sum of ``|Y - CTF S|^2`` over images and coefficients.
+        Sum of ``|Y - predicted|^2`` over images and coefficients.
     count : Tensor, shape (groups, n_shells), real
         Coefficients in each sum.
     """
     plane, groups = observations.plane, len(observations.noise_power)
-    table = model.table[..., :2].contiguous()
-    pairs = interpolate(table, poses.rotations, plane, model.padding)
-    slices = torch.view_as_complex(pairs.contiguous())
-    phases = shift_phases(poses.offsets_px, plane).to(slices.dtype)
-    power = (observations.coefficients - slices * phases * observations.ctf).abs() ** 2
+    power = (observations.coefficients - predicted).abs() ** 2
     shell = torch.zeros(len(power), plane.n_shells).to(power)
     shell.index_add_(1, plane.shell, power)
     per_shell = torch.bincount(plane.shell, minlength=plane.n_shells).to(power)
@@ -207,3 +210,19 @@ def residual_power(
     total.index_add_(0, observations.group, shell)
     images = torch.bincount(observations.group, minlength=groups).to(power)
     return total, images[:, None] * per_shell
+
+
+def image_scales(observations: Observations, predicted: Tensor, spread: float = 0.2) -> Tensor:
+    """Likeliest factor on each prediction, drawn towards 1 by a Gaussian prior; shape (n,).
+
+    Parameters
+    ----------
+    predicted : Tensor, shape (n, m), complex
+    spread : float
+        Standard deviation of the prior.
+    """
+    precision = observations.precision()
+    overlap = ((observations.coefficients * predicted.conj()).real * precision).sum(-1)
+    power = (predicted.abs() ** 2 * precision).sum(-1)
+    pull = 1 / (2 * spread**2)
+    return ((overlap + pull) / (power + pull)).clamp(0.25, 4.0)

@@ -18,15 +18,11 @@ from torch import Tensor
 from cryorecon.engines.accumulate import NormalEquations
 from cryorecon.engines.grid_map import GridMap
 from cryorecon.engines.network_map import FitConfig, NetworkMap
-from cryorecon.engines.observations import Observations
+from cryorecon.engines.observations import ImageSet, Observations
 from cryorecon.engines.search import accumulate_grid, grid_expectation, offset_grid
 from cryorecon.networks.mfn import MfnConfig
-from cryorecon.physics.fourier import (
-    crop_or_pad_centred,
-    fft_centred,
-    ifft_centred,
-    max_band,
-)
+from cryorecon.physics.fourier import max_band, resample_sums
+from cryorecon.physics.masks import Support
 from cryorecon.physics.projection import extract_slices, padded_transform
 from cryorecon.physics.rotations import random_rotations, so3_grid
 
@@ -66,6 +62,8 @@ class RmfnConfig:
         wear in refinement.
     update_noise : bool
         Whether each round replaces the noise spectra by the power of its residuals.
+    update_scale : bool
+        Whether each round fits every image's scale as well.
     settled_deg : float
         Half-map refinement ends when the median pose moves less and the band is stable.
     volume : "rmfn" or "grid"
@@ -90,6 +88,7 @@ class RmfnConfig:
     joint_rounds: int = 3
     mask_cycles: float = 6.4
     update_noise: bool = True
+    update_scale: bool = False
     settled_deg: float = 0.3
     volume: Literal["rmfn", "grid"] = "rmfn"
     width: int = 128
@@ -107,12 +106,20 @@ class RmfnConfig:
         return tuple(sorted({first, middle, last}))
 
 
-def new_map(config: RmfnConfig, box: int, generator: torch.Generator) -> NetworkMap | GridMap:
-    """An untrained map of the kind that the settings name."""
-    bands, radius = config.bands(box), config.diameter / 2
+def new_map(
+    config: RmfnConfig, box: int, generator: torch.Generator, mask: Tensor | None = None
+) -> NetworkMap | GridMap:
+    """An untrained map of the kind that the settings name.
+
+    Parameters
+    ----------
+    mask : Tensor, shape (N, N, N), optional
+        Multiplies the soft sphere of the particle's diameter.
+    """
+    bands, support = config.bands(box), Support(config.diameter / 2, mask)
     if config.volume == "grid":
-        return GridMap(bands, radius)
-    return NetworkMap(MfnConfig(bands, config.width), radius, generator, config.fit)
+        return GridMap(bands, support)
+    return NetworkMap(MfnConfig(bands, config.width), support, generator, config.fit)
 
 
 @dataclass
@@ -134,6 +141,8 @@ class RmfnState:
     fsc : Tensor, shape (N // 2 + 1,)
         Between the maps of these, masked.
     network : NetworkMap
+    group : Tensor, shape (g, 3, 3)
+        Rotations that leave the map as it is; the identity alone for C1.
     """
 
     rotations: Tensor
@@ -144,11 +153,7 @@ class RmfnState:
     network: NetworkMap | GridMap
     sums: list[NormalEquations] = field(default_factory=list)
     fsc: Tensor = field(default_factory=lambda: torch.ones(1))
-
-
-def resample_sums(volume: Tensor, box: int) -> Tensor:
-    """A map of voxel sums on another grid: the same transform, cropped or padded."""
-    return ifft_centred(crop_or_pad_centred(fft_centred(volume, 3), box, 3), 3).real
+    group: Tensor = field(default_factory=lambda: torch.eye(3)[None])
 
 
 def _offsets(config: RmfnConfig, box: int, band: float) -> Tensor:
@@ -167,6 +172,8 @@ class Search:
 
     Attributes
     ----------
+    mask : Tensor, shape (N, N, N), optional
+        As in :func:`new_map`.
     log_evidence : float
         Mean over the images of the last epoch: what starts are compared by.
     held_out_evidence, held_out_error : float
@@ -177,6 +184,7 @@ class Search:
     config: RmfnConfig
     observations: Observations
     generator: torch.Generator
+    mask: Tensor | None = None
     network: NetworkMap | GridMap = field(init=False)
     sums: NormalEquations | None = None
     log_evidence: float = -torch.inf
@@ -190,7 +198,7 @@ class Search:
         self.observations = self.observations.select(
             torch.arange(len(self.observations)), self.band
         )
-        self.network = new_map(config, box, self.generator)
+        self.network = new_map(config, box, self.generator, self.mask)
         self.grid = so3_grid(config.search_nside, torch.float32)[0]
         self.offsets = _offsets(config, box, self.band)
         self._start_from_random_poses()
@@ -254,7 +262,7 @@ class Search:
 
 
 def best_grid_poses(
-    observations: Observations,
+    images: ImageSet,
     volume: Tensor,
     config: RmfnConfig,
     nside: int,
@@ -262,15 +270,15 @@ def best_grid_poses(
     progress: Progress | None,
 ) -> tuple[Tensor, Tensor]:
     """Likeliest rotation and offset of each image on a randomly turned grid."""
-    plane = observations.plane
+    plane = images.plane
     band = float(plane.radius[-1])
-    rotations, offsets = torch.empty(len(observations), 3, 3), torch.empty(len(observations), 2)
+    rotations, offsets = torch.empty(len(images), 3, 3), torch.empty(len(images), 2)
     grid, shifts = so3_grid(nside, torch.float32)[0], _offsets(config, plane.box, band)
     coarse = resample_sums(volume, min(plane.box, 2 * (int(band) + 5)))
     transform = padded_transform(coarse).within(band)
-    for rows in torch.arange(len(observations)).split(500):
+    for rows in torch.arange(len(images)).split(500):
         turned = grid @ random_rotations(1, generator, torch.float32)[0]
-        batch = observations.select(rows)
+        batch = images.select(rows)
         templates = extract_slices(transform, turned, plane)
         posterior, _, _ = grid_expectation(batch, templates, shifts)
         rotations[rows] = turned[posterior.best_rotation]
@@ -282,18 +290,17 @@ def best_grid_poses(
 
 def assign(
     search: Search,
-    observations: Observations,
+    images: ImageSet,
     half: Tensor,
     progress: Progress | None = None,
 ) -> RmfnState:
     """Give every image its best pose of the grid, a band higher than the search."""
-    config, box = search.config, observations.plane.box
+    config, box = search.config, images.plane.box
     band = min(round(search.band * 1.25), max_band(box))
-    every = observations.select(torch.arange(len(observations)), band)
     with torch.no_grad():
         volume = search.network.volume(0)
     rotations, offsets = best_grid_poses(
-        every, volume, config, config.search_nside + 1, search.generator, progress
+        images.within(band), volume, config, config.search_nside + 1, search.generator, progress
     )
     reference = resample_sums(volume, box)
     return RmfnState(rotations, offsets, half, [reference, reference], float(band), search.network)

@@ -20,13 +20,8 @@ from cryorecon.engines.network_map import FitConfig, NetworkMap
 from cryorecon.engines.observations import Observations, centred
 from cryorecon.engines.refine import derivatives, slices_with_gradient
 from cryorecon.networks.mfn import MfnConfig, paper_bands
-from cryorecon.physics.fourier import (
-    crop_or_pad_centred,
-    fft_centred,
-    ifft_centred,
-    max_band,
-    shift_phases,
-)
+from cryorecon.physics.fourier import max_band, resample_sums, shift_phases
+from cryorecon.physics.masks import Support
 from cryorecon.physics.projection import extract_slices, padded_transform
 from cryorecon.physics.rotations import exp_map
 
@@ -102,7 +97,7 @@ class PaperProtocol:
         self.bands = paper_bands(max_band(observations.plane.box), len(config.epochs))
         network = MfnConfig(self.bands, config.width)
         fit = FitConfig(learning_rate=config.structure_rate)
-        self.map = NetworkMap(network, config.diameter / 2, generator, fit)
+        self.map = NetworkMap(network, Support(config.diameter / 2), generator, fit)
         self._match_scale()
 
     def epochs(self) -> Iterator[tuple[int, int, float]]:
@@ -155,10 +150,8 @@ class PaperProtocol:
     def _pose_steps(self, batch: Observations, rows: Tensor, scale: int) -> None:
         """Adam on each image's rotation vector; the map stays as it is."""
         with torch.no_grad():
-            volume = self.map.volume(scale)
-            box = batch.plane.box
-            whole = crop_or_pad_centred(fft_centred(volume, 3), box, 3)
-            model = derivatives(ifft_centred(whole, 3).real, 2, float(batch.plane.radius[-1]))
+            volume = resample_sums(self.map.volume(scale), batch.plane.box)
+            model = derivatives(volume, 2, float(batch.plane.radius[-1]))
         turn = torch.zeros(len(rows), 3, requires_grad=True)
         optimizer = torch.optim.Adam([turn], lr=self.config.pose_rate, betas=(0.9, 0.9))
         rotations = self.rotations[rows]

@@ -8,8 +8,16 @@ import torch
 from torch import Tensor
 
 from cryorecon.engines.accumulate import NormalEquations
-from cryorecon.engines.observations import Observations, centred
-from cryorecon.engines.refine import Poses, derivatives, refine_poses, residual_power
+from cryorecon.engines.least_squares import least_squares_map
+from cryorecon.engines.observations import ImageSet, Observations, centred
+from cryorecon.engines.refine import (
+    Poses,
+    derivatives,
+    image_scales,
+    predictions,
+    refine_poses,
+    residual_power,
+)
 from cryorecon.engines.rmfn import (
     Agreement,
     Progress,
@@ -19,14 +27,14 @@ from cryorecon.engines.rmfn import (
     shell_prior,
 )
 from cryorecon.physics.fourier import lowpass, max_band
-from cryorecon.physics.masks import molecule_mask, soft_ball
+from cryorecon.physics.masks import molecule_mask
 from cryorecon.physics.projection import to_volume
 from cryorecon.physics.rotations import geodesic_distance_deg
 
 
 def reassign(
     state: RmfnState,
-    observations: Observations,
+    images: ImageSet,
     config: RmfnConfig,
     generator: torch.Generator,
     progress: Progress | None = None,
@@ -40,18 +48,17 @@ def reassign(
     float
         Share of the images whose pose changed by more than 20 degrees.
     """
-    box = observations.plane.box
+    box = images.plane.box
     band = min(round(config.search_band(box) * 1.25), max_band(box))
     joint = _without_solvent((state.maps[0] + state.maps[1]) / 2, config)
-    every = observations.select(torch.arange(len(observations)), band)
     rotations, offsets = best_grid_poses(
-        every, joint, config, config.search_nside + 1, generator, progress
+        images.within(band), joint, config, config.search_nside + 1, generator, progress
     )
     fine = min(1.6 * band, max_band(box))
     model = derivatives(joint, 2, fine)
     moved = 0
-    for rows in torch.arange(len(observations)).split(250):
-        batch = observations.select(rows, fine)
+    for rows in torch.arange(len(images)).split(250):
+        batch = images.select(rows, fine)
         old = refine_poses(batch, model, state.rotations[rows], state.offsets_px[rows], 1)
         new = refine_poses(batch, model, rotations[rows], offsets[rows], 5)
         better = new.log_likelihood > old.log_likelihood + 1.0
@@ -60,7 +67,7 @@ def reassign(
         chosen = rows[better & far]
         state.rotations[chosen] = new.rotations[better & far]
         state.offsets_px[chosen] = new.offsets_px[better & far]
-    return moved / len(observations)
+    return moved / len(images)
 
 
 @dataclass(frozen=True)
@@ -88,7 +95,7 @@ class RoundReport:
 
 def refine_round(
     state: RmfnState,
-    observations: Observations,
+    images: ImageSet,
     config: RmfnConfig,
     agreement: Agreement,
     *,
@@ -110,29 +117,30 @@ def refine_round(
     references = [_without_solvent(reference, config) for reference in references]
     likelihood, done = [], 0
     sums = []
-    noise = _Noise(observations)
+    learned = _Learned(images)
     for half in (0, 1):
         model = derivatives(references[half], 2, state.band)
-        new = _empty(observations)
+        new = _empty(images)
         for rows in torch.nonzero(state.half == half)[:, 0].split(250):
-            batch = observations.select(rows, state.band)
+            loaded = images.select(rows)
+            batch = loaded.select(torch.arange(len(rows)), state.band)
             poses = refine_poses(
                 batch, model, state.rotations[rows], state.offsets_px[rows], n_steps
             )
             _store(state, rows, poses)
-            noise.add(batch, residual_power(batch, model, poses))
-            _insert(new, observations.select(rows), poses)
+            learned.add(rows, batch, predictions(batch, model, poses))
+            _insert(new, loaded, poses, state.group)
             likelihood.append(poses.log_likelihood)
             done += len(rows)
             if progress is not None:
                 progress(done)
         sums.append(new)
     used = state.band
-    if config.update_noise and n_steps > 0:
-        noise.update(observations)
-    _solve_halves(state, sums, config, agreement, joint=joint)
+    if n_steps > 0:
+        learned.apply(images, config)
+    _solve_halves(state, sums, agreement, joint=joint)
     limit = agreement_band(state.fsc)
-    state.band = float(min(max_band(observations.plane.box), max(limit + 2, used), 1.6 * used + 1))
+    state.band = float(min(max_band(images.plane.box), max(limit + 2, used), 1.6 * used + 1))
     return RoundReport(
         used,
         float(geodesic_distance_deg(before, state.rotations).median()),
@@ -142,22 +150,27 @@ def refine_round(
     )
 
 
-class _Noise:
-    """Residual power of a round, by optics group and shell."""
+class _Learned:
+    """What a round says of the images themselves: noise by optics group and shell, scales."""
 
-    def __init__(self, observations: Observations) -> None:
-        self.power = torch.zeros_like(observations.noise_power)
+    def __init__(self, images: ImageSet) -> None:
+        self.power = torch.zeros_like(images.noise_power)
         self.count = torch.zeros_like(self.power)
+        self.scales = torch.ones_like(images.gain)
 
-    def add(self, batch: Observations, found: tuple[Tensor, Tensor]) -> None:
-        shells = batch.plane.n_shells
-        self.power[:, :shells] += found[0]
-        self.count[:, :shells] += found[1]
+    def add(self, rows: Tensor, batch: Observations, predicted: Tensor) -> None:
+        power, count = residual_power(batch, predicted)
+        self.power[:, : batch.plane.n_shells] += power
+        self.count[:, : batch.plane.n_shells] += count
+        self.scales[rows] = image_scales(batch, predicted)
 
-    def update(self, observations: Observations) -> None:
-        """Replace the noise spectra where the round measured them."""
-        known = self.count > 0
-        observations.noise_power[known] = (self.power / self.count.clamp(min=1))[known]
+    def apply(self, images: ImageSet, config: RmfnConfig) -> None:
+        """Replace the noise spectra where the round measured them; adjust the scales."""
+        if config.update_noise:
+            known = self.count > 0
+            images.noise_power[known] = (self.power / self.count.clamp(min=1))[known]
+        if config.update_scale:
+            images.gain.mul_(self.scales / (images.gain * self.scales).abs().mean())
 
 
 def _without_solvent(volume: Tensor, config: RmfnConfig) -> Tensor:
@@ -166,20 +179,20 @@ def _without_solvent(volume: Tensor, config: RmfnConfig) -> Tensor:
     return volume * molecule_mask(volume, band)
 
 
-def _empty(observations: Observations) -> NormalEquations:
-    dtype = observations.ctf.dtype
-    band = float(max_band(observations.plane.box))
-    return NormalEquations.empty(band, 2, dtype, observations.ctf.device)
+def _empty(images: ImageSet) -> NormalEquations:
+    band = float(max_band(images.plane.box))
+    return NormalEquations.empty(band, 2, images.gain.dtype, images.gain.device)
 
 
 def _store(state: RmfnState, rows: Tensor, poses: Poses) -> None:
     state.rotations[rows], state.offsets_px[rows] = poses.rotations, poses.offsets_px
 
 
-def _insert(sums: NormalEquations, batch: Observations, poses: Poses) -> None:
+def _insert(sums: NormalEquations, batch: Observations, poses: Poses, group: Tensor) -> None:
     matched, weight = batch.matched()
     signal = centred(matched, poses.offsets_px, batch.plane)
-    sums.add(signal, weight, poses.rotations, batch.plane)
+    for rotation in group.to(poses.rotations):
+        sums.add(signal, weight, poses.rotations @ rotation, batch.plane)
 
 
 def half_maps(state: RmfnState, box: int) -> list[Tensor]:
@@ -190,7 +203,6 @@ def half_maps(state: RmfnState, box: int) -> list[Tensor]:
 def _solve_halves(
     state: RmfnState,
     sums: list[NormalEquations],
-    config: RmfnConfig,
     agreement: Agreement,
     *,
     joint: bool,
@@ -206,7 +218,7 @@ def _solve_halves(
     measured = joint and len(state.sums) > 0
     if not measured:
         state.sums = sums
-    mask = soft_ball(box, config.diameter / 2 * box, 0.07 * box, 3)
+    mask = state.network.support.on(box)
     if not measured:
         state.fsc = agreement(*(half * mask for half in half_maps(state, box)))
     correlation = state.fsc[: max_band(box) + 1].clamp(1e-3, 0.999)
@@ -214,7 +226,7 @@ def _solve_halves(
     solved = sums if not joint else [sums[0].plus(sums[1])]
     factor = 2.0 if joint else 1.0
     maps = [
-        to_volume(s.solve(s.shell_mean_weight()[: len(ratio)] / (factor * ratio)), box) * mask
+        least_squares_map(s, s.shell_mean_weight()[: len(ratio)] / (factor * ratio), mask)
         for s in solved
     ]
     state.maps = maps * 2 if joint else maps

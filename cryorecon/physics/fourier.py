@@ -53,6 +53,11 @@ def crop_or_pad_centred(array: Tensor, box: int, ndim: int) -> Tensor:
     return array
 
 
+def resample_sums(volume: Tensor, box: int) -> Tensor:
+    """A map of voxel sums on another grid: the same transform, cropped or padded."""
+    return ifft_centred(crop_or_pad_centred(fft_centred(volume, 3), box, 3), 3).real
+
+
 def resample_volume(volume: Tensor, box: int) -> Tensor:
     """The same real volume on a grid of `box` samples a side, by Fourier cropping or padding.
 
@@ -63,9 +68,7 @@ def resample_volume(volume: Tensor, box: int) -> Tensor:
     ----------
     volume : Tensor, shape (N, N, N)
     """
-    old_box = volume.shape[-1]
-    transform = crop_or_pad_centred(fft_centred(volume, 3), box, 3)
-    return ifft_centred(transform, 3).real * (box / old_box) ** 3
+    return resample_sums(volume, box) * (box / volume.shape[-1]) ** 3
 
 
 def radius_grid(box: int, ndim: int, device: torch.device | None = None) -> Tensor:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from cryorecon.physics.fourier import lowpass, radius_grid
+from cryorecon.physics.fourier import lowpass, radius_grid, resample_volume
 
 
 def soft_ball(
@@ -63,3 +65,29 @@ def molecule_mask(
     reach = max(1, round(margin * box))
     grown = torch.nn.functional.max_pool3d(inside[None, None], 2 * reach + 1, 1, reach)[0, 0]
     return lowpass(grown, box / 6.4, 3, box / 8).clamp(0, 1)
+
+
+@dataclass(frozen=True)
+class Support:
+    """Where a map may have density: a soft sphere, and within it a mask if one is given.
+
+    Attributes
+    ----------
+    radius : float
+        Of the sphere, as a fraction of the box; it falls to 0 over another 0.07 of the box.
+    mask : Tensor, shape (N, N, N), real, optional
+        From 0 to 1; any box, of the same width in angstrom.
+    """
+
+    radius: float
+    mask: Tensor | None = None
+
+    def on(
+        self, box: int, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+    ) -> Tensor:
+        """The soft mask on a grid of `box` points a side."""
+        ball = soft_ball(box, self.radius * box, 0.07 * box, 3, dtype, device)
+        if self.mask is None:
+            return ball
+        mask = self.mask.to(ball)
+        return ball * (mask if len(mask) == box else resample_volume(mask, box).clamp(0, 1))

@@ -7,21 +7,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor
 
 from cryorecon.conventions import matrix_to_euler
 from cryorecon.engines.contrast import contrast_score
-from cryorecon.engines.observations import Observations
+from cryorecon.engines.observations import ImageSet
 from cryorecon.engines.rmfn import RmfnConfig, RmfnState
 from cryorecon.engines.rmfn_refine import fit_scales, half_maps
 from cryorecon.errors import CryoreconError
-from cryorecon.io.mrc import write_map
+from cryorecon.io.mrc import read_map, write_map
 from cryorecon.io.particles import Particles, read_particles
+from cryorecon.physics.symmetry import symmetry_group
 from cryorecon.run.curves import FscCurve, write_fsc_star, write_fsc_xml
 from cryorecon.run.job import Job, open_job, write_output_nodes
-from cryorecon.run.load import half_sets, load_observations
+from cryorecon.run.load import Keep, half_sets, load_observations
 from cryorecon.run.plots import (
     fsc_figure,
     map_figure,
@@ -40,6 +42,8 @@ _HALVES_LABEL = {
 }
 # The contrast counts as told from this many standard errors on.
 _SURE = 4.0
+# Share of particles at the offset limit that is worth a warning.
+_MANY_HITS = 0.02
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,12 @@ class AbinitioOptions:
         Both half sets from scratch, half sets of one search, or no half maps on disk.
     contrast : "auto", "white" or "black"
         Particles white on black, black on white, or as the images tell.
+    symmetry : str
+        Point group; its axes are looked for in the map without symmetry, which is kept.
+    mask : Path, optional
+        Map from 0 to 1 that multiplies the soft sphere; must hold in any orientation.
+    keep : "auto", "memory" or "disk"
+        As in :func:`cryorecon.run.load.load_observations`.
     engine : RmfnConfig
         Its diameter and offset range are replaced by the two above.
     """
@@ -68,6 +78,9 @@ class AbinitioOptions:
     seed: int = 0
     halves: Halves = "shared"
     contrast: Contrast = "auto"
+    symmetry: str = "C1"
+    mask: Path | None = None
+    keep: Keep = "auto"
     engine: RmfnConfig = field(default_factory=RmfnConfig)
 
 
@@ -110,6 +123,8 @@ def abinitio_rmfn(
             f"{star} holds {len(particles)} particles, too few for a map", "Give at least 20"
         )
     config = _resolved(options, particles)
+    _group(options.symmetry)
+    _mask(options.mask, particles)
     particles.ctf_parameters()
     inputs, folder = Path(star), Path(output)
     with open_job(folder, console, inputs, len(particles), config, options.seed) as job:
@@ -124,24 +139,75 @@ def _run(job: Job, particles: Particles, config: RmfnConfig, options: AbinitioOp
         f"{config.diameter * box * pixel:.0f} A"
     )
     with stage_bar(job.console, "Reading", len(particles)) as bar:
-        observations = load_observations(particles, config.diameter, lambda done, _: bar(done))
-    _set_contrast(job, observations, config, options.contrast)
+        images = load_observations(
+            particles, config.diameter, lambda done, _: bar(done), options.keep
+        )
+    _set_contrast(job, images, config, options.contrast)
     half = half_sets(particles, generator)
-    stages = Stages(job, config, generator, pixel)
+    stages = Stages(job, config, generator, pixel, _mask(options.mask, particles))
     if options.halves == "independent":
-        state = stages.independent_halves(observations, half)
+        state = stages.independent_halves(images, half)
     else:
-        state = stages.from_scratch(observations, half)
+        state = stages.from_scratch(images, half)
+    _report_offsets(job, state, config, particles)
+    if len(_group(options.symmetry)) > 1:
+        write_map(job.path("initial_model_C1.mrc"), _joint(state), pixel)
+        stages.symmetrise(state, images, options.symmetry.upper())
     job.say("fitting the network's scales to the map")
     scales = fit_scales(state, config, generator)
     _write(job, particles, state, scales, options.halves)
 
 
-def _set_contrast(
-    job: Job, observations: Observations, config: RmfnConfig, contrast: Contrast
-) -> None:
+def _group(symmetry: str) -> Tensor:
+    try:
+        return symmetry_group(symmetry)
+    except ValueError as error:
+        raise CryoreconError(
+            f"--symmetry {symmetry} is unknown", "Give C1, Cn, Dn, T, O or I, such as C4 or D2"
+        ) from error
+
+
+def _mask(path: Path | None, particles: Particles) -> Tensor | None:
+    if path is None:
+        return None
+    found = read_map(path)
+    box, pixel = particles.box, particles.pixel_size_angst
+    if len(found.data) != box or abs(found.pixel_size_angst / pixel - 1) > 0.01:
+        raise CryoreconError(
+            f"The mask {path} has {len(found.data)} px at {found.pixel_size_angst:g} A, the "
+            f"particles {box} px at {pixel:g} A",
+            "Resample the mask to the particles' box and pixel size",
+        )
+    mask = torch.from_numpy(found.data).float()
+    if not (float(mask.min()) >= -1e-3 and 0 < float(mask.max()) <= 1.001):
+        raise CryoreconError(
+            f"The mask {path} has values from {float(mask.min()):g} to {float(mask.max()):g}",
+            "A mask goes from 0 to 1",
+        )
+    return mask.clamp(0, 1)
+
+
+def _joint(state: RmfnState) -> np.ndarray:
+    return ((state.maps[0] + state.maps[1]) / 2).numpy()
+
+
+def _report_offsets(job: Job, state: RmfnState, config: RmfnConfig, particles: Particles) -> None:
+    """How far off centre the particles were found, and how many as far as was searched."""
+    pixel = particles.pixel_size_angst
+    length = state.offsets_px.norm(dim=-1) * pixel
+    limit = config.offset_range * particles.box * pixel
+    hits = int((length > limit - pixel / 2).sum())
+    job.say(
+        f"particles lie {float(length.median()):.1f} A off centre (median); {hits} of "
+        f"{len(length)} at the limit of {limit:.1f} A"
+    )
+    if hits > _MANY_HITS * len(length):
+        job.say("WARNING: many particles lie at the limit; give a larger --offset-range")
+
+
+def _set_contrast(job: Job, images: ImageSet, config: RmfnConfig, contrast: Contrast) -> None:
     """Make particles white, and say what was found."""
-    score = contrast_score(observations, config.diameter)
+    score = contrast_score(images, config.diameter)
     seen = "white on black" if score > 0 else "BLACK ON WHITE"
     if abs(score) < _SURE:
         job.say(f"contrast cannot be told from the images ({score:.1f} standard errors)")
@@ -154,15 +220,15 @@ def _set_contrast(
             job.say(f"WARNING: they are taken as {given}, as --contrast says")
         seen = given
     if seen != "white on black":
-        job.say("images are inverted for the reconstruction; the map will be white on black")
-        observations.coefficients.neg_()
+        job.say("the CTF is inverted for the reconstruction; the map will be white on black")
+        images.gain.neg_()
 
 
 def _write(
     job: Job, particles: Particles, state: RmfnState, scales: list[Tensor], halves: Halves
 ) -> None:
     pixel = particles.pixel_size_angst
-    joint = ((state.maps[0] + state.maps[1]) / 2).numpy()
+    joint = _joint(state)
     write_map(job.path("initial_model.mrc"), joint, pixel)
     for number, volume in enumerate(scales, 1):
         write_map(job.path(f"scale{number}.mrc"), volume.numpy(), pixel)

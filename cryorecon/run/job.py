@@ -28,6 +28,7 @@ _MARKERS = {
 # What jobs write besides log and job.yaml, which are replaced at once.
 _OUTPUTS = (
     "initial_model.mrc",
+    "initial_model_C1.mrc",
     "run_half?_class001_unfil.mrc",
     "run_data.star",
     "scale?.mrc",

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 
-from cryorecon.engines.observations import Observations
+from cryorecon.engines.observations import ImageSet, Source
 from cryorecon.errors import CryoreconError
 from cryorecon.io.particles import Particles
-from cryorecon.physics.ctf import ctf
-from cryorecon.physics.fourier import half_plane, to_coefficients
+from cryorecon.physics.ctf import CtfParameters, ctf
+from cryorecon.physics.fourier import HalfPlane, half_plane, to_coefficients
 from cryorecon.physics.imaging import noise_power_outside
 from cryorecon.physics.masks import soft_ball
 
+Keep = Literal["auto", "memory", "disk"]
+
 _BLOCK = 512
+# Coefficients (complex64) and CTF (float32) of an image, bytes each.
+_BYTES = 12
+_SHARE_OF_MEMORY = 0.5
 
 
 def _normalised(images: Tensor, outside: Tensor) -> Tensor:
@@ -28,12 +36,54 @@ def _normalised(images: Tensor, outside: Tensor) -> Tensor:
     return images / spread.clamp(min=1e-20)
 
 
+@dataclass(frozen=True)
+class _FromDisk:
+    """A source that reads, normalises and transforms the images each time."""
+
+    particles: Particles
+    optics: CtfParameters
+    plane: HalfPlane
+    outside: Tensor
+
+    def __call__(self, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        coefficients = to_coefficients(self.images(rows), self.plane)[:, :count]
+        return coefficients, self.ctf(rows, count)
+
+    def images(self, rows: Tensor) -> Tensor:
+        """Normalised images of some rows, shape (b, N, N)."""
+        raw = torch.from_numpy(self.particles.images(rows.numpy()))
+        _refuse_blank(self.particles, rows, raw)
+        return _normalised(raw, self.outside)
+
+    def ctf(self, rows: Tensor, count: int) -> Tensor:
+        """CTF of some images at the first coefficients."""
+        frequencies, pixel = self.plane.frequencies[:count], self.particles.pixel_size_angst
+        return ctf(frequencies, self.optics[rows], self.plane.box, pixel).float()
+
+
+@dataclass(frozen=True)
+class _InMemory:
+    """A source that holds every image's coefficients and CTF."""
+
+    coefficients: Tensor
+    gain: Tensor
+
+    def __call__(self, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        return self.coefficients[rows, :count], self.gain[rows, :count]
+
+
+def memory_needed(n: int, box: int) -> int:
+    """Bytes that hold the half-plane coefficients and CTFs of n images."""
+    return n * len(half_plane(box)) * _BYTES
+
+
 def load_observations(
     particles: Particles,
     diameter: float,
     progress: Callable[[int, int], None] | None = None,
-) -> Observations:
-    """Read all images in file order, normalise them, and keep their half-plane coefficients.
+    keep: Keep = "auto",
+) -> ImageSet:
+    """Read all images in file order and measure their noise; keep what fits into memory.
 
     Each image gets zero mean and unit variance outside the particle; the noise spectrum of each
     optics group is the mean power out there.
@@ -45,44 +95,52 @@ def load_observations(
         Of the particle, as a fraction of the box side.
     progress : callable, optional
         Called with (images done, images in all).
+    keep : "auto", "memory" or "disk"
+        Hold all coefficients, or read images again whenever they are needed: the same numbers
+        in memory that does not grow with their count. Auto holds them if they take less than
+        half of the free memory.
 
     Raises
     ------
     CryoreconError
-        If an image is blank outside the particle, so that no noise can be measured.
+        If an image is blank, so that no noise can be measured.
     """
-    plane = half_plane(particles.box)
-    n = len(particles)
+    plane, n = half_plane(particles.box), len(particles)
     radius_px = diameter / 2 * particles.box
     outside = 1 - soft_ball(particles.box, radius_px, 2.0, 2)
+    disk = _FromDisk(particles, particles.ctf_parameters(), plane, outside)
+    if keep == "auto":
+        free = psutil.virtual_memory().available
+        fits = memory_needed(n, particles.box) < _SHARE_OF_MEMORY * free
+        keep = "memory" if fits else "disk"
+    held = n if keep == "memory" else 0
+    store = _InMemory(
+        torch.empty(held, len(plane), dtype=torch.complex64), torch.empty(held, len(plane))
+    )
     group = torch.from_numpy(particles.optics_index())
-    n_groups = int(group.max()) + 1
-    power = torch.zeros(n_groups, plane.n_shells)
-    coefficients = torch.empty(n, len(plane), dtype=torch.complex64)
-    order = particles.file_order()
-    for start in range(0, n, _BLOCK):
-        rows = order[start : start + _BLOCK]
-        raw = torch.from_numpy(particles.images(rows))
-        _refuse_blank(particles, rows, raw)
-        images = _normalised(raw, outside)
-        coefficients[rows] = to_coefficients(images, plane)
-        for number in range(n_groups):
+    power = torch.zeros(int(group.max()) + 1, plane.n_shells)
+    done = 0
+    for rows in torch.from_numpy(particles.file_order()).split(_BLOCK):
+        images = disk.images(rows)
+        if held:
+            store.coefficients[rows] = to_coefficients(images, plane)
+            store.gain[rows] = disk.ctf(rows, len(plane))
+        for number in group[rows].unique().tolist():
             of_group = images[group[rows] == number]
-            if len(of_group):
-                power[number] += noise_power_outside(of_group, radius_px, plane) * len(of_group)
+            power[number] += noise_power_outside(of_group, radius_px, plane) * len(of_group)
+        done += len(rows)
         if progress is not None:
-            progress(start + len(rows), n)
-    counts = torch.bincount(group, minlength=n_groups).clamp(min=1)
-    parameters = particles.ctf_parameters()
-    gain = ctf(plane.frequencies, parameters, particles.box, particles.pixel_size_angst).float()
-    return Observations(plane, coefficients, gain, power / counts[:, None], group)
+            progress(done, n)
+    counts = torch.bincount(group, minlength=len(power)).clamp(min=1)
+    source: Source = store if held else disk
+    return ImageSet(plane, source, power / counts[:, None], group, torch.ones(n), torch.arange(n))
 
 
-def _refuse_blank(particles: Particles, rows: np.ndarray, images: Tensor) -> None:
+def _refuse_blank(particles: Particles, rows: Tensor, images: Tensor) -> None:
     spread = images.flatten(1).std(-1)
     blank = torch.nonzero(spread == 0)
     if len(blank):
-        row = rows[int(blank[0])]
+        row = int(rows[int(blank[0])])
         raise CryoreconError(
             f"{particles.path}, row {particles.rows[row] + 1}: the image is blank",
             "Remove such rows from the STAR file",

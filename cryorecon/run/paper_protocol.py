@@ -64,7 +64,7 @@ def abinitio_perturbed(
         job.say(f"poses start {LEAST_DEG:g} to {MOST_DEG:g} degrees FROM THOSE IN {star}")
         with stage_bar(console, "Reading", len(particles)) as bar:
             observations = load_observations(particles, config.diameter, lambda n, _: bar(n))
-        run = _begin(particles, observations, config, given, options.seed)
+        run = _begin(particles, observations.whole(), config, given, options.seed)
         _train(job, run, particles)
         _write(job, run, particles, given)
 

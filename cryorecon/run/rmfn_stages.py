@@ -7,13 +7,15 @@ from dataclasses import dataclass
 import torch
 
 from cryorecon.conventions import shell_to_angst
-from cryorecon.engines.observations import Observations
+from cryorecon.engines.observations import ImageSet
 from cryorecon.engines.rmfn import RmfnConfig, RmfnState, Search, assign
-from cryorecon.engines.rmfn_refine import reassign, refine_round
+from cryorecon.engines.rmfn_refine import agreement_band, reassign, refine_round
 from cryorecon.errors import CryoreconError
 from cryorecon.maps.align import align_maps
 from cryorecon.maps.fsc import fsc_curve
 from cryorecon.maps.poses import mirror_poses, rotate_poses, shift_origins
+from cryorecon.maps.symmetry import find_symmetry
+from cryorecon.physics.symmetry import symmetry_group
 from cryorecon.run.job import Job
 from cryorecon.run.progress import stage_bar
 
@@ -21,6 +23,10 @@ from cryorecon.run.progress import stage_bar
 # than this share of them finds a better pose.
 _FIRST_NEW_SEARCH = 3
 _ENOUGH_FOUND = 0.02
+# The axes are looked for where half maps agree by more than this; copies that correlate less are
+# doubtful.
+_SYMMETRY_FSC = 0.5
+_DOUBTFUL = 0.3
 # Images that the search does not see: do they tell its map from nothing, by this many errors?
 _HELD_OUT = 200
 _SURE = 3.0
@@ -34,33 +40,35 @@ class Stages:
     config: RmfnConfig
     generator: torch.Generator
     pixel_size_angst: float
+    mask: torch.Tensor | None = None
 
-    def from_scratch(self, observations: Observations, half: torch.Tensor) -> RmfnState:
+    def from_scratch(self, images: ImageSet, half: torch.Tensor) -> RmfnState:
         """Search, assign, refine: poses and half maps from random starts."""
-        state = self.first_poses(observations, half)
-        self.refine(state, observations)
+        state = self.first_poses(images, half)
+        self.refine(state, images)
         return state
 
-    def first_poses(self, observations: Observations, half: torch.Tensor) -> RmfnState:
+    def first_poses(self, images: ImageSet, half: torch.Tensor) -> RmfnState:
         """Search and assign."""
-        search = self.search(observations)
-        with stage_bar(self.job.console, "Assigning", len(observations)) as bar:
-            state = assign(search, observations, half, bar)
+        search = self.search(images)
+        with stage_bar(self.job.console, "Assigning", len(images)) as bar:
+            state = assign(search, images, half, bar)
         self.job.say("every image has a first pose")
         return state
 
-    def search(self, observations: Observations) -> Search:
+    def search(self, images: ImageSet) -> Search:
         """Run the starts and keep the likeliest."""
-        config, box = self.config, observations.plane.box
-        n_held = min(_HELD_OUT, len(observations) // 5)
-        n = min(config.search_images, len(observations) - n_held)
+        config, box = self.config, images.plane.box
+        n_held = min(_HELD_OUT, len(images) // 5)
+        n = min(config.search_images, len(images) - n_held)
         best: Search | None = None
-        band_angst = self._angst(config.search_band(box), box)
+        band = config.search_band(box)
+        band_angst = self._angst(band, box)
         self.job.say(f"searching from random poses at {band_angst:.1f} A with {n} images")
         for start in range(config.n_starts):
-            order = torch.randperm(len(observations), generator=self.generator)
+            order = torch.randperm(len(images), generator=self.generator)
             rows, held = order[:n], order[n : n + n_held]
-            search = Search(config, observations.select(rows), self.generator)
+            search = Search(config, images.select(rows, band), self.generator, self.mask)
             title = f"Search {start + 1}/{config.n_starts}"
             with stage_bar(self.job.console, title, n * len(config.temperatures)) as bar:
                 done = 0
@@ -70,7 +78,7 @@ class Stages:
                         done += len(batch)
                         bar(done, f"{band_angst:.1f} A, {effective:.1f} poses an image")
                     search.end_epoch()
-            search.judge(observations.select(held))
+            search.judge(images.select(held, band))
             self.job.say(
                 f"start {start + 1}: log-evidence {search.log_evidence:.2f} an image, "
                 f"{search.held_out_evidence:.2f} of {n_held} held out"
@@ -86,42 +94,40 @@ class Stages:
             )
         return best
 
-    def refine(self, state: RmfnState, observations: Observations) -> None:
+    def refine(self, state: RmfnState, images: ImageSet) -> None:
         """Rounds against the half maps until they settle, then against the joint map."""
         number, search_after = 0, _FIRST_NEW_SEARCH
         while number < self.config.half_rounds:
             if number == search_after:
-                share = self.search_again(state, observations)
+                share = self.search_again(state, images)
                 search_after = number + 2 if share > _ENOUGH_FOUND else -1
             number += 1
-            moved = self.round(state, observations, number, joint=False)
+            moved = self.round(state, images, number, joint=False)
             if moved < self.config.settled_deg and search_after < 0:
                 break
-        self.finish(state, observations, number)
+        self.finish(state, images, number)
 
-    def finish(self, state: RmfnState, observations: Observations, number: int) -> None:
+    def finish(self, state: RmfnState, images: ImageSet, number: int) -> None:
         """Rounds against the map of all images."""
         for joint in range(self.config.joint_rounds):
-            self.round(state, observations, number + joint + 1, joint=True)
+            self.round(state, images, number + joint + 1, joint=True)
 
-    def search_again(self, state: RmfnState, observations: Observations) -> float:
+    def search_again(self, state: RmfnState, images: ImageSet) -> float:
         """Every image against the better map; the share that found a better pose."""
-        with stage_bar(self.job.console, "Searching again", len(observations)) as bar:
-            share = reassign(state, observations, self.config, self.generator, bar)
+        with stage_bar(self.job.console, "Searching again", len(images)) as bar:
+            share = reassign(state, images, self.config, self.generator, bar)
         self.job.say(f"searched again: {100 * share:.1f} % of the images found a better pose")
         return share
 
-    def round(
-        self, state: RmfnState, observations: Observations, number: int, *, joint: bool
-    ) -> float:
+    def round(self, state: RmfnState, images: ImageSet, number: int, *, joint: bool) -> float:
         """One round; degrees that the poses moved, or infinity while the band still grows."""
-        box = observations.plane.box
+        box = images.plane.box
         band_angst = self._angst(state.band, box)
         title = f"Refining {'all' if joint else 'halves'} at {band_angst:.2f} A"
-        with stage_bar(self.job.console, title, len(observations)) as bar:
+        with stage_bar(self.job.console, title, len(images)) as bar:
             report = refine_round(
                 state,
-                observations,
+                images,
                 self.config,
                 fsc_curve,
                 joint=joint,
@@ -136,18 +142,20 @@ class Stages:
         )
         return report.pose_change_deg if state.band <= report.band else float("inf")
 
-    def independent_halves(self, observations: Observations, half: torch.Tensor) -> RmfnState:
+    def independent_halves(self, images: ImageSet, half: torch.Tensor) -> RmfnState:
         """Each half set from scratch on its own, the second moved onto the first.
 
         Rounds against the joint map follow; half maps and FSC are those from before them.
         """
-        n = len(observations)
+        n = len(images)
         runs: list[RmfnState] = []
         rows = [torch.nonzero(half == number)[:, 0] for number in (0, 1)]
         for number, mine in enumerate(rows):
             self.job.say(f"half set {number + 1}, {len(mine)} images, by itself")
             quarters = torch.randperm(len(mine), generator=self.generator) % 2
-            runs.append(self.from_scratch(observations.select(mine), quarters))
+            own = images.apart(mine)
+            runs.append(self.from_scratch(own, quarters))
+            images.gain[mine] = own.gain
         self._move_second(runs)
         state = RmfnState(
             torch.empty(n, 3, 3),
@@ -159,9 +167,27 @@ class Stages:
         )
         for mine, run in zip(rows, runs, strict=True):
             state.rotations[mine], state.offsets_px[mine] = run.rotations, run.offsets_px
-        refine_round(state, observations, self.config, fsc_curve, joint=False, n_steps=0)
-        self.finish(state, observations, 0)
+        refine_round(state, images, self.config, fsc_curve, joint=False, n_steps=0)
+        self.finish(state, images, 0)
         return state
+
+    def symmetrise(self, state: RmfnState, images: ImageSet, name: str) -> None:
+        """Find the axes in the map, move poses onto them, and finish with every image's copies."""
+        box, group = images.plane.box, symmetry_group(name)
+        limit = agreement_band(state.fsc, _SYMMETRY_FSC)
+        fit = find_symmetry((state.maps[0] + state.maps[1]) / 2, group, limit)
+        self.job.say(
+            f"{name}: turned copies of the map correlate {fit.correlation:.2f} up to "
+            f"{self._angst(fit.band, box):.1f} A (1: symmetric, 0: not)"
+        )
+        if fit.correlation < _DOUBTFUL:
+            self.job.say(f"WARNING: the map hardly has {name}; see initial_model_C1.mrc")
+        poses = rotate_poses(state.rotations.double(), fit.rotation)
+        offsets = shift_origins(state.offsets_px.double(), poses, fit.shift_px)
+        state.rotations, state.offsets_px = poses.float(), offsets.float()
+        state.group = group.float()
+        refine_round(state, images, self.config, fsc_curve, joint=False, n_steps=0)
+        self.finish(state, images, 0)
 
     def _move_second(self, runs: list[RmfnState]) -> None:
         first, second = runs

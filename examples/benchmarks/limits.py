@@ -27,7 +27,7 @@ from cryorecon.run.load import half_sets, load_observations
 
 
 def read_truth(stack: Path):
-    """Particles, observations, map, rotations and offsets in pixels."""
+    """Particles, images, map, rotations and offsets in pixels."""
     particles = read_particles(stack / "particles.star")
     truth = torch.from_numpy(read_map(stack / "map.mrc").data).float()
     rotations = euler_to_matrix(torch.from_numpy(particles.euler_deg())).float()
@@ -35,7 +35,7 @@ def read_truth(stack: Path):
     return particles, truth, rotations, offsets
 
 
-def true_pose_state(particles, observations, config, rotations, offsets) -> RmfnState:
+def true_pose_state(particles, images, config, rotations, offsets) -> RmfnState:
     """The engine's state after a round at the true poses."""
     generator = torch.Generator().manual_seed(0)
     half = half_sets(particles, generator)
@@ -45,11 +45,11 @@ def true_pose_state(particles, observations, config, rotations, offsets) -> Rmfn
     state = RmfnState(
         rotations.clone(), offsets.clone(), half, [blank, blank], max_band(box), network
     )
-    refine_round(state, observations, config, fsc_curve, joint=True, n_steps=0)
+    refine_round(state, images, config, fsc_curve, joint=True, n_steps=0)
     return state
 
 
-def pose_limit(observations, truth, state, rotations, offsets):
+def pose_limit(images, truth, state, rotations, offsets):
     """Median error (deg) and offset error (px) of refinement against the true map."""
     # The images were normalised: bring the true map to their scale.
     found = (state.maps[0] + state.maps[1]) / 2
@@ -57,11 +57,11 @@ def pose_limit(observations, truth, state, rotations, offsets):
     model = derivatives(truth / scale, 2, float(max_band(len(truth))))
     generator = torch.Generator().manual_seed(1)
     errors, misses = [], []
-    for rows in torch.arange(len(observations)).split(250):
+    for rows in torch.arange(len(images)).split(250):
         n = len(rows)
         start = exp_map(0.05 * torch.randn(n, 3, generator=generator)) @ rotations[rows]
         moved = offsets[rows] + 0.5 * torch.randn(n, 2, generator=generator)
-        poses = refine_poses(observations.select(rows), model, start, moved, 8)
+        poses = refine_poses(images.select(rows), model, start, moved, 8)
         errors.append(geodesic_distance_deg(poses.rotations, rotations[rows]))
         misses.append((poses.offsets_px - offsets[rows]).norm(dim=-1))
     return float(torch.cat(errors).median()), float(torch.cat(misses).median())
@@ -75,10 +75,10 @@ def main() -> None:
     particles, truth, rotations, offsets = read_truth(args.stack)
     pixel, box = particles.pixel_size_angst, particles.box
     config = RmfnConfig(diameter=(args.diameter or 0.8 * box * pixel) / (box * pixel))
-    observations = load_observations(particles, config.diameter)
-    state = true_pose_state(particles, observations, config, rotations, offsets)
+    images = load_observations(particles, config.diameter)
+    state = true_pose_state(particles, images, config, rotations, offsets)
     curve = fsc_curve((state.maps[0] + state.maps[1]) / 2, truth)
-    degrees, pixels = pose_limit(observations, truth, state, rotations, offsets)
+    degrees, pixels = pose_limit(images, truth, state, rotations, offsets)
     limits = {
         "stack": str(args.stack),
         "n_particles": len(particles),
