@@ -9,9 +9,10 @@ import torch
 from cryorecon.conventions import shell_to_angst
 from cryorecon.engines.observations import ImageSet
 from cryorecon.engines.rmfn import RmfnConfig, RmfnState, Search, assign
-from cryorecon.engines.rmfn_refine import agreement_band, reassign, refine_round
+from cryorecon.engines.rmfn_refine import agreement_band, half_maps, reassign, refine_round
 from cryorecon.errors import CryoreconError
 from cryorecon.maps.align import align_maps
+from cryorecon.maps.chance import beyond_chance, chance_fsc
 from cryorecon.maps.fsc import fsc_curve
 from cryorecon.maps.poses import mirror_poses, rotate_poses, shift_origins
 from cryorecon.maps.symmetry import find_symmetry
@@ -168,8 +169,21 @@ class Stages:
         for mine, run in zip(rows, runs, strict=True):
             state.rotations[mine], state.offsets_px[mine] = run.rotations, run.offsets_px
         refine_round(state, images, self.config, fsc_curve, joint=False, n_steps=0)
+        self._take_out_chance(state)
         self.finish(state, images, 0)
         return state
+
+    def _take_out_chance(self, state: RmfnState) -> None:
+        """Correct the half maps' FSC for what aligning one to the other brought."""
+        box = state.maps[0].shape[-1]
+        mask = state.network.support.on(box)
+        first, second = half_maps(state, box)
+        chance = chance_fsc(second, first, mask, self.pixel_size_angst, self.generator)
+        state.fsc = beyond_chance(state.fsc, chance)
+        self.job.say(
+            f"noise aligned in place of half set 2 would agree with an FSC of up to "
+            f"{float(chance[1:].max()):.2f}, which is taken out"
+        )
 
     def symmetrise(self, state: RmfnState, images: ImageSet, name: str) -> None:
         """Find the axes in the map, move poses onto them, and finish with every image's copies."""

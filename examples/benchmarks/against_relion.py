@@ -6,8 +6,9 @@
 Ours: `cryorecon abinitio` with its defaults. RELION: an initial model (`relion_refine --sgd
 --denovo_3dref`) in its default schedule (50 + 200 + 50 iterations, mini-batches of 100 to 500) and
 in a short one (25 + 50 + 25, 100 to 200), one class, 25 to 8 A, HEALPix order 1 + oversampling 1,
-offsets +-2 px, 2 threads. `--refine` lets RELION's gold-standard refinement follow each initial
-model (MPI, one process a half set and an idle leader), stopped after an hour.
+offsets +-2 px, 2 threads. Both are told the particle's diameter. `--refine` lets RELION's
+gold-standard refinement follow each initial model (MPI, one process a half set and an idle
+leader), stopped after an hour.
 
 Every run reads STACK/blind.star, which has no poses. Steps that are on record are not run again.
 """
@@ -31,7 +32,8 @@ def main() -> None:
     star, out = args.stack / "blind.star", args.output
     out.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "cryorecon", "abinitio", str(star), "-o", str(out / "ours")]
-    costs = {"ours": timed([*command, "--overwrite"], out / "ours.json")}
+    command += ["--diameter", f"{args.diameter:g}", "--overwrite"]
+    costs = {"ours": timed(command, out / "ours.json")}
     files = {"ours": (out / "ours" / "initial_model.mrc", out / "ours" / "run_data.star")}
     for name in args.schedules:
         command = initial_model(star, out, name, args.diameter)

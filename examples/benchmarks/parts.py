@@ -1,0 +1,170 @@
+"""What each part of engine rmfn costs on this machine, beside the least it could.
+
+    python examples/benchmarks/parts.py STACK [--diameter 61]
+
+Times every part by itself on real images and compares it with its floor: floating-point operations
+over the rate of a large matrix product, or bytes over the rate of a large copy, measured in the
+same run. Prints a table; the last columns say how often a default run does the part and what that
+comes to.
+"""
+
+import argparse
+import math
+import time
+from pathlib import Path
+
+import torch
+from limits import read_truth
+
+from cryorecon.engines.accumulate import NormalEquations
+from cryorecon.engines.least_squares import least_squares_map
+from cryorecon.engines.observations import centred
+from cryorecon.engines.refine import derivatives, refine_poses
+from cryorecon.engines.rmfn import RmfnConfig, Search
+from cryorecon.engines.search import accumulate_grid, grid_expectation
+from cryorecon.physics.fourier import max_band
+from cryorecon.physics.projection import extract_slices, padded_transform
+from cryorecon.run.load import load_observations
+
+BATCH = 250
+
+
+def seconds(work, repeats: int = 3) -> float:
+    """Shortest of some runs, after one that does not count."""
+    work()
+    found = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        work()
+        found.append(time.perf_counter() - start)
+    return min(found)
+
+
+def machine() -> tuple[float, float]:
+    """Operations a second of a 2048^3 matrix product, bytes a second of a 256 MB copy."""
+    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
+    source, target = torch.randn(64_000_000), torch.empty(64_000_000)
+    product = seconds(lambda: a @ b)
+    copy = seconds(lambda: target.copy_(source))
+    return 2 * 2048**3 / product, 2 * 4 * 64e6 / copy
+
+
+def search_parts(images, config):
+    """(name, seconds, operations, bytes, times) of the parts of one mini-batch of the search."""
+    generator = torch.Generator().manual_seed(0)
+    band = config.search_band(images.plane.box)
+    search = Search(config, images.select(torch.arange(1000), band), generator)
+    batch = search.observations.select(torch.arange(config.search_batch))
+    with torch.no_grad():
+        transform = padded_transform(search.network.volume(0)).within(band)
+    grid, offsets, m = search.grid, search.offsets, len(batch.plane)
+    templates = extract_slices(transform, grid, batch.plane)
+    posterior = grid_expectation(batch, templates, offsets)
+    n, r, s = len(batch), len(grid), len(offsets)
+    batches = len(config.temperatures) * 1000 // config.search_batch * config.n_starts
+    side = search.network.grid_size(0)
+    width = config.width
+    layers = 2 * side**3 * (2 * width**2 + 4 * width)
+    return [
+        (
+            "slices of the grid",
+            seconds(lambda: extract_slices(transform, grid, batch.plane)),
+            0,
+            r * m * 8 * 8,
+            batches,
+        ),
+        (
+            "posterior and its sums",
+            seconds(lambda: grid_expectation(batch, templates, offsets)),
+            2 * 2 * n * s * r * 2 * m + 20 * n * s * r,
+            0,
+            batches,
+        ),
+        (
+            "insertion of the sums",
+            seconds(lambda: accumulate_grid(posterior[1], posterior[2], grid, batch.plane)),
+            0,
+            r * m * 8 * 3 * 8,
+            batches,
+        ),
+        (
+            f"structure step, {side}^3 points",
+            seconds(lambda: search._follow(accumulate_grid(*posterior[1:], grid, batch.plane), 4))
+            / 4,
+            3 * layers,
+            0,
+            batches * config.fit.n_steps,
+        ),
+    ]
+
+
+def refine_parts(images, truth, rotations, offsets, rounds: int = 9):
+    """The same of a round of refinement at full band."""
+    box, n = images.plane.box, len(images)
+    batch = images.select(torch.arange(BATCH))
+    m = len(batch.plane)
+    model = derivatives(truth, 2, float(max_band(box)))
+    a, o = rotations[:BATCH], offsets[:BATCH]
+    sums = NormalEquations.empty(max_band(box), 2, torch.float32, "cpu")
+    matched, weight = batch.matched()
+    signal = centred(matched, o, batch.plane)
+    sums.add(signal, weight, a, batch.plane)
+    prior = sums.shell_mean_weight()[: max_band(box) + 1]
+    support = torch.ones(box, box, box)
+    size = (2 * box) ** 3
+    batches = math.ceil(n / BATCH) * rounds
+    return [
+        (
+            f"pose step, {BATCH} images",
+            seconds(lambda: refine_poses(batch, model, a, o, 4)) / 5,
+            BATCH * 2 * m * 2 * 25,
+            BATCH * m * 8 * 8 * 4,
+            batches * 5,
+        ),
+        (
+            f"insertion, {BATCH} images",
+            seconds(lambda: sums.add(signal, weight, a, batch.plane)),
+            0,
+            BATCH * m * 8 * 3 * 8,
+            batches,
+        ),
+        (
+            "map from its equations",
+            seconds(lambda: least_squares_map(sums, prior, support)),
+            16 * 2.5 * size * math.log2(size),
+            0,
+            2 * rounds,
+        ),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("stack", type=Path)
+    parser.add_argument("--diameter", type=float, help="angstrom; default 0.8 of the box")
+    args = parser.parse_args()
+    particles, truth, rotations, offsets = read_truth(args.stack)
+    side_angst = particles.box * particles.pixel_size_angst
+    config = RmfnConfig(diameter=(args.diameter or 0.8 * side_angst) / side_angst)
+    flops, stream = machine()
+    print(
+        f"{flops / 1e9:.0f} Gflop/s, {stream / 1e9:.1f} GB/s, {torch.get_num_threads()} threads\n"
+    )
+    start = time.perf_counter()
+    images = load_observations(particles, config.diameter)
+    reading = time.perf_counter() - start
+    pixels = len(images) * particles.box**2
+    parts = [("reading all images", reading, 5 * pixels * math.log2(pixels), 12 * pixels, 1)]
+    parts += search_parts(images, config)
+    parts += refine_parts(images, truth, rotations, offsets)
+    print("| part | ms | floor ms | ratio | times a run | s a run |\n|---|---|---|---|---|---|")
+    for name, spent, operations, size, times in parts:
+        floor = operations / flops + size / stream
+        print(
+            f"| {name} | {1e3 * spent:.1f} | {1e3 * floor:.1f} | {spent / floor:.1f} | {times} | "
+            f"{spent * times:.1f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""What agreement by chance is worth: noise in place of maps, noise in place of particles."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import MODEL
+from rich.console import Console
+
+from cryorecon.engines.rmfn import RmfnConfig
+from cryorecon.io.mrc import stack_writer
+from cryorecon.io.star import read_star, write_star
+from cryorecon.maps.chance import beyond_chance, chance_fsc, noise_like
+from cryorecon.maps.fsc import fsc_curve
+from cryorecon.physics.fourier import fft_centred, radius_grid, shell_sums
+from cryorecon.physics.masks import soft_ball
+from cryorecon.run import rmfn_stages
+from cryorecon.run.abinitio import AbinitioOptions, abinitio_rmfn
+from cryorecon.run.simulate import simulate
+from cryorecon.run.simulate_config import SimulateConfig
+
+
+def power_by_shell(volume):
+    shells = (radius_grid(len(volume), 3) + 0.5).long().flatten()
+    return shell_sums(
+        fft_centred(volume, 3).abs().square().flatten(), shells, int(shells.max()) + 1
+    )
+
+
+def test_noise_has_the_power_of_the_map_and_nothing_else_of_it(molecule_32, generator):
+    noise = noise_like(molecule_32, generator)
+    assert torch.allclose(power_by_shell(noise), power_by_shell(molecule_32), rtol=1e-3)
+    assert fsc_curve(noise, molecule_32)[4:16].abs().max() < 0.3
+
+
+def test_alignment_makes_noise_agree_at_low_resolution_only(molecule_32, generator):
+    mask = soft_ball(32, 12.0, 2.0, 3)
+    chance = chance_fsc(molecule_32, molecule_32, mask, 2.4, generator, n_trials=2)
+    assert chance[1:4].min() > 0.2
+    assert chance[12:].max() < 0.2
+    assert (chance[1:] <= chance[:-1]).all()
+
+
+def test_what_is_beyond_chance():
+    curve = torch.tensor([1.0, 1.0, 0.9, 0.5, 0.1]).double()
+    chance = torch.tensor([1.0, 0.6, 0.5, 0.5, 0.0]).double()
+    assert torch.allclose(
+        beyond_chance(curve, chance), torch.tensor([1.0, 1.0, 0.8, 0.0, 0.1]).double()
+    )
+
+
+@pytest.fixture
+def pure_noise(tmp_path, generator):
+    """400 particles that hold nothing, 24 px at 3.2 A."""
+    config = SimulateConfig(n_particles=400, box=24, pixel_size_angst=3.2, seed=1)
+    simulate(MODEL, tmp_path, config)
+    with stack_writer(tmp_path / "noise.mrcs", 24, 3.2) as stack:
+        stack.append(torch.randn(400, 24, 24, generator=generator).numpy())
+    tables = read_star(tmp_path / "particles.star")
+    tables["particles"]["rlnImageName"] = [f"{i + 1}@noise.mrcs" for i in range(400)]
+    write_star(tmp_path / "noise.star", tables)
+    return tmp_path / "noise.star"
+
+
+def test_independent_maps_of_noise_do_not_agree(pure_noise, tmp_path, monkeypatch):
+    """Were the job not to stop at "No signal found": below 0.143 from the first shells on."""
+    monkeypatch.setattr(rmfn_stages, "_SURE", float("-inf"))
+    engine = RmfnConfig(n_starts=1, half_rounds=4, joint_rounds=1, final_steps=1)
+    options = AbinitioOptions(halves="independent", engine=engine)
+    abinitio_rmfn(pure_noise, tmp_path / "job", options, Console(quiet=True))
+    table = read_star(tmp_path / "job" / "fsc.star")["fsc"]
+    curve = [float(v) for v in table["rlnFourierShellCorrelationMaskedMaps"]]
+    assert max(curve[2:]) < 0.143
+    assert "noise aligned in place of half set 2" in (tmp_path / "job" / "run.log").read_text()
