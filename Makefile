@@ -22,8 +22,9 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# One process a core with one thread each: many small tests gain more than from two threads.
 quick: lint
-	$(BIN)/python -m pytest -m 'not slow'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadscope -m 'not slow'
 
 test: quick
 	$(BIN)/python -m pytest -m slow

@@ -134,39 +134,48 @@ def test_any_box_runs(box, tmp_path):
     assert read_map(tmp_path / "job" / "initial_model.mrc").data.shape == (box, box, box)
 
 
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    """80 particles, 24 px at 3.2 A, SNR 2."""
+    folder = tmp_path_factory.mktemp("few")
+    config = SimulateConfig(n_particles=80, box=24, pixel_size_angst=3.2, snr=2.0, seed=4)
+    simulate(MODEL, folder, config)
+    return folder
+
+
 TINY = RmfnConfig(n_starts=1, temperatures=(5.0, 1.0), half_rounds=2, joint_rounds=1, final_steps=1)
 
 
-def test_images_read_again_give_the_same_map(bright, tmp_path):
+def test_images_read_again_give_the_same_map(few, tmp_path):
     """Not one number differs between images held in memory and images read when needed."""
     maps = []
     for keep in ("memory", "disk"):
         options = AbinitioOptions(keep=keep, engine=TINY)
-        abinitio_rmfn(bright / "particles.star", tmp_path / keep, options, QUIET)
+        abinitio_rmfn(few / "particles.star", tmp_path / keep, options, QUIET)
         maps.append(read_map(tmp_path / keep / "initial_model.mrc").data)
     assert (maps[0] == maps[1]).all()
 
 
-def test_particles_at_the_offset_limit_are_reported(bright, tmp_path):
+def test_particles_at_the_offset_limit_are_reported(few, tmp_path):
     options = AbinitioOptions(offset_range_angst=0.1, engine=TINY)
-    abinitio_rmfn(bright / "particles.star", tmp_path / "job", options, QUIET)
+    abinitio_rmfn(few / "particles.star", tmp_path / "job", options, QUIET)
     assert "at the limit of 0.1 A" in log_of(tmp_path / "job")
     assert "give a larger --offset-range" in log_of(tmp_path / "job")
 
 
-def test_a_mask_is_worn_and_checked(bright, tmp_path):
-    ball = soft_ball(32, 9.0, 2.0, 3)
-    write_map(tmp_path / "mask.mrc", ball.numpy(), 2.4)
+def test_a_mask_is_worn_and_checked(few, tmp_path):
+    ball = soft_ball(24, 7.0, 2.0, 3)
+    write_map(tmp_path / "mask.mrc", ball.numpy(), 3.2)
     options = AbinitioOptions(mask=tmp_path / "mask.mrc", engine=TINY)
-    abinitio_rmfn(bright / "particles.star", tmp_path / "job", options, QUIET)
+    abinitio_rmfn(few / "particles.star", tmp_path / "job", options, QUIET)
     found = torch.from_numpy(read_map(tmp_path / "job" / "initial_model.mrc").data)
     assert found[ball == 0].abs().max() == 0
-    write_map(tmp_path / "loud.mrc", 3 * ball.numpy(), 2.4)
+    write_map(tmp_path / "loud.mrc", 3 * ball.numpy(), 3.2)
     write_map(tmp_path / "other.mrc", ball.numpy(), 1.2)
     for name, words in (("loud", "goes from 0 to 1"), ("other", "Resample the mask")):
         options = AbinitioOptions(mask=tmp_path / f"{name}.mrc", engine=TINY)
         with pytest.raises(CryoreconError, match=words):
-            abinitio_rmfn(bright / "particles.star", tmp_path / "no", options, QUIET)
+            abinitio_rmfn(few / "particles.star", tmp_path / "no", options, QUIET)
     assert not (tmp_path / "no").exists()
 
 
