@@ -80,8 +80,9 @@ def test_grid_scores_are_log_likelihoods(scene):
     expected = torch.logsumexp(scores, -1) - torch.log(torch.tensor(6.0)) - empty
     assert torch.allclose(posterior.log_evidence, expected)
     best = scores.argmax(-1)
-    assert torch.equal(posterior.best_rotation, best % 3)
-    assert torch.equal(posterior.best_offset, best // 3)
+    rotation, offset = search.best_grid_pose(band, templates, offsets[:2], chunk_elements=13)
+    assert torch.equal(rotation, best % 3)
+    assert torch.equal(offset, best // 3)
 
 
 def test_chunks_do_not_change_the_grid_sums(scene):
@@ -113,6 +114,36 @@ def test_slice_gradients_are_those_of_the_transform(scene):
         numeric = (plus - minus) / (2 * step)
         error = (numeric - gradient[..., axis]).norm()
         assert error < 0.05 * gradient.norm() / 3**0.5
+
+
+def test_refinement_follows_the_gradient_of_the_image_model(scene):
+    """Gradient and value against finite differences of the log-likelihood itself."""
+    observations, volume, rotations, offsets = scene
+    model, sigma = refine.derivatives(volume, 4, 15), 10.0
+    objective = refine._Objective(observations, model, sigma)
+
+    def value(step):
+        poses = exp_map(step[:, :3]) @ rotations, offsets + step[:, 3:]
+        predicted = refine.predictions(observations, model, refine.Poses(*poses, offsets))
+        noise, plane = observations.noise_power[0], observations.plane
+        found = log_likelihood(observations.coefficients, predicted, noise, plane)
+        return found - poses[1].square().sum(-1) / (2 * sigma**2)
+
+    values, gradient, _ = objective(rotations, offsets)
+    zero = torch.zeros(12, 5, dtype=torch.float64)
+    empty = log_likelihood(
+        observations.coefficients,
+        torch.zeros_like(observations.coefficients),
+        observations.noise_power[0],
+        observations.plane,
+    )
+    assert torch.allclose(values, value(zero) - empty)
+    for column in range(5):
+        step = zero.clone()
+        step[:, column] = 0.01
+        numeric = (value(step) - value(-step)) / 0.02
+        scale = gradient[:, column].norm()
+        assert (numeric - gradient[:, column]).norm() < 0.1 * scale
 
 
 def test_refinement_finds_the_pose_and_never_gets_worse(scene, generator):

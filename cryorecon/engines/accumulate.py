@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cryorecon.physics.fourier import HalfPlane, radius_grid
-from cryorecon.physics.projection import Transform, insert_slices
+from cryorecon.physics.projection import Transform, spread
 
 
 @dataclass
@@ -52,9 +52,11 @@ class NormalEquations:
             ``precision * CTF^2``.
         rotations : Tensor, shape (b, 3, 3)
         """
+        fields = torch.cat([torch.view_as_real(signal.contiguous()), weight[..., None]], -1)
         size = self.weight.shape[-1]
-        self.signal += insert_slices(signal, rotations, plane, size, self.padding)
-        self.weight += insert_slices(weight, rotations, plane, size, self.padding)
+        real, imaginary, weights = spread(fields, rotations, plane, size, self.padding)
+        self.signal += torch.complex(real, imaginary)
+        self.weight += weights
 
     def scaled(self, factor: float) -> NormalEquations:
         """The same sums times a factor."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cryorecon.engines.observations import Observations
+from cryorecon.engines.observations import Observations, centred
 from cryorecon.physics.fourier import (
     HalfPlane,
     centred_frequencies,
@@ -72,15 +72,38 @@ def slices_with_gradient(
     gradient : Tensor, shape (b, m, 3), complex
         Per radian about the image's x, y and z axes.
     """
-    values = torch.view_as_complex(
-        interpolate(model.table, rotations, plane, model.padding).unflatten(-1, (4, 2))
-    )
-    # exp(w)^T k = k - w x k to first order, so with g = A grad F, the map's gradient in image
-    # axes, dS = -g . (w x k) = -w . (k x g).
-    gx, gy, gz = (values[..., 1:] @ rotations.transpose(-1, -2).to(values.dtype)).unbind(-1)
-    kx, ky = plane.frequencies.to(model.table.dtype).unbind(-1)
-    torque = torch.stack([-ky * gz, kx * gz, ky * gx - kx * gy], -1)
-    return values[..., 0], torque
+    values = interpolate(model.table, rotations, plane, model.padding)
+    torque = values.new_empty(len(rotations), 3, len(plane), 2)
+    _torque(values, _reference_points(rotations, plane), torque)
+    turned = rotations @ torque.flatten(2)
+    slices = torch.view_as_complex(values[..., :2].contiguous())
+    return slices, torch.view_as_complex(turned.unflatten(2, (-1, 2))).transpose(1, 2)
+
+
+def _reference_points(rotations: Tensor, plane: HalfPlane) -> Tensor:
+    """Where each coefficient lies in the map's transform, ``A.T k``; shape (b, m, 3)."""
+    return plane.frequencies.to(rotations.dtype) @ rotations[..., :2, :]
+
+
+def _torque(values: Tensor, points: Tensor, out: Tensor) -> None:
+    """``grad F x k``, the derivative in a rotation vector of the map's axes.
+
+    To first order exp(w) moves a point k of the map by ``-w x k``, so that F changes by
+    ``-grad F . (w x k) = w . (grad F x k)``.
+
+    Parameters
+    ----------
+    values : Tensor, shape (b, m, 8), real
+        From :attr:`Derivatives.table`.
+    points : Tensor, shape (b, m, 3)
+    out : Tensor, shape (b, 3, m, 2)
+    """
+    gradient = values[..., 2:].unflatten(-1, (3, 2)).unbind(-2)
+    k = points[..., None].unbind(-2)
+    for axis in range(3):
+        one, two = (axis + 1) % 3, (axis + 2) % 3
+        torch.mul(gradient[one], k[two], out=out[:, axis])
+        out[:, axis].addcmul_(gradient[two], k[one], value=-1)
 
 
 @dataclass(frozen=True)
@@ -102,7 +125,11 @@ class Poses:
 
 
 class _Objective:
-    """Log-likelihood of each image with its gradient and expected curvature in the pose."""
+    """Log-likelihood of each image with its gradient and expected curvature in the pose.
+
+    Offsets are undone in the image, which leaves every product with the prediction as it is; and
+    derivatives are taken about the map's axes, then turned, five numbers an image.
+    """
 
     def __init__(
         self, observations: Observations, model: Derivatives, offset_sigma_px: float
@@ -110,27 +137,33 @@ class _Objective:
         root = observations.precision().sqrt()
         self.plane, self.model = observations.plane, model
         self.target = observations.coefficients * root
+        self.power = self.target.abs().square().sum(-1)
         self.gain = observations.ctf * root
-        scale = 2 * torch.pi / self.plane.box
-        self.waves = self.plane.frequencies.to(root.dtype) * (1j * scale)
+        self.waves = self.plane.frequencies.to(root.dtype).T * (2 * torch.pi / self.plane.box)
         self.offset_precision = 1 / offset_sigma_px**2
         self.prior = torch.zeros(5, dtype=root.dtype, device=root.device)
         self.prior[3:] = self.offset_precision
 
     def __call__(self, rotations: Tensor, offsets_px: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        slices, torque = slices_with_gradient(self.model, rotations, self.plane)
-        factor = self.gain * shift_phases(offsets_px, self.plane).to(slices.dtype)
-        predicted = slices * factor
-        jacobian = torch.cat([torque * factor[..., None], predicted[..., None] * self.waves], -1)
-        residual = self.target - predicted
-        value = (self.target.abs() ** 2 - residual.abs() ** 2).sum(-1)
+        values = interpolate(self.model.table, rotations, self.plane, self.model.padding)
+        jacobian = values.new_empty(len(rotations), 5, len(self.plane), 2)
+        gain = self.gain[..., None]
+        _torque(values, _reference_points(rotations, self.plane) * gain, jacobian[:, :3])
+        predicted = values[..., :2] * gain
+        real, imaginary = predicted.unbind(-1)
+        for axis in (0, 1):
+            torch.mul(imaginary, -self.waves[axis], out=jacobian[:, 3 + axis, :, 0])
+            torch.mul(real, self.waves[axis], out=jacobian[:, 3 + axis, :, 1])
+        residual = torch.view_as_real(centred(self.target, offsets_px, self.plane)) - predicted
+        value = self.power - residual.square().sum((-2, -1))
         value = value - (offsets_px**2).sum(-1) * self.offset_precision / 2
-        jacobian = torch.view_as_real(jacobian).transpose(-1, -2).flatten(1, 2)
-        flat = torch.view_as_real(residual).flatten(1)
-        gradient = 2 * (jacobian.transpose(-1, -2) @ flat[..., None]).squeeze(-1)
+        flat = jacobian.flatten(2)
+        frame = torch.eye(5, dtype=flat.dtype, device=flat.device).repeat(len(flat), 1, 1)
+        frame[:, :3, :3] = rotations
+        gradient = 2 * (frame @ (flat @ residual.flatten(1)[..., None])).squeeze(-1)
         gradient[:, 3:] -= offsets_px * self.offset_precision
-        curvature = 2 * jacobian.transpose(-1, -2) @ jacobian + torch.diag(self.prior)
-        return value, gradient, curvature
+        curvature = 2 * frame @ (flat @ flat.transpose(-1, -2)) @ frame.transpose(-1, -2)
+        return value, gradient, curvature + torch.diag(self.prior)
 
 
 def refine_poses(

@@ -19,7 +19,12 @@ from cryorecon.engines.accumulate import NormalEquations
 from cryorecon.engines.grid_map import GridMap
 from cryorecon.engines.network_map import FitConfig, NetworkMap
 from cryorecon.engines.observations import ImageSet, Observations
-from cryorecon.engines.search import accumulate_grid, grid_expectation, offset_grid
+from cryorecon.engines.search import (
+    accumulate_grid,
+    best_grid_pose,
+    grid_expectation,
+    offset_grid,
+)
 from cryorecon.networks.mfn import MfnConfig
 from cryorecon.physics.fourier import max_band, resample_sums
 from cryorecon.physics.masks import Support
@@ -92,7 +97,7 @@ class RmfnConfig:
     settled_deg: float = 0.3
     volume: Literal["rmfn", "grid"] = "rmfn"
     width: int = 128
-    final_steps: int = 40
+    final_steps: int = 60
     fit: FitConfig = field(default_factory=FitConfig)
 
     def search_band(self, box: int) -> int:
@@ -280,9 +285,8 @@ def best_grid_poses(
         turned = grid @ random_rotations(1, generator, torch.float32)[0]
         batch = images.select(rows)
         templates = extract_slices(transform, turned, plane)
-        posterior, _, _ = grid_expectation(batch, templates, shifts)
-        rotations[rows] = turned[posterior.best_rotation]
-        offsets[rows] = shifts[posterior.best_offset]
+        rotation, offset = best_grid_pose(batch, templates, shifts)
+        rotations[rows], offsets[rows] = turned[rotation], shifts[offset]
         if progress is not None:
             progress(int(rows[-1]) + 1)
     return rotations, offsets

@@ -43,6 +43,9 @@ class PaperConfig:
     width : int
     diameter : float
         Of the soft mask, as a fraction of the box side.
+    coarsest : int
+        Band of the first scale in cycles per box, the others in equal ratios up to Nyquist; 0
+        divides Nyquist by 3.3 from scale to scale as the paper does, whose 64 px give 3, 9, 31.
     """
 
     epochs: tuple[int, ...] = (25, 25, 50)
@@ -53,6 +56,7 @@ class PaperConfig:
     pose_rate: float = 1e-2
     width: int = 128
     diameter: float = 0.9
+    coarsest: int = 0
 
 
 def perturbed(
@@ -70,6 +74,14 @@ def gaussian_filtered(observations: Observations, band: float) -> Observations:
     within = observations.select(torch.arange(len(observations)), band)
     gain = torch.exp(-0.5 * (within.plane.radius / (2 / 3 * band)) ** 2).to(within.ctf)
     return replace(within, coefficients=within.coefficients * gain, ctf=within.ctf * gain)
+
+
+def _bands(last: int, config: PaperConfig) -> tuple[int, ...]:
+    n = len(config.epochs)
+    if config.coarsest == 0:
+        return paper_bands(last, n)
+    ratio = (last / config.coarsest) ** (1 / max(n - 1, 1))
+    return tuple(round(config.coarsest * ratio**scale) for scale in range(n))
 
 
 class PaperProtocol:
@@ -94,7 +106,7 @@ class PaperProtocol:
     ) -> None:
         self.config, self.observations, self.generator = config, observations, generator
         self.rotations, self.offsets_px = rotations.clone(), offsets_px
-        self.bands = paper_bands(max_band(observations.plane.box), len(config.epochs))
+        self.bands = _bands(max_band(observations.plane.box), config)
         network = MfnConfig(self.bands, config.width)
         fit = FitConfig(learning_rate=config.structure_rate)
         self.map = NetworkMap(network, Support(config.diameter / 2), generator, fit)

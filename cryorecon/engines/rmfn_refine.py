@@ -256,7 +256,7 @@ def fit_scales(state: RmfnState, config: RmfnConfig, generator: torch.Generator)
     volumes = []
     for scale, band in enumerate(state.network.bands):
         target = lowpass(joint, band, 3)
-        state.network.fit_volume(target, scale, config.final_steps, 20_000, generator)
+        state.network.fit_volume(target, scale, config.final_steps, 8_000, generator)
         with torch.no_grad():
             volumes.append(state.network.volume(scale, box))
     return volumes

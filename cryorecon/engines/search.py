@@ -27,18 +27,64 @@ class GridPosterior:
 
     Attributes
     ----------
-    best_rotation, best_offset : Tensor, shape (n,), int64
-        Index of the best grid rotation and offset of each image.
     log_evidence : Tensor, shape (n,)
         Log of the mean likelihood over the grid, against an empty image.
     effective_poses : Tensor, shape (n,)
         Inverse of the sum of squared weights.
     """
 
-    best_rotation: Tensor
-    best_offset: Tensor
     log_evidence: Tensor
     effective_poses: Tensor
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """All poses of a grid: templates as real numbers (r, 2m), their power (r, m), offsets."""
+
+    templates: Tensor
+    power: Tensor
+    offsets_px: Tensor
+
+    @staticmethod
+    def of(templates: Tensor, offsets_px: Tensor) -> _Grid:
+        return _Grid(as_real(templates), templates.abs() ** 2, offsets_px)
+
+    def scores(self, batch: Observations) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-likelihoods (b, s, r), shifted images (b, s, 2m) and weights (b, m)."""
+        matched, weights = batch.matched()
+        shifted = as_real(centred(matched[:, None, :], self.offsets_px[None], batch.plane))
+        score = torch.baddbmm(
+            -(weights @ self.power.T)[:, None, :].expand(-1, len(self.offsets_px), -1),
+            shifted,
+            self.templates.T.expand(len(batch), -1, -1),
+            alpha=2.0,
+        )
+        return score, shifted, weights
+
+
+def best_grid_pose(
+    observations: Observations,
+    templates: Tensor,
+    offsets_px: Tensor,
+    chunk_elements: int = 20_000_000,
+) -> tuple[Tensor, Tensor]:
+    """Index of the likeliest rotation and offset of each image, shape (n,) each, int64.
+
+    Parameters
+    ----------
+    observations : Observations of n images, m coefficients
+    templates : Tensor, shape (r, m), complex
+    offsets_px : Tensor, shape (s, 2)
+    """
+    grid, r = _Grid.of(templates, offsets_px), len(templates)
+    rows = torch.arange(len(observations))
+    chunk = max(1, chunk_elements // (r * len(offsets_px)))
+    best = [
+        grid.scores(observations.select(part))[0].flatten(1).argmax(-1)
+        for part in rows.split(chunk)
+    ]
+    found = torch.cat(best)
+    return found % r, found // r
 
 
 def grid_expectation(
@@ -70,22 +116,15 @@ def grid_expectation(
     weight : Tensor, shape (r, m), real
     """
     n, (r, m), s = len(observations), templates.shape, len(offsets_px)
-    real_templates = as_real(templates)
-    power = templates.abs() ** 2
+    grid = _Grid.of(templates, offsets_px)
     signal = templates.real.new_zeros(r, 2 * m)
     weight = templates.real.new_zeros(r, m)
     parts = []
     for rows in torch.arange(n).split(max(1, chunk_elements // (r * s))):
-        matched, weights = observations.select(rows).matched()
-        shifted = as_real(centred(matched[:, None, :], offsets_px[None], observations.plane))
-        score = torch.baddbmm(
-            -(weights @ power.T)[:, None, :].expand(-1, s, -1),
-            shifted,
-            real_templates.T.expand(len(rows), -1, -1),
-            alpha=2.0,
-        ).div_(temperature)
+        score, shifted, weights = grid.scores(observations.select(rows))
+        score.div_(temperature)
         flat = score.view(len(rows), -1)
-        peak, best = flat.max(-1, keepdim=True)
+        peak = flat.amax(-1, keepdim=True)
         flat.sub_(peak).exp_()
         total = flat.sum(-1, keepdim=True)
         flat.div_(total)
@@ -93,7 +132,7 @@ def grid_expectation(
         weight.addmm_(score.sum(1).T, weights)
         evidence = (peak + total.log()).squeeze(-1) - torch.log(torch.tensor(float(r * s)))
         effective = 1 / flat.square_().sum(-1)
-        parts.append((best.squeeze(-1) % r, best.squeeze(-1) // r, evidence, effective))
+        parts.append((evidence, effective))
     posterior = GridPosterior(*(torch.cat(p) for p in zip(*parts, strict=True)))
     return posterior, torch.complex(signal[:, :m], signal[:, m:]), weight
 

@@ -205,17 +205,31 @@ def insert_slices(
     -------
     Tensor, shape (size, size, size)
     """
+    fields = torch.view_as_real(slices.contiguous()) if slices.is_complex() else slices[..., None]
+    grids = spread(fields, rotations, plane, size, padding)
+    return torch.complex(grids[0], grids[1]) if slices.is_complex() else grids[0]
+
+
+def spread(fields: Tensor, rotations: Tensor, plane: HalfPlane, size: int, padding: int) -> Tensor:
+    """Adjoint of :func:`interpolate`, field by field.
+
+    Parameters
+    ----------
+    fields : Tensor, shape (b, m, c), real
+    rotations : Tensor, shape (b, 3, 3)
+    plane : HalfPlane of m coefficients
+    size, padding : int
+
+    Returns
+    -------
+    Tensor, shape (c, size, size, size)
+    """
     index, weights = _corners(rotations, plane, size, padding)
-    flat = slices.reshape(-1, 1)
-    parts = torch.view_as_real(flat).flatten(1) if flat.is_complex() else flat
-    grids = [
-        torch.zeros(size**3, dtype=parts.dtype, device=parts.device).index_add_(
-            0, index.flatten(), (weights.to(parts.dtype) * part[:, None]).flatten()
-        )
-        for part in parts.unbind(-1)
-    ]
-    grid = torch.complex(grids[0], grids[1]) if flat.is_complex() else grids[0]
-    return grid.reshape(size, size, size)
+    index, weights = index.flatten(), weights.to(fields.dtype)
+    grids = fields.new_zeros(fields.shape[-1], size**3)
+    for grid, field in zip(grids, fields.flatten(0, 1).unbind(-1), strict=True):
+        grid.index_add_(0, index, (weights * field[:, None]).flatten())
+    return grids.view(-1, size, size, size)
 
 
 def project(volume: Tensor, rotations: Tensor, plane: HalfPlane, padding: int = 2) -> Tensor:
