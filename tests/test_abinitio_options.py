@@ -18,6 +18,7 @@ from cryorecon.io.particles import read_particles
 from cryorecon.io.star import read_star, write_star
 from cryorecon.maps.align import align_maps, apply_alignment, rotate_map
 from cryorecon.maps.fsc import fsc_curve
+from cryorecon.physics.fourier import lowpass
 from cryorecon.physics.masks import soft_ball
 from cryorecon.physics.symmetry import symmetry_group
 from cryorecon.run.abinitio import AbinitioOptions, abinitio_rmfn
@@ -177,6 +178,24 @@ def test_a_mask_is_worn_and_checked(few, tmp_path):
         with pytest.raises(CryoreconError, match=words):
             abinitio_rmfn(few / "particles.star", tmp_path / "no", options, QUIET)
     assert not (tmp_path / "no").exists()
+
+
+def test_a_map_can_take_the_place_of_the_search(bright, tmp_path):
+    """Of any scale, blurred; an unrelated one is refused."""
+    truth = torch.from_numpy(read_map(bright / "map.mrc").data)
+    write_map(tmp_path / "start.mrc", (40 * lowpass(truth, 4, 3)).numpy(), 2.4)
+    options = AbinitioOptions(init_map=tmp_path / "start.mrc", engine=SHORT)
+    abinitio_rmfn(bright / "particles.star", tmp_path / "job", options, QUIET)
+    assert "searching" not in log_of(tmp_path / "job").replace("searching again", "")
+    assert agreement(tmp_path / "job", bright, 9) > 0.95
+    write_map(tmp_path / "black.mrc", -truth.numpy(), 2.4)
+    for changed, words in (
+        ({"init_map": tmp_path / "black.mrc"}, "no better than an empty"),
+        ({"halves": "independent"}, "not independent"),
+    ):
+        wrong = dataclasses.replace(options, **changed)
+        with pytest.raises(CryoreconError, match=words):
+            abinitio_rmfn(bright / "particles.star", tmp_path / "no", wrong, QUIET)
 
 
 @pytest.fixture(scope="module")

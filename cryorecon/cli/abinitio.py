@@ -48,6 +48,10 @@ Mask = Annotated[
     Path | None,
     typer.Option(help="Map from 0 to 1 that holds in any orientation, such as a shell."),
 ]
+InitMap = Annotated[
+    Path | None,
+    typer.Option(help="Start from this map, coarsely, instead of searching."),
+]
 Keep = Annotated[
     Literal["auto", "memory", "disk"],
     typer.Option("--images", help="Hold images in memory, or read them again when needed."),
@@ -74,6 +78,7 @@ def abinitio_rmfn_command(
     contrast: Contrast = "auto",
     symmetry: Symmetry = "C1",
     mask: Mask = None,
+    init_map: InitMap = None,
     images: Keep = "auto",
     volume: Volume = "rmfn",
     project: Project = None,
@@ -112,6 +117,7 @@ def abinitio_rmfn_command(
         contrast,
         symmetry,
         mask,
+        init_map,
         images,
         engine,
     )
@@ -129,6 +135,7 @@ def abinitio_command(
     contrast: Contrast = "auto",
     symmetry: Symmetry = "C1",
     mask: Mask = None,
+    init_map: InitMap = None,
     images: Keep = "auto",
     volume: Volume = "rmfn",
     project: Project = None,
@@ -150,6 +157,7 @@ def abinitio_command(
         contrast,
         symmetry,
         mask,
+        init_map,
         images,
         volume,
         project,

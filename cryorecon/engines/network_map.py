@@ -134,6 +134,11 @@ class NetworkMap:
             Mean relative squared residual of the last step.
         """
         box = target.shape[-1]
+        if not self._fitted:
+            with torch.no_grad():
+                drawn = self.volume(scale, box).norm().clamp(min=1e-30)
+            self.scale *= float(target.norm() / drawn)
+            self._fitted = True
         inside = self.support.on(box).flatten().nonzero()[:, 0]
         points = grid_points(box, 3, target.dtype, target.device)
         values = target.flatten() / (self.scale * (self.grid_size(0) / box) ** 3)

@@ -26,7 +26,7 @@ from cryorecon.engines.search import (
     offset_grid,
 )
 from cryorecon.networks.mfn import MfnConfig
-from cryorecon.physics.fourier import max_band, resample_sums
+from cryorecon.physics.fourier import lowpass, max_band, resample_sums
 from cryorecon.physics.masks import Support
 from cryorecon.physics.projection import extract_slices, padded_transform
 from cryorecon.physics.rotations import random_rotations, so3_grid
@@ -161,7 +161,7 @@ class RmfnState:
     group: Tensor = field(default_factory=lambda: torch.eye(3)[None])
 
 
-def _offsets(config: RmfnConfig, box: int, band: float) -> Tensor:
+def offsets_for(config: RmfnConfig, box: int, band: float) -> Tensor:
     """Offsets fine enough for a band: the phase at its edge changes by about 1.2 rad a step."""
     return offset_grid(config.offset_range * box, box / (5 * band))
 
@@ -205,7 +205,7 @@ class Search:
         )
         self.network = new_map(config, box, self.generator, self.mask)
         self.grid = so3_grid(config.search_nside, torch.float32)[0]
-        self.offsets = _offsets(config, box, self.band)
+        self.offsets = offsets_for(config, box, self.band)
         self._start_from_random_poses()
 
     def _start_from_random_poses(self) -> None:
@@ -257,13 +257,34 @@ class Search:
 
     def judge(self, held_out: Observations) -> None:
         """Evidence of images that took no part in the search."""
-        band = held_out.select(torch.arange(len(held_out)), self.band)
         with torch.no_grad():
-            transform = padded_transform(self.network.volume(0)).within(self.band)
-            templates = extract_slices(transform, self.grid, band.plane)
-            found = grid_expectation(band, templates, self.offsets)[0].log_evidence
-        self.held_out_evidence = float(found.mean())
-        self.held_out_error = float(found.std() / max(len(found), 1) ** 0.5)
+            found = evidence(
+                held_out.select(torch.arange(len(held_out)), self.band),
+                self.network.volume(0),
+                self.grid,
+                self.offsets,
+            )
+        self.held_out_evidence, self.held_out_error = found
+
+
+def evidence(
+    observations: Observations, volume: Tensor, grid: Tensor, offsets_px: Tensor
+) -> tuple[float, float]:
+    """Mean log-evidence an image of a map over a grid of poses, and its standard error.
+
+    Parameters
+    ----------
+    observations : Observations of n images
+        Up to the band that is compared.
+    volume : Tensor, shape (M, M, M)
+        Large enough for that band.
+    grid : Tensor, shape (r, 3, 3)
+    offsets_px : Tensor, shape (s, 2)
+    """
+    transform = padded_transform(volume).within(float(observations.plane.radius[-1]))
+    templates = extract_slices(transform, grid, observations.plane)
+    found = grid_expectation(observations, templates, offsets_px)[0].log_evidence
+    return float(found.mean()), float(found.std() / max(len(found), 1) ** 0.5)
 
 
 def best_grid_poses(
@@ -278,7 +299,7 @@ def best_grid_poses(
     plane = images.plane
     band = float(plane.radius[-1])
     rotations, offsets = torch.empty(len(images), 3, 3), torch.empty(len(images), 2)
-    grid, shifts = so3_grid(nside, torch.float32)[0], _offsets(config, plane.box, band)
+    grid, shifts = so3_grid(nside, torch.float32)[0], offsets_for(config, plane.box, band)
     coarse = resample_sums(volume, min(plane.box, 2 * (int(band) + 5)))
     transform = padded_transform(coarse).within(band)
     for rows in torch.arange(len(images)).split(500):
@@ -293,18 +314,55 @@ def best_grid_poses(
 
 
 def assign(
-    search: Search,
+    volume: Tensor,
+    network: NetworkMap | GridMap,
     images: ImageSet,
     half: Tensor,
+    config: RmfnConfig,
+    generator: torch.Generator,
     progress: Progress | None = None,
 ) -> RmfnState:
-    """Give every image its best pose of the grid, a band higher than the search."""
-    config, box = search.config, images.plane.box
-    band = min(round(search.band * 1.25), max_band(box))
-    with torch.no_grad():
-        volume = search.network.volume(0)
+    """Give every image its best pose of a grid against a map, a band higher than the search.
+
+    Parameters
+    ----------
+    volume : Tensor, shape (M, M, M)
+        The map, on any grid that holds the band.
+    network : NetworkMap or GridMap
+        What the run fits to its map at the end.
+    half : Tensor, shape (n,), int64
+    """
+    box = images.plane.box
+    band = min(round(config.search_band(box) * 1.25), max_band(box))
     rotations, offsets = best_grid_poses(
-        images.within(band), volume, config, config.search_nside + 1, search.generator, progress
+        images.within(band), volume, config, config.search_nside + 1, generator, progress
     )
     reference = resample_sums(volume, box)
-    return RmfnState(rotations, offsets, half, [reference, reference], float(band), search.network)
+    return RmfnState(rotations, offsets, half, [reference, reference], float(band), network)
+
+
+def scaled_to_images(volume: Tensor, images: ImageSet, config: RmfnConfig) -> Tensor:
+    """A map of unknown scale, low-passed for assignment, with the power that the images show.
+
+    Parameters
+    ----------
+    volume : Tensor, shape (N, N, N)
+        On the images' grid.
+
+    Returns
+    -------
+    Tensor, shape (N, N, N)
+        Zero if the images hold no more power than their noise.
+    """
+    box = images.plane.box
+    band = min(round(config.search_band(box) * 1.25), max_band(box))
+    smooth = lowpass(volume, float(band), 3)
+    batch = images.select(torch.arange(len(images))[:: max(1, len(images) // 500)], band)
+    grid = so3_grid(2, torch.float32)[0]
+    slices = extract_slices(padded_transform(smooth).within(band), grid, batch.plane)
+    power, shell = slices.abs().square().mean(0), batch.plane.shell
+    noise = batch.noise_power[:, shell][batch.group]
+    precision = batch.precision()
+    seen = ((batch.coefficients.abs().square() - noise) * precision).sum()
+    expected = (batch.ctf.square() * power * precision).sum()
+    return smooth * float((seen / expected.clamp(min=1e-30)).clamp(min=0).sqrt())

@@ -66,6 +66,8 @@ class AbinitioOptions:
         Point group; its axes are looked for in the map without symmetry, which is kept.
     mask : Path, optional
         Map from 0 to 1 that multiplies the soft sphere; must hold in any orientation.
+    init_map : Path, optional
+        Map to start from instead of a search; only its coarse shape is used.
     keep : "auto", "memory" or "disk"
         As in :func:`cryorecon.run.load.load_observations`.
     engine : RmfnConfig
@@ -80,6 +82,7 @@ class AbinitioOptions:
     contrast: Contrast = "auto"
     symmetry: str = "C1"
     mask: Path | None = None
+    init_map: Path | None = None
     keep: Keep = "auto"
     engine: RmfnConfig = field(default_factory=RmfnConfig)
 
@@ -125,6 +128,13 @@ def abinitio_rmfn(
     config = _resolved(options, particles)
     _group(options.symmetry)
     _mask(options.mask, particles)
+    if options.init_map is not None:
+        _map_like(options.init_map, particles, "map")
+        if options.halves == "independent":
+            raise CryoreconError(
+                "Half maps that both start from --init-map are not independent",
+                "Leave out --init-map or --halves independent",
+            )
     particles.ctf_parameters()
     inputs, folder = Path(star), Path(output)
     with open_job(folder, console, inputs, len(particles), config, options.seed) as job:
@@ -147,6 +157,9 @@ def _run(job: Job, particles: Particles, config: RmfnConfig, options: AbinitioOp
     stages = Stages(job, config, generator, pixel, _mask(options.mask, particles))
     if options.halves == "independent":
         state = stages.independent_halves(images, half)
+    elif options.init_map is not None:
+        job.say(f"starting from {options.init_map}, low-passed; its poses are not used")
+        state = stages.from_map(images, half, _map_like(options.init_map, particles, "map"))
     else:
         state = stages.from_scratch(images, half)
     _report_offsets(job, state, config, particles)
@@ -167,18 +180,23 @@ def _group(symmetry: str) -> Tensor:
         ) from error
 
 
-def _mask(path: Path | None, particles: Particles) -> Tensor | None:
-    if path is None:
-        return None
+def _map_like(path: Path, particles: Particles, what: str) -> Tensor:
+    """A map that must have the particles' box and pixel size."""
     found = read_map(path)
     box, pixel = particles.box, particles.pixel_size_angst
     if len(found.data) != box or abs(found.pixel_size_angst / pixel - 1) > 0.01:
         raise CryoreconError(
-            f"The mask {path} has {len(found.data)} px at {found.pixel_size_angst:g} A, the "
+            f"The {what} {path} has {len(found.data)} px at {found.pixel_size_angst:g} A, the "
             f"particles {box} px at {pixel:g} A",
-            "Resample the mask to the particles' box and pixel size",
+            f"Resample the {what} to the particles' box and pixel size",
         )
-    mask = torch.from_numpy(found.data).float()
+    return torch.from_numpy(found.data).float()
+
+
+def _mask(path: Path | None, particles: Particles) -> Tensor | None:
+    if path is None:
+        return None
+    mask = _map_like(path, particles, "mask")
     if not (float(mask.min()) >= -1e-3 and 0 < float(mask.max()) <= 1.001):
         raise CryoreconError(
             f"The mask {path} has values from {float(mask.min()):g} to {float(mask.max()):g}",

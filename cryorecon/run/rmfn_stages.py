@@ -7,8 +7,19 @@ from dataclasses import dataclass
 import torch
 
 from cryorecon.conventions import shell_to_angst
+from cryorecon.engines.grid_map import GridMap
+from cryorecon.engines.network_map import NetworkMap
 from cryorecon.engines.observations import ImageSet
-from cryorecon.engines.rmfn import RmfnConfig, RmfnState, Search, assign
+from cryorecon.engines.rmfn import (
+    RmfnConfig,
+    RmfnState,
+    Search,
+    assign,
+    evidence,
+    new_map,
+    offsets_for,
+    scaled_to_images,
+)
 from cryorecon.engines.rmfn_refine import agreement_band, half_maps, reassign, refine_round
 from cryorecon.errors import CryoreconError
 from cryorecon.maps.align import align_maps
@@ -16,6 +27,7 @@ from cryorecon.maps.chance import beyond_chance, chance_fsc
 from cryorecon.maps.fsc import fsc_curve
 from cryorecon.maps.poses import mirror_poses, rotate_poses, shift_origins
 from cryorecon.maps.symmetry import find_symmetry
+from cryorecon.physics.rotations import so3_grid
 from cryorecon.physics.symmetry import symmetry_group
 from cryorecon.run.job import Job
 from cryorecon.run.progress import stage_bar
@@ -45,16 +57,41 @@ class Stages:
 
     def from_scratch(self, images: ImageSet, half: torch.Tensor) -> RmfnState:
         """Search, assign, refine: poses and half maps from random starts."""
-        state = self.first_poses(images, half)
-        self.refine(state, images)
-        return state
+        found = self.search(images)
+        with torch.no_grad():
+            volume = found.network.volume(0)
+        return self._from(volume, found.network, images, half)
 
-    def first_poses(self, images: ImageSet, half: torch.Tensor) -> RmfnState:
-        """Search and assign."""
-        search = self.search(images)
+    def from_map(self, images: ImageSet, half: torch.Tensor, volume: torch.Tensor) -> RmfnState:
+        """Assign and refine, with a given map in place of the search's."""
+        config, box = self.config, images.plane.box
+        scaled = scaled_to_images(volume, images, config)
+        band = config.search_band(box)
+        rows = torch.arange(len(images))[:: max(1, len(images) // _HELD_OUT)]
+        grid = so3_grid(config.search_nside, torch.float32)[0]
+        offsets = offsets_for(config, box, band)
+        mean, error = evidence(images.select(rows, band), scaled, grid, offsets)
+        self.job.say(f"the map given explains images with log-evidence {mean:.2f} an image")
+        if mean <= _SURE * error:
+            raise CryoreconError(
+                f"The map of --init-map explains the images no better than an empty one "
+                f"(log-evidence {mean:.2f} +- {error:.2f})",
+                "It must be white on black, of this particle; or leave it out and search",
+            )
+        network = new_map(config, box, self.generator, self.mask)
+        return self._from(scaled, network, images, half)
+
+    def _from(
+        self,
+        volume: torch.Tensor,
+        network: NetworkMap | GridMap,
+        images: ImageSet,
+        half: torch.Tensor,
+    ) -> RmfnState:
         with stage_bar(self.job.console, "Assigning", len(images)) as bar:
-            state = assign(search, images, half, bar)
+            state = assign(volume, network, images, half, self.config, self.generator, bar)
         self.job.say("every image has a first pose")
+        self.refine(state, images)
         return state
 
     def search(self, images: ImageSet) -> Search:
