@@ -1,6 +1,6 @@
 """Run `cryorecon abinitio` from several seeds on one stack and judge each run against the truth.
 
-    python examples/benchmarks/seeds.py STACK OUT [--seeds 0 1 2 3 4]
+    python examples/benchmarks/seeds.py STACK OUT [--seeds 0 1 2 3 4] [--volume grid]
 
 Reads STACK/blind.star, which has no poses; STACK/particles.star and STACK/map.mrc are opened when
 all runs are done. One row a seed: wall and CPU seconds, peak memory, resolution, pose error.
@@ -20,8 +20,10 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--set", action="append", default=[], help="engine settings, key=value")
+    parser.add_argument("--volume", choices=("rmfn", "grid"), default="rmfn")
     args = parser.parse_args()
     settings = [word for pair in args.set for word in ("--set", pair)]
+    settings += ["--volume", args.volume]
     costs = {}
     for seed in args.seeds:
         job = args.output / f"seed{seed}"
