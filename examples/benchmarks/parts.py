@@ -133,7 +133,7 @@ def refine_parts(images, truth, rotations, offsets, rounds: int = 9):
             seconds(lambda: least_squares_map(sums, prior, support)),
             16 * 2.5 * size * math.log2(size),
             0,
-            2 * rounds,
+            RmfnConfig().joint_rounds,
         ),
     ]
 
