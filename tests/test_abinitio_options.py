@@ -12,6 +12,7 @@ from rich.console import Console
 
 from cryorecon.engines.contrast import contrast_score
 from cryorecon.engines.rmfn import RmfnConfig
+from cryorecon.engines.rmfn_refine import refine_round
 from cryorecon.errors import CryoreconError
 from cryorecon.io.mrc import open_stack, read_map, stack_writer, write_map
 from cryorecon.io.particles import read_particles
@@ -20,7 +21,9 @@ from cryorecon.maps.align import align_maps, apply_alignment, rotate_map
 from cryorecon.maps.fsc import fsc_curve
 from cryorecon.physics.fourier import lowpass
 from cryorecon.physics.masks import soft_ball
+from cryorecon.physics.rotations import geodesic_distance_deg
 from cryorecon.physics.symmetry import symmetry_group
+from cryorecon.run import rmfn_stages
 from cryorecon.run.abinitio import AbinitioOptions, abinitio_rmfn
 from cryorecon.run.load import load_observations
 from cryorecon.run.simulate import simulate
@@ -213,6 +216,28 @@ def trimer(tmp_path_factory):
     config = SimulateConfig(n_particles=300, box=24, pixel_size_angst=3.2, snr=1.0, seed=6)
     simulate(folder / "trimer.mrc", folder, config)
     return folder
+
+
+def test_symmetry_makes_half_maps_from_poses_before_the_joint_rounds(trimer, tmp_path, monkeypatch):
+    """Joint rounds would make the half maps agree too well; one rotation apart is all they are."""
+    seen = []
+
+    def spy(state, *args, joint, n_steps=4, **kwargs):
+        if n_steps == 0:
+            seen.append(("symmetry", state.rotations.clone()))
+        report = refine_round(state, *args, joint=joint, n_steps=n_steps, **kwargs)
+        if not joint and n_steps > 0:
+            seen.append(("half", state.rotations.clone()))
+        return report
+
+    monkeypatch.setattr(rmfn_stages, "refine_round", spy)
+    engine = dataclasses.replace(TINY, joint_rounds=2)
+    options = AbinitioOptions(symmetry="C3", engine=engine)
+    abinitio_rmfn(trimer / "particles.star", tmp_path / "job", options, QUIET)
+    (kind, before), (last, after) = seen[-2:]
+    assert (kind, last) == ("half", "symmetry")
+    turns = before.transpose(-1, -2) @ after
+    assert geodesic_distance_deg(turns, turns[:1]).max() < 0.1
 
 
 def test_symmetry_is_found_and_applied(trimer, tmp_path):

@@ -148,6 +148,11 @@ class RmfnState:
     network : NetworkMap
     group : Tensor, shape (g, 3, 3)
         Rotations that leave the map as it is; the identity alone for C1.
+    half_poses : tuple of Tensor, or None
+        Rotations and offsets from before the rounds against the joint map: all that half maps
+        may be made of.
+    chance : Tensor, shape (N // 2 + 1,), or None
+        FSC that aligning noise would reach, of half sets that were aligned.
     """
 
     rotations: Tensor
@@ -159,6 +164,8 @@ class RmfnState:
     sums: list[NormalEquations] = field(default_factory=list)
     fsc: Tensor = field(default_factory=lambda: torch.ones(1))
     group: Tensor = field(default_factory=lambda: torch.eye(3)[None])
+    half_poses: tuple[Tensor, Tensor] | None = None
+    chance: Tensor | None = None
 
 
 def offsets_for(config: RmfnConfig, box: int, band: float) -> Tensor:

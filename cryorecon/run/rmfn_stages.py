@@ -147,6 +147,7 @@ class Stages:
 
     def finish(self, state: RmfnState, images: ImageSet, number: int) -> None:
         """Rounds against the map of all images."""
+        state.half_poses = state.rotations.clone(), state.offsets_px.clone()
         for joint in range(self.config.joint_rounds):
             self.round(state, images, number + joint + 1, joint=True)
 
@@ -216,14 +217,17 @@ class Stages:
         mask = state.network.support.on(box)
         first, second = half_maps(state, box)
         chance = chance_fsc(second, first, mask, self.pixel_size_angst, self.generator)
-        state.fsc = beyond_chance(state.fsc, chance)
+        state.chance, state.fsc = chance, beyond_chance(state.fsc, chance)
         self.job.say(
             f"noise aligned in place of half set 2 would agree with an FSC of up to "
             f"{float(chance[1:].max()):.2f}, which is taken out"
         )
 
     def symmetrise(self, state: RmfnState, images: ImageSet, name: str) -> None:
-        """Find the axes in the map, move poses onto them, and finish with every image's copies."""
+        """Find the axes in the map, move poses onto them, and finish with every image's copies.
+
+        The half maps are made anew from the poses before any joint round.
+        """
         box, group = images.plane.box, symmetry_group(name)
         limit = agreement_band(state.fsc, _SYMMETRY_FSC)
         fit = find_symmetry((state.maps[0] + state.maps[1]) / 2, group, limit)
@@ -233,11 +237,14 @@ class Stages:
         )
         if fit.correlation < _DOUBTFUL:
             self.job.say(f"WARNING: the map hardly has {name}; see initial_model_C1.mrc")
-        poses = rotate_poses(state.rotations.double(), fit.rotation)
-        offsets = shift_origins(state.offsets_px.double(), poses, fit.shift_px)
+        rotations, origins = state.half_poses or (state.rotations, state.offsets_px)
+        poses = rotate_poses(rotations.double(), fit.rotation)
+        offsets = shift_origins(origins.double(), poses, fit.shift_px)
         state.rotations, state.offsets_px = poses.float(), offsets.float()
         state.group = group.float()
         refine_round(state, images, self.config, fsc_curve, joint=False, n_steps=0)
+        if state.chance is not None:
+            state.fsc = beyond_chance(state.fsc, state.chance)
         self.finish(state, images, 0)
 
     def _move_second(self, runs: list[RmfnState]) -> None:
