@@ -153,8 +153,9 @@ TINY = RmfnConfig(n_starts=1, temperatures=(5.0, 1.0), half_rounds=2, joint_roun
 def test_images_read_again_give_the_same_map(few, tmp_path):
     """Not one number differs between images held in memory and images read when needed."""
     maps = []
+    engine = dataclasses.replace(TINY, update_scale=True)
     for keep in ("memory", "disk"):
-        options = AbinitioOptions(keep=keep, engine=TINY)
+        options = AbinitioOptions(keep=keep, engine=engine)
         abinitio_rmfn(few / "particles.star", tmp_path / keep, options, QUIET)
         maps.append(read_map(tmp_path / keep / "initial_model.mrc").data)
     assert (maps[0] == maps[1]).all()
@@ -174,6 +175,7 @@ def test_a_mask_is_worn_and_checked(few, tmp_path):
     abinitio_rmfn(few / "particles.star", tmp_path / "job", options, QUIET)
     found = torch.from_numpy(read_map(tmp_path / "job" / "initial_model.mrc").data)
     assert found[ball == 0].abs().max() == 0
+    assert "soft sphere of the diameter times --mask" in log_of(tmp_path / "job")
     write_map(tmp_path / "loud.mrc", 3 * ball.numpy(), 3.2)
     write_map(tmp_path / "other.mrc", ball.numpy(), 1.2)
     for name, words in (("loud", "goes from 0 to 1"), ("other", "Resample the mask")):

@@ -121,7 +121,7 @@ def refine_round(
     references = [_without_solvent(reference, config) for reference in references]
     likelihood, done = [], 0
     sums = []
-    learned = _Learned(images)
+    learned = _Learned(images, config)
     for half in (0, 1):
         model = derivatives(references[half], 2, state.band)
         new = _empty(images)
@@ -141,7 +141,7 @@ def refine_round(
         sums.append(new)
     used = state.band
     if n_steps > 0:
-        learned.apply(images, config)
+        learned.apply(images)
     _solve_halves(state, sums, agreement, joint=joint)
     limit = agreement_band(state.fsc)
     state.band = float(min(max_band(images.plane.box), max(limit + 2, used), 1.6 * used + 1))
@@ -157,7 +157,8 @@ def refine_round(
 class _Learned:
     """What a round says of the images themselves: noise by optics group and shell, scales."""
 
-    def __init__(self, images: ImageSet) -> None:
+    def __init__(self, images: ImageSet, config: RmfnConfig) -> None:
+        self.config = config
         self.power = torch.zeros_like(images.noise_power)
         self.count = torch.zeros_like(self.power)
         self.scales = torch.ones_like(images.gain)
@@ -166,14 +167,15 @@ class _Learned:
         power, count = residual_power(batch, predicted)
         self.power[:, : batch.plane.n_shells] += power
         self.count[:, : batch.plane.n_shells] += count
-        self.scales[rows] = image_scales(batch, predicted)
+        if self.config.update_scale:
+            self.scales[rows] = image_scales(batch, predicted)
 
-    def apply(self, images: ImageSet, config: RmfnConfig) -> None:
+    def apply(self, images: ImageSet) -> None:
         """Replace the noise spectra where the round measured them; adjust the scales."""
-        if config.update_noise:
+        if self.config.update_noise:
             known = self.count > 0
             images.noise_power[known] = (self.power / self.count.clamp(min=1))[known]
-        if config.update_scale:
+        if self.config.update_scale:
             images.gain.mul_(self.scales / (images.gain * self.scales).abs().mean())
 
 

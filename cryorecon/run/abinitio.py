@@ -275,7 +275,10 @@ def _write_halves(job: Job, state: RmfnState, particles: Particles, label: str) 
     for number, volume in enumerate(half_maps(state, box), 1):
         write_map(job.path(f"run_half{number}_class001_unfil.mrc"), volume.numpy(), pixel)
     aligned = label == _HALVES_LABEL["independent"]
-    curve = FscCurve(state.fsc, box, pixel, label, "soft sphere of the diameter", aligned)
+    mask = "soft sphere of the diameter"
+    if state.network.support.mask is not None:
+        mask += " times --mask"
+    curve = FscCurve(state.fsc, box, pixel, label, mask, aligned)
     write_fsc_star(job.path("fsc.star"), curve)
     write_fsc_xml(job.path("fsc.xml"), curve)
     save_figure(fsc_figure({label: curve}), job.path("fsc.png"))
