@@ -12,7 +12,7 @@ from rich.console import Console
 
 from cryorecon.engines.contrast import contrast_score
 from cryorecon.engines.rmfn import RmfnConfig
-from cryorecon.engines.rmfn_refine import refine_round
+from cryorecon.engines.rounds import refine_round
 from cryorecon.errors import CryoreconError
 from cryorecon.io.mrc import open_stack, read_map, stack_writer, write_map
 from cryorecon.io.particles import read_particles
@@ -23,8 +23,8 @@ from cryorecon.physics.fourier import lowpass
 from cryorecon.physics.masks import soft_ball
 from cryorecon.physics.rotations import geodesic_distance_deg
 from cryorecon.physics.symmetry import symmetry_group
-from cryorecon.run import rmfn_stages
-from cryorecon.run.abinitio import AbinitioOptions, abinitio_rmfn
+from cryorecon.run import stages
+from cryorecon.run.abinitio import AbinitioOptions, abinitio
 from cryorecon.run.load import load_observations
 from cryorecon.run.simulate import simulate
 from cryorecon.run.simulate_config import SimulateConfig
@@ -69,7 +69,7 @@ def agreement(job, folder, shell):
 
 def test_independent_halves_from_scratch(bright, tmp_path):
     options = AbinitioOptions(halves="independent", engine=SHORT)
-    abinitio_rmfn(bright / "particles.star", tmp_path / "job", options, QUIET)
+    abinitio(bright / "particles.star", tmp_path / "job", options, QUIET)
     assert "half set 2 moved onto half set 1" in log_of(tmp_path / "job")
     assert "independent half maps (gold standard)" in log_of(tmp_path / "job")
     halves = [
@@ -85,7 +85,7 @@ def test_independent_halves_from_scratch(bright, tmp_path):
 def test_black_particles_are_found_and_said(bright, tmp_path):
     star = rewritten(bright, lambda images: -images)
     options = AbinitioOptions(halves="none", engine=SHORT)
-    abinitio_rmfn(star, tmp_path / "job", options, QUIET)
+    abinitio(star, tmp_path / "job", options, QUIET)
     assert "particles look BLACK ON WHITE" in log_of(tmp_path / "job")
     assert "the CTF is inverted" in log_of(tmp_path / "job")
     assert agreement(tmp_path / "job", bright, 9) > 0.9
@@ -111,7 +111,7 @@ def test_pure_noise_gives_no_map(bright, tmp_path):
     generator = torch.Generator().manual_seed(0)
     star = rewritten(bright, lambda images: torch.randn(images.shape, generator=generator).numpy())
     with pytest.raises(CryoreconError, match="No signal found"):
-        abinitio_rmfn(star, tmp_path / "job", AbinitioOptions(engine=SHORT), QUIET)
+        abinitio(star, tmp_path / "job", AbinitioOptions(engine=SHORT), QUIET)
     assert (tmp_path / "job" / "RELION_JOB_EXIT_FAILURE").exists()
     assert not (tmp_path / "job" / "initial_model.mrc").exists()
 
@@ -119,7 +119,7 @@ def test_pure_noise_gives_no_map(bright, tmp_path):
 def test_a_grid_can_hold_the_map(bright, tmp_path):
     engine = RmfnConfig(volume="grid", n_starts=1, half_rounds=4, joint_rounds=1)
     options = AbinitioOptions(engine=engine)
-    abinitio_rmfn(bright / "particles.star", tmp_path / "job", options, QUIET)
+    abinitio(bright / "particles.star", tmp_path / "job", options, QUIET)
     assert agreement(tmp_path / "job", bright, 9) > 0.9
     assert (tmp_path / "job" / "scale3.mrc").exists()
 
@@ -134,7 +134,7 @@ def test_any_box_runs(box, tmp_path):
         n_starts=1, temperatures=(5.0, 1.0), half_rounds=2, joint_rounds=1, final_steps=1
     )
     options = AbinitioOptions(engine=engine)
-    abinitio_rmfn(tmp_path / "s" / "particles.star", tmp_path / "job", options, QUIET)
+    abinitio(tmp_path / "s" / "particles.star", tmp_path / "job", options, QUIET)
     assert read_map(tmp_path / "job" / "initial_model.mrc").data.shape == (box, box, box)
 
 
@@ -156,14 +156,14 @@ def test_images_read_again_give_the_same_map(few, tmp_path):
     engine = dataclasses.replace(TINY, update_scale=True)
     for keep in ("memory", "disk"):
         options = AbinitioOptions(keep=keep, engine=engine)
-        abinitio_rmfn(few / "particles.star", tmp_path / keep, options, QUIET)
+        abinitio(few / "particles.star", tmp_path / keep, options, QUIET)
         maps.append(read_map(tmp_path / keep / "initial_model.mrc").data)
     assert (maps[0] == maps[1]).all()
 
 
 def test_particles_at_the_offset_limit_are_reported(few, tmp_path):
     options = AbinitioOptions(offset_range_angst=0.1, engine=TINY)
-    abinitio_rmfn(few / "particles.star", tmp_path / "job", options, QUIET)
+    abinitio(few / "particles.star", tmp_path / "job", options, QUIET)
     assert "at the limit of 0.1 A" in log_of(tmp_path / "job")
     assert "give a larger --offset-range" in log_of(tmp_path / "job")
 
@@ -172,7 +172,7 @@ def test_a_mask_is_worn_and_checked(few, tmp_path):
     ball = soft_ball(24, 7.0, 2.0, 3)
     write_map(tmp_path / "mask.mrc", ball.numpy(), 3.2)
     options = AbinitioOptions(mask=tmp_path / "mask.mrc", engine=TINY)
-    abinitio_rmfn(few / "particles.star", tmp_path / "job", options, QUIET)
+    abinitio(few / "particles.star", tmp_path / "job", options, QUIET)
     found = torch.from_numpy(read_map(tmp_path / "job" / "initial_model.mrc").data)
     assert found[ball == 0].abs().max() == 0
     assert "soft sphere of the diameter times --mask" in log_of(tmp_path / "job")
@@ -181,7 +181,7 @@ def test_a_mask_is_worn_and_checked(few, tmp_path):
     for name, words in (("loud", "goes from 0 to 1"), ("other", "Resample the mask")):
         options = AbinitioOptions(mask=tmp_path / f"{name}.mrc", engine=TINY)
         with pytest.raises(CryoreconError, match=words):
-            abinitio_rmfn(few / "particles.star", tmp_path / "no", options, QUIET)
+            abinitio(few / "particles.star", tmp_path / "no", options, QUIET)
     assert not (tmp_path / "no").exists()
 
 
@@ -190,7 +190,7 @@ def test_a_map_can_take_the_place_of_the_search(bright, tmp_path):
     truth = torch.from_numpy(read_map(bright / "map.mrc").data)
     write_map(tmp_path / "start.mrc", (40 * lowpass(truth, 4, 3)).numpy(), 2.4)
     options = AbinitioOptions(init_map=tmp_path / "start.mrc", engine=SHORT)
-    abinitio_rmfn(bright / "particles.star", tmp_path / "job", options, QUIET)
+    abinitio(bright / "particles.star", tmp_path / "job", options, QUIET)
     assert "searching" not in log_of(tmp_path / "job").replace("searching again", "")
     assert agreement(tmp_path / "job", bright, 9) > 0.95
     write_map(tmp_path / "black.mrc", -truth.numpy(), 2.4)
@@ -200,7 +200,7 @@ def test_a_map_can_take_the_place_of_the_search(bright, tmp_path):
     ):
         wrong = dataclasses.replace(options, **changed)
         with pytest.raises(CryoreconError, match=words):
-            abinitio_rmfn(bright / "particles.star", tmp_path / "no", wrong, QUIET)
+            abinitio(bright / "particles.star", tmp_path / "no", wrong, QUIET)
 
 
 @pytest.fixture(scope="module")
@@ -232,10 +232,10 @@ def test_symmetry_makes_half_maps_from_poses_before_the_joint_rounds(trimer, tmp
             seen.append(("half", state.rotations.clone()))
         return report
 
-    monkeypatch.setattr(rmfn_stages, "refine_round", spy)
+    monkeypatch.setattr(stages, "refine_round", spy)
     engine = dataclasses.replace(TINY, joint_rounds=2)
     options = AbinitioOptions(symmetry="C3", engine=engine)
-    abinitio_rmfn(trimer / "particles.star", tmp_path / "job", options, QUIET)
+    abinitio(trimer / "particles.star", tmp_path / "job", options, QUIET)
     (kind, before), (last, after) = seen[-2:]
     assert (kind, last) == ("half", "symmetry")
     turns = before.transpose(-1, -2) @ after
@@ -245,7 +245,7 @@ def test_symmetry_makes_half_maps_from_poses_before_the_joint_rounds(trimer, tmp
 def test_symmetry_is_found_and_applied(trimer, tmp_path):
     engine = RmfnConfig(n_starts=1, half_rounds=10, joint_rounds=1, final_steps=2)
     options = AbinitioOptions(symmetry="c3", engine=engine)
-    abinitio_rmfn(trimer / "particles.star", tmp_path / "job", options, QUIET)
+    abinitio(trimer / "particles.star", tmp_path / "job", options, QUIET)
     said = re.search(r"C3: turned copies of the map correlate (\S+)", log_of(tmp_path / "job"))
     assert float(said[1]) > 0.8
     found = torch.from_numpy(read_map(tmp_path / "job" / "initial_model.mrc").data)
@@ -255,4 +255,4 @@ def test_symmetry_is_found_and_applied(trimer, tmp_path):
     assert agreement(tmp_path / "job", trimer, 7) > 0.95
     with pytest.raises(CryoreconError, match="C1, Cn, Dn, T, O or I"):
         options = AbinitioOptions(symmetry="Q7", engine=SHORT)
-        abinitio_rmfn(trimer / "particles.star", tmp_path / "no", options, QUIET)
+        abinitio(trimer / "particles.star", tmp_path / "no", options, QUIET)

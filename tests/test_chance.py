@@ -14,8 +14,8 @@ from cryorecon.maps.chance import beyond_chance, chance_fsc, noise_like
 from cryorecon.maps.fsc import fsc_curve
 from cryorecon.physics.fourier import fft_centred, radius_grid, shell_sums
 from cryorecon.physics.masks import soft_ball
-from cryorecon.run import rmfn_stages
-from cryorecon.run.abinitio import AbinitioOptions, abinitio_rmfn
+from cryorecon.run import stages
+from cryorecon.run.abinitio import AbinitioOptions, abinitio
 from cryorecon.run.simulate import simulate
 from cryorecon.run.simulate_config import SimulateConfig
 
@@ -64,10 +64,10 @@ def pure_noise(tmp_path, generator):
 
 def test_independent_maps_of_noise_do_not_agree(pure_noise, tmp_path, monkeypatch):
     """Were the job not to stop at "No signal found": below 0.143 from the first shells on."""
-    monkeypatch.setattr(rmfn_stages, "_SURE", float("-inf"))
+    monkeypatch.setattr(stages, "_SURE", float("-inf"))
     engine = RmfnConfig(n_starts=1, half_rounds=4, joint_rounds=1, final_steps=1)
     options = AbinitioOptions(halves="independent", engine=engine)
-    abinitio_rmfn(pure_noise, tmp_path / "job", options, Console(quiet=True))
+    abinitio(pure_noise, tmp_path / "job", options, Console(quiet=True))
     table = read_star(tmp_path / "job" / "fsc.star")["fsc"]
     curve = [float(v) for v in table["rlnFourierShellCorrelationMaskedMaps"]]
     assert max(curve[2:]) < 0.143

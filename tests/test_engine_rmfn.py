@@ -27,7 +27,7 @@ from cryorecon.physics.projection import (
     to_volume,
 )
 from cryorecon.physics.rotations import exp_map, geodesic_distance_deg, random_rotations, so3_grid
-from cryorecon.run.abinitio import AbinitioOptions, abinitio_rmfn
+from cryorecon.run.abinitio import AbinitioOptions, abinitio
 from cryorecon.run.simulate import simulate
 from cryorecon.run.simulate_config import SimulateConfig
 
@@ -272,7 +272,7 @@ def recovered(stack_32, tmp_path_factory):
             tables["particles"][column] = "secret"
     blind = job.parent / "blind.star"
     write_star(blind, tables)
-    abinitio_rmfn(blind, job, AbinitioOptions(seed=5, engine=QUICK), Console(quiet=True))
+    abinitio(blind, job, AbinitioOptions(seed=5, engine=QUICK), Console(quiet=True))
     return job
 
 
@@ -324,7 +324,7 @@ def test_one_seed_gives_one_result_and_half_sets_are_honoured(tmp_path):
     )
     for name in ("a", "b"):
         options = AbinitioOptions(seed=1, engine=tiny)
-        abinitio_rmfn(tmp_path / "p.star", tmp_path / name, options, Console(quiet=True))
+        abinitio(tmp_path / "p.star", tmp_path / name, options, Console(quiet=True))
     a, b = (read_map(tmp_path / n / "initial_model.mrc").data for n in "ab")
     assert (a == b).all()
     subsets = read_star(tmp_path / "a" / "run_data.star")["particles"]["rlnRandomSubset"]
@@ -344,7 +344,7 @@ def test_recovery_at_64_px(tmp_path, seed):
     simulate(MODEL, tmp_path / "s", config)
     job = tmp_path / "job"
     star = tmp_path / "s" / "particles.star"
-    abinitio_rmfn(star, job, AbinitioOptions(seed=seed), Console(quiet=True))
+    abinitio(star, job, AbinitioOptions(seed=seed), Console(quiet=True))
     truth = torch.from_numpy(read_map(tmp_path / "s" / "map.mrc").data)
     volume = torch.from_numpy(read_map(job / "initial_model.mrc").data)
     moved = apply_alignment(volume, align_maps(volume, truth, 1.2))

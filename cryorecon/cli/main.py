@@ -8,7 +8,11 @@ import sys
 import typer
 
 from cryorecon import __version__
-from cryorecon.cli.abinitio import abinitio_command, abinitio_rmfn_command
+from cryorecon.cli.abinitio import (
+    abinitio_amortized_command,
+    abinitio_command,
+    abinitio_rmfn_command,
+)
 from cryorecon.cli.compare_poses import compare_poses
 from cryorecon.cli.console import error_console
 from cryorecon.cli.demo import demo_command
@@ -28,6 +32,7 @@ app = typer.Typer(
 app.command("simulate")(simulate_command)
 app.command("abinitio")(abinitio_command)
 app.command("abinitio-rmfn")(abinitio_rmfn_command)
+app.command("abinitio-amortized")(abinitio_amortized_command)
 app.command("reconstruct")(reconstruct_command)
 app.command("fsc")(fsc)
 app.command("compare-poses")(compare_poses)

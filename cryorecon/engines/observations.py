@@ -47,6 +47,20 @@ class Observations:
             self.group[rows],
         )
 
+    def to(self, device: torch.device | str) -> Observations:
+        """The same on another device."""
+        return Observations(
+            self.plane.to(device),
+            self.coefficients.to(device),
+            self.ctf.to(device),
+            self.noise_power.to(device),
+            self.group.to(device),
+        )
+
+    def with_coefficients(self, coefficients: Tensor) -> Observations:
+        """Other images, shape (n, m), with the same CTFs and noise."""
+        return replace(self, coefficients=coefficients)
+
     def precision(self) -> Tensor:
         """``multiplicity / (2 noise)``: weight of each squared residual in the log-likelihood.
 

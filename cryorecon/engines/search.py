@@ -10,6 +10,7 @@ from torch import Tensor
 from cryorecon.engines.accumulate import NormalEquations
 from cryorecon.engines.observations import Observations, as_real, centred
 from cryorecon.physics.fourier import HalfPlane
+from cryorecon.physics.projection import extract_slices, padded_transform
 
 
 def offset_grid(range_px: float, step_px: float, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -144,3 +145,23 @@ def accumulate_grid(
     sums = NormalEquations.empty(float(plane.radius[-1]), padding, weight.dtype, weight.device)
     sums.add(signal, weight, rotations.to(weight.dtype), plane)
     return sums
+
+
+def evidence(
+    observations: Observations, volume: Tensor, grid: Tensor, offsets_px: Tensor
+) -> tuple[float, float]:
+    """Mean log-evidence an image of a map over a grid of poses, and its standard error.
+
+    Parameters
+    ----------
+    observations : Observations of n images
+        Up to the band that is compared.
+    volume : Tensor, shape (M, M, M)
+        Large enough for that band.
+    grid : Tensor, shape (r, 3, 3)
+    offsets_px : Tensor, shape (s, 2)
+    """
+    transform = padded_transform(volume).within(float(observations.plane.radius[-1]))
+    templates = extract_slices(transform, grid, observations.plane)
+    found = grid_expectation(observations, templates, offsets_px)[0].log_evidence
+    return float(found.mean()), float(found.std() / max(len(found), 1) ** 0.5)

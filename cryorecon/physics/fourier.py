@@ -130,6 +130,16 @@ class HalfPlane:
         """One more than the largest shell in the list."""
         return int(self.shell[-1]) + 1
 
+    def to(self, device: torch.device | str) -> HalfPlane:
+        """The same list on another device."""
+        return HalfPlane(
+            self.box,
+            self.frequencies.to(device),
+            self.radius.to(device),
+            self.shell.to(device),
+            self.multiplicity.to(device),
+        )
+
     def within(self, band: float) -> HalfPlane:
         """The coefficients with radius <= `band`: a prefix of this list."""
         count = int(torch.searchsorted(self.radius, band + 1e-9))

@@ -1,4 +1,4 @@
-"""The ab initio job with engine rmfn, from a STAR file to a map, poses, half maps and FSC."""
+"""The ab initio job of any engine, from a STAR file to a map, poses, half maps and FSC."""
 
 from __future__ import annotations
 
@@ -7,43 +7,32 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor
 
-from cryorecon.conventions import matrix_to_euler
+from cryorecon.engines.amortized import AmortizedConfig
 from cryorecon.engines.contrast import contrast_score
 from cryorecon.engines.observations import ImageSet
-from cryorecon.engines.rmfn import RmfnConfig, RmfnState
-from cryorecon.engines.rmfn_refine import fit_scales, half_maps
+from cryorecon.engines.reconstruction import Reconstruction, RefineConfig
+from cryorecon.engines.rmfn import RmfnConfig
 from cryorecon.errors import CryoreconError
 from cryorecon.io.mrc import read_map, write_map
 from cryorecon.io.particles import Particles, read_particles
 from cryorecon.physics.symmetry import symmetry_group
-from cryorecon.run.curves import FscCurve, write_fsc_star, write_fsc_xml
-from cryorecon.run.job import Job, open_job, write_output_nodes
+from cryorecon.run.amortized_stages import AmortizedStages
+from cryorecon.run.job import Job, open_job
 from cryorecon.run.load import Keep, half_sets, load_observations
-from cryorecon.run.plots import (
-    fsc_figure,
-    map_figure,
-    save_figure,
-    viewing_direction_figure,
-)
 from cryorecon.run.progress import stage_bar
-from cryorecon.run.rmfn_stages import Stages
+from cryorecon.run.results import joint_map, report_offsets, write_results
+from cryorecon.run.rmfn_stages import RmfnStages
 
 Halves = Literal["independent", "shared", "none"]
 Contrast = Literal["auto", "white", "black"]
+Assign = Literal["none", "read", "refine"]
 
-_HALVES_LABEL = {
-    "independent": "independent half maps (gold standard)",
-    "shared": "half maps split after a shared search",
-}
 # The contrast counts as told from this many standard errors on.
 _SURE = 4.0
-# Share of particles at the offset limit that is worth a warning.
-_MANY_HITS = 0.02
 
 
 @dataclass(frozen=True)
@@ -70,7 +59,14 @@ class AbinitioOptions:
         Map to start from instead of a search; only its coarse shape is used.
     keep : "auto", "memory" or "disk"
         As in :func:`cryorecon.run.load.load_observations`.
-    engine : RmfnConfig
+    subset : int, optional
+        Particles, drawn at random, that make the map; default all.
+    assign : "none", "read" or "refine"
+        What becomes of particles outside the subset: left out, given the poses that the engine
+        reads off them, or refined locally from these as well.
+    device : str
+        Where networks of engine amortized are trained.
+    engine : RmfnConfig or AmortizedConfig
         Its diameter and offset range are replaced by the two above.
     """
 
@@ -84,10 +80,13 @@ class AbinitioOptions:
     mask: Path | None = None
     init_map: Path | None = None
     keep: Keep = "auto"
-    engine: RmfnConfig = field(default_factory=RmfnConfig)
+    subset: int | None = None
+    assign: Assign = "refine"
+    device: str = "cpu"
+    engine: RmfnConfig | AmortizedConfig = field(default_factory=RmfnConfig)
 
 
-def _resolved(options: AbinitioOptions, particles: Particles) -> RmfnConfig:
+def _resolved(options: AbinitioOptions, particles: Particles) -> RmfnConfig | AmortizedConfig:
     side_angst = particles.box * particles.pixel_size_angst
     config = options.engine
     if options.diameter_angst is not None:
@@ -103,7 +102,14 @@ def _resolved(options: AbinitioOptions, particles: Particles) -> RmfnConfig:
     return config
 
 
-def abinitio_rmfn(
+def assignment(*, everyone: bool, refine: bool) -> Assign:
+    """What becomes of particles outside a subset."""
+    if not everyone:
+        return "none"
+    return "refine" if refine else "read"
+
+
+def abinitio(
     star: str | Path, output: str | Path, options: AbinitioOptions, console: Console
 ) -> None:
     """Run the job: poses and map from scratch; pose columns of the STAR file are not read.
@@ -118,30 +124,59 @@ def abinitio_rmfn(
     Raises
     ------
     CryoreconError
-        For input that cannot be used, or with fewer than 20 particles.
+        For input or options that cannot be used, or with fewer than 20 particles.
     """
     particles = read_particles(star, options.project)
-    if len(particles) < 20:
+    rows = _subset(particles, options)
+    if options.assign == "none":
+        particles, rows = particles.subset(rows.numpy()), torch.arange(len(rows))
+    if len(rows) < 20:
         raise CryoreconError(
-            f"{star} holds {len(particles)} particles, too few for a map", "Give at least 20"
+            f"{star} gives {len(rows)} particles, too few for a map", "Give at least 20"
         )
     config = _resolved(options, particles)
+    _refuse_contradictions(options, particles)
+    particles.ctf_parameters()
+    inputs, folder = Path(star), Path(output)
+    with open_job(folder, console, inputs, len(particles), config, options.seed) as job:
+        _run(job, particles, rows, config, options)
+
+
+def _subset(particles: Particles, options: AbinitioOptions) -> Tensor:
+    """Rows that make the map, ascending."""
+    n = len(particles)
+    if options.subset is None or options.subset >= n:
+        return torch.arange(n)
+    generator = torch.Generator().manual_seed(options.seed)
+    return torch.randperm(n, generator=generator)[: options.subset].sort().values
+
+
+def _refuse_contradictions(options: AbinitioOptions, particles: Particles) -> None:
+    """Options that cannot be used, before anything is written."""
     _group(options.symmetry)
     _mask(options.mask, particles)
+    independent = options.halves == "independent"
     if options.init_map is not None:
         _map_like(options.init_map, particles, "map")
-        if options.halves == "independent":
+        if independent:
             raise CryoreconError(
                 "Half maps that both start from --init-map are not independent",
                 "Leave out --init-map or --halves independent",
             )
-    particles.ctf_parameters()
-    inputs, folder = Path(star), Path(output)
-    with open_job(folder, console, inputs, len(particles), config, options.seed) as job:
-        _run(job, particles, config, options)
+    if independent and options.subset is not None and options.assign != "none":
+        raise CryoreconError(
+            "Particles outside a subset cannot join independent half sets",
+            "Leave out --subset or --halves independent, or give --assign none",
+        )
 
 
-def _run(job: Job, particles: Particles, config: RmfnConfig, options: AbinitioOptions) -> None:
+def _run(
+    job: Job,
+    particles: Particles,
+    rows: Tensor,
+    config: RmfnConfig | AmortizedConfig,
+    options: AbinitioOptions,
+) -> None:
     generator = torch.Generator().manual_seed(options.seed)
     pixel, box = particles.pixel_size_angst, particles.box
     job.say(
@@ -154,21 +189,57 @@ def _run(job: Job, particles: Particles, config: RmfnConfig, options: AbinitioOp
         )
     _set_contrast(job, images, config, options.contrast)
     half = half_sets(particles, generator)
-    stages = Stages(job, config, generator, pixel, _mask(options.mask, particles))
-    if options.halves == "independent":
-        state = stages.independent_halves(images, half)
-    elif options.init_map is not None:
-        job.say(f"starting from {options.init_map}, low-passed; its poses are not used")
-        state = stages.from_map(images, half, _map_like(options.init_map, particles, "map"))
-    else:
-        state = stages.from_scratch(images, half)
-    _report_offsets(job, state, config, particles)
+    stages = _stages(job, config, generator, pixel, options, particles)
+    state = _reconstruct(stages, images, half, rows, options, particles)
+    report_offsets(job, state, config, particles)
     if len(_group(options.symmetry)) > 1:
-        write_map(job.path("initial_model_C1.mrc"), _joint(state), pixel)
+        write_map(job.path("initial_model_C1.mrc"), joint_map(state).numpy(), pixel)
         stages.symmetrise(state, images, options.symmetry.upper())
-    job.say("fitting the network's scales to the map")
-    scales = fit_scales(state, config, generator)
-    _write(job, particles, state, scales, options.halves)
+    write_results(job, particles, state, stages.scale_maps(joint_map(state)), options.halves)
+
+
+def _stages(
+    job: Job,
+    config: RmfnConfig | AmortizedConfig,
+    generator: torch.Generator,
+    pixel_size_angst: float,
+    options: AbinitioOptions,
+    particles: Particles,
+) -> RmfnStages | AmortizedStages:
+    mask = _mask(options.mask, particles)
+    if isinstance(config, RmfnConfig):
+        return RmfnStages(job, config, generator, pixel_size_angst, mask)
+    return AmortizedStages(job, config, generator, pixel_size_angst, mask, device=options.device)
+
+
+def _reconstruct(
+    stages: RmfnStages | AmortizedStages,
+    images: ImageSet,
+    half: Tensor,
+    rows: Tensor,
+    options: AbinitioOptions,
+    particles: Particles,
+) -> Reconstruction:
+    if options.halves == "independent":
+        return stages.independent_halves(images, half)
+    if len(rows) == len(images):
+        return _first_map(stages, images, half, options, particles)
+    stages.job.say(f"{len(rows)} of {len(images)} particles make the map")
+    state = _first_map(stages, images.apart(rows), half[rows], options, particles)
+    return stages.extend(state, images, half, rows, refine=options.assign == "refine")
+
+
+def _first_map(
+    stages: RmfnStages | AmortizedStages,
+    images: ImageSet,
+    half: Tensor,
+    options: AbinitioOptions,
+    particles: Particles,
+) -> Reconstruction:
+    if options.init_map is not None and isinstance(stages, RmfnStages):
+        stages.job.say(f"starting from {options.init_map}, low-passed; its poses are not used")
+        return stages.from_map(images, half, _map_like(options.init_map, particles, "map"))
+    return stages.from_scratch(images, half)
 
 
 def _group(symmetry: str) -> Tensor:
@@ -205,25 +276,7 @@ def _mask(path: Path | None, particles: Particles) -> Tensor | None:
     return mask.clamp(0, 1)
 
 
-def _joint(state: RmfnState) -> np.ndarray:
-    return ((state.maps[0] + state.maps[1]) / 2).numpy()
-
-
-def _report_offsets(job: Job, state: RmfnState, config: RmfnConfig, particles: Particles) -> None:
-    """How far off centre the particles were found, and how many as far as was searched."""
-    pixel = particles.pixel_size_angst
-    length = state.offsets_px.norm(dim=-1) * pixel
-    limit = config.offset_range * particles.box * pixel
-    hits = int((length > limit - pixel / 2).sum())
-    job.say(
-        f"particles lie {float(length.median()):.1f} A off centre (median); {hits} of "
-        f"{len(length)} at the limit of {limit:.1f} A"
-    )
-    if hits > _MANY_HITS * len(length):
-        job.say("WARNING: many particles lie at the limit; give a larger --offset-range")
-
-
-def _set_contrast(job: Job, images: ImageSet, config: RmfnConfig, contrast: Contrast) -> None:
+def _set_contrast(job: Job, images: ImageSet, config: RefineConfig, contrast: Contrast) -> None:
     """Make particles white, and say what was found."""
     score = contrast_score(images, config.diameter)
     seen = "white on black" if score > 0 else "BLACK ON WHITE"
@@ -240,46 +293,3 @@ def _set_contrast(job: Job, images: ImageSet, config: RmfnConfig, contrast: Cont
     if seen != "white on black":
         job.say("the CTF is inverted for the reconstruction; the map will be white on black")
         images.gain.neg_()
-
-
-def _write(
-    job: Job, particles: Particles, state: RmfnState, scales: list[Tensor], halves: Halves
-) -> None:
-    pixel = particles.pixel_size_angst
-    joint = _joint(state)
-    write_map(job.path("initial_model.mrc"), joint, pixel)
-    for number, volume in enumerate(scales, 1):
-        write_map(job.path(f"scale{number}.mrc"), volume.numpy(), pixel)
-    particles.write(
-        job.path("run_data.star"),
-        euler_deg=matrix_to_euler(state.rotations.double()).numpy(),
-        origins_angst=(state.offsets_px.double() * pixel).numpy(),
-        random_subsets=(state.half + 1).numpy(),
-        class_number=1,
-    )
-    written = ["initial_model.mrc", "run_data.star", "map.png", "views.png"]
-    if halves != "none":
-        _write_halves(job, state, particles, _HALVES_LABEL[halves])
-        written[2:2] = ["fsc.star", "fsc.png"]
-    save_figure(map_figure(joint, pixel, "initial_model.mrc"), job.path("map.png"))
-    views = viewing_direction_figure(state.rotations, "run_data.star")
-    save_figure(views, job.path("views.png"))
-    write_output_nodes(job.folder, {"initial_model.mrc": 6, "run_data.star": 3})
-    job.say("projections do not tell the hand: the mirror image of the map is as good")
-    for name in written:
-        job.say(f"{job.path(name)}")
-
-
-def _write_halves(job: Job, state: RmfnState, particles: Particles, label: str) -> None:
-    box, pixel = particles.box, particles.pixel_size_angst
-    for number, volume in enumerate(half_maps(state, box), 1):
-        write_map(job.path(f"run_half{number}_class001_unfil.mrc"), volume.numpy(), pixel)
-    aligned = label == _HALVES_LABEL["independent"]
-    mask = "soft sphere of the diameter"
-    if state.network.support.mask is not None:
-        mask += " times --mask"
-    curve = FscCurve(state.fsc, box, pixel, label, mask, aligned)
-    write_fsc_star(job.path("fsc.star"), curve)
-    write_fsc_xml(job.path("fsc.xml"), curve)
-    save_figure(fsc_figure({label: curve}), job.path("fsc.png"))
-    job.say(f"{label}: {curve.resolution_text(0.143)} ({curve.conditions})")

@@ -13,7 +13,7 @@ from cryorecon.io.particles import read_particles
 from cryorecon.maps.align import align_maps, apply_alignment
 from cryorecon.maps.fsc import fsc_curve
 from cryorecon.maps.poses import compare_pose_sets
-from cryorecon.run.abinitio import AbinitioOptions, abinitio_rmfn
+from cryorecon.run.abinitio import AbinitioOptions, abinitio
 from cryorecon.run.curves import FscCurve
 from cryorecon.run.plots import fsc_figure, pose_error_figure, save_figure
 
@@ -27,7 +27,7 @@ def run_demo(folder: Path, seed: int, console: Console) -> list[str]:
         What was found and where it lies.
     """
     simulated, job = folder / "simulated", folder / "abinitio"
-    abinitio_rmfn(simulated / "particles.star", job, AbinitioOptions(seed=seed), console)
+    abinitio(simulated / "particles.star", job, AbinitioOptions(seed=seed), console)
     truth, found = read_map(simulated / "map.mrc"), read_map(job / "initial_model.mrc")
     reference, volume = torch.from_numpy(truth.data), torch.from_numpy(found.data)
     pixel, box = truth.pixel_size_angst, len(reference)

@@ -1,4 +1,4 @@
-"""Engine rmfn, second part: refinement of poses and maps, half set against half set."""
+"""Rounds of refinement, shared by the engines: poses and maps, half set against half set."""
 
 from __future__ import annotations
 
@@ -10,6 +10,14 @@ from torch import Tensor
 from cryorecon.engines.accumulate import NormalEquations
 from cryorecon.engines.least_squares import least_squares_map
 from cryorecon.engines.observations import ImageSet, Observations, centred
+from cryorecon.engines.reconstruction import (
+    Agreement,
+    Progress,
+    Reconstruction,
+    RefineConfig,
+    best_grid_poses,
+    shell_prior,
+)
 from cryorecon.engines.refine import (
     Poses,
     derivatives,
@@ -18,15 +26,7 @@ from cryorecon.engines.refine import (
     refine_poses,
     residual_power,
 )
-from cryorecon.engines.rmfn import (
-    Agreement,
-    Progress,
-    RmfnConfig,
-    RmfnState,
-    best_grid_poses,
-    shell_prior,
-)
-from cryorecon.physics.fourier import lowpass, max_band
+from cryorecon.physics.fourier import max_band
 from cryorecon.physics.masks import molecule_mask
 from cryorecon.physics.projection import to_volume
 from cryorecon.physics.rotations import geodesic_distance_deg
@@ -37,9 +37,9 @@ _STEPS = 5
 
 
 def reassign(
-    state: RmfnState,
+    state: Reconstruction,
     images: ImageSet,
-    config: RmfnConfig,
+    config: RefineConfig,
     generator: torch.Generator,
     progress: Progress | None = None,
 ) -> float:
@@ -98,9 +98,9 @@ class RoundReport:
 
 
 def refine_round(
-    state: RmfnState,
+    state: Reconstruction,
     images: ImageSet,
-    config: RmfnConfig,
+    config: RefineConfig,
     agreement: Agreement,
     *,
     joint: bool,
@@ -157,7 +157,7 @@ def refine_round(
 class _Learned:
     """What a round says of the images themselves: noise by optics group and shell, scales."""
 
-    def __init__(self, images: ImageSet, config: RmfnConfig) -> None:
+    def __init__(self, images: ImageSet, config: RefineConfig) -> None:
         self.config = config
         self.power = torch.zeros_like(images.noise_power)
         self.count = torch.zeros_like(self.power)
@@ -179,7 +179,7 @@ class _Learned:
             images.gain.mul_(self.scales / (images.gain * self.scales).abs().mean())
 
 
-def _without_solvent(volume: Tensor, config: RmfnConfig) -> Tensor:
+def _without_solvent(volume: Tensor, config: RefineConfig) -> Tensor:
     """A map free of the noise around the molecule, which would pull poses to itself."""
     band = min(config.mask_cycles / config.diameter, max_band(volume.shape[-1]))
     return volume * molecule_mask(volume, band)
@@ -190,7 +190,7 @@ def _empty(images: ImageSet) -> NormalEquations:
     return NormalEquations.empty(band, 2, images.gain.dtype, images.gain.device)
 
 
-def _store(state: RmfnState, rows: Tensor, poses: Poses) -> None:
+def _store(state: Reconstruction, rows: Tensor, poses: Poses) -> None:
     state.rotations[rows], state.offsets_px[rows] = poses.rotations, poses.offsets_px
 
 
@@ -201,13 +201,13 @@ def _insert(sums: NormalEquations, batch: Observations, poses: Poses, group: Ten
         sums.add(signal, weight, poses.rotations @ rotation, batch.plane)
 
 
-def half_maps(state: RmfnState, box: int) -> list[Tensor]:
+def half_maps(state: Reconstruction, box: int) -> list[Tensor]:
     """Unfiltered, unmasked maps of the half sets."""
     return [to_volume(s.solve(shell_prior(s, 1e-3, max_band(box))), box) for s in state.sums]
 
 
 def _solve_halves(
-    state: RmfnState,
+    state: Reconstruction,
     sums: list[NormalEquations],
     agreement: Agreement,
     *,
@@ -224,7 +224,7 @@ def _solve_halves(
     measured = joint and len(state.sums) > 0
     if not measured:
         state.sums = sums
-    mask = state.network.support.on(box)
+    mask = state.support.on(box)
     if not measured:
         state.fsc = agreement(*(half * mask for half in half_maps(state, box)))
     correlation = state.fsc[: max_band(box) + 1].clamp(1e-3, 0.999)
@@ -244,21 +244,3 @@ def agreement_band(fsc: Tensor, threshold: float = 0.143) -> float:
     """Last shell before the half maps' correlation first falls below a threshold."""
     below = torch.nonzero(fsc[1:] < threshold)
     return float(below[0]) if len(below) else float(len(fsc) - 1)
-
-
-def fit_scales(state: RmfnState, config: RmfnConfig, generator: torch.Generator) -> list[Tensor]:
-    """Fit each of the network's scales, coarse to fine, to the joint map at its band.
-
-    Returns
-    -------
-    list of Tensor, shape (N, N, N)
-    """
-    joint = (state.maps[0] + state.maps[1]) / 2
-    box = joint.shape[-1]
-    volumes = []
-    for scale, band in enumerate(state.network.bands):
-        target = lowpass(joint, band, 3)
-        state.network.fit_volume(target, scale, config.final_steps, 8_000, generator)
-        with torch.no_grad():
-            volumes.append(state.network.volume(scale, box))
-    return volumes

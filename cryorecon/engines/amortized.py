@@ -1,0 +1,408 @@
+"""Engine amortized: an encoder learns to read poses off images while a decoder learns the map.
+
+CryoAI (Levy et al. 2022) done whole, with what its successors found: several guesses an image of
+which the likeliest takes the gradient (symmetric loss, and CryoSPIN's heads), and the reverse
+task (ACE-EM), in which projections of the current map, whose poses are known, teach the encoder.
+No state belongs to an image; images come in a stream and are seen a few dozen times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from cryorecon.engines.decoders import Decoder, DecoderKind, new_decoder
+from cryorecon.engines.observations import ImageSet, Observations
+from cryorecon.engines.reconstruction import RefineConfig
+from cryorecon.networks.encoders import EncoderConfig, Kind, PoseEncoder
+from cryorecon.physics.fourier import half_plane, max_band, shift_phases, to_images
+from cryorecon.physics.masks import Support, soft_ball
+from cryorecon.physics.projection import Transform, extract_slices
+from cryorecon.physics.rotations import random_rotations
+
+Loss = Literal["likelihood", "l2"]
+
+# Images read at a time, in file order; batches are drawn from a few such blocks at once.
+_BLOCK = 256
+_BLOCKS_AT_ONCE = 16
+
+
+@dataclass(frozen=True)
+class AmortizedConfig(RefineConfig):
+    """Settings of the engine, besides those that all engines share.
+
+    Attributes
+    ----------
+    encoder : "dense", "small" or "paper"
+    input_size : int
+        Side, in pixels, of the images that the encoder sees; 0 takes just what the last band
+        needs. May be larger than what the decoder resolves.
+    heads : int
+        Guesses of the pose an image and path.
+    symmetric : bool
+        Whether an image turned by pi is a second path (the paper's symmetric loss).
+    decoder : str
+        "grid", "log-grid", "rmfn", "fouriernet", "siren" or "positional".
+    width : int
+        Hidden units of decoders that are networks.
+    loss : "likelihood" or "l2"
+        Whitened by the noise spectrum, or the plain squared error.
+    reverse : float
+        Weight of the reverse task; 0 leaves it out.
+    reweighted : bool
+        Whether the encoder sees images multiplied by their CTF.
+    images_seen : int
+        Length of the training, whatever the number of images.
+    batch : int
+    first_cycles, last_cycles : float
+        Bands of the start and the end in cycles per particle diameter.
+    march : float
+        Share of the training in which the band grows.
+    encoder_rate, decoder_rate : float
+        Of Adam; the decoder's is for parameters near 1. Both fall to a tenth at the end.
+    offset_spread : float
+        Standard deviation of the reverse task's offsets relative to the largest offset.
+    finish : bool
+        Whether a table of poses, from the encoder, is refined at the end.
+    """
+
+    encoder: Kind = "dense"
+    input_size: int = 0
+    heads: int = 4
+    symmetric: bool = True
+    decoder: DecoderKind = "grid"
+    width: int = 256
+    loss: Loss = "likelihood"
+    reverse: float = 1.0
+    reweighted: bool = True
+    images_seen: int = 150_000
+    batch: int = 64
+    first_cycles: float = 4.0
+    last_cycles: float = 6.4
+    march: float = 0.7
+    encoder_rate: float = 1e-3
+    decoder_rate: float = 5e-2
+    offset_spread: float = 0.5
+    finish: bool = True
+
+    def band(self, box: int, progress: float) -> float:
+        """Radius, in cycles per box, at some share of the training."""
+        first, last = (c / self.diameter for c in (self.first_cycles, self.last_cycles))
+        grown = first + (last - first) * min(1.0, progress / max(self.march, 1e-9))
+        return min(grown, float(max_band(box)))
+
+    def encoder_size(self, box: int) -> int:
+        """Side of the encoder's images in pixels."""
+        if self.input_size:
+            return self.input_size
+        least = 64 if self.encoder == "paper" else 8
+        return max(least, 2 * int(self.band(box, 1.0)) + 4)
+
+
+@dataclass(frozen=True)
+class Guesses:
+    """Poses that the encoder offers.
+
+    Attributes
+    ----------
+    rotations : Tensor, shape (b, c, 3, 3)
+    offsets_px : Tensor, shape (b, c, 2)
+        Of the images' own grid.
+    """
+
+    rotations: Tensor
+    offsets_px: Tensor
+
+    def chosen(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """One of each image's guesses: rotations (b, 3, 3) and offsets (b, 2)."""
+        rows = torch.arange(len(index), device=index.device)
+        return self.rotations[rows, index], self.offsets_px[rows, index]
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """Means over a batch.
+
+    Attributes
+    ----------
+    gain : float
+        Log-likelihood of the winning guess against an empty image.
+    reverse_deg : float
+        How far the best guess lies from the pose of projections of the map, the median; NaN if
+        the reverse task is left out.
+    """
+
+    gain: float
+    reverse_deg: float
+
+
+def stream(n: int, batch: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Rows of endless mini-batches: blocks of neighbours in random order, shuffled together.
+
+    Disks read neighbours fast; what is held at a time does not grow with the number of images.
+    """
+    batch = min(batch, n)
+    blocks = torch.arange(n).split(_BLOCK)
+    left = torch.empty(0, dtype=torch.int64)
+    while True:
+        order = torch.randperm(len(blocks), generator=generator).tolist()
+        for start in range(0, len(order), _BLOCKS_AT_ONCE):
+            rows = torch.cat([blocks[i] for i in order[start : start + _BLOCKS_AT_ONCE]])
+            rows = rows[torch.randperm(len(rows), generator=generator)]
+            *whole, left = torch.cat([left, rows]).split(batch)
+            yield from whole
+            if len(left) == batch:
+                yield left
+                left = left[:0]
+
+
+def turned(images: Tensor) -> Tensor:
+    """Images turned by pi about their origin, pixel ``N // 2``; shape (..., N, N)."""
+    flipped = torch.flip(images, (-2, -1))
+    return flipped if images.shape[-1] % 2 else torch.roll(flipped, (1, 1), (-2, -1))
+
+
+class Amortized:
+    """Encoder, decoder and their optimiser.
+
+    Parameters
+    ----------
+    images : ImageSet
+        All that the run learns from.
+    pixel_size_angst : float
+        Of the images.
+    generator : torch.Generator
+        On the CPU.
+    mask : Tensor, shape (N, N, N), optional
+        Multiplies the soft sphere of the particle's diameter.
+    device : torch.device or str
+        Where the networks live; batches are taken there.
+    """
+
+    def __init__(
+        self,
+        config: AmortizedConfig,
+        images: ImageSet,
+        pixel_size_angst: float,
+        generator: torch.Generator,
+        mask: Tensor | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.config, self.images, self.generator = config, images, generator
+        self.pixel_size_angst, self.device = pixel_size_angst, device
+        box = images.plane.box
+        size = config.encoder_size(box)
+        self.input_plane = half_plane(size)
+        shape = EncoderConfig(
+            config.encoder,
+            size,
+            config.heads,
+            shift_scale_angst=config.offset_range * box * pixel_size_angst,
+        )
+        self.disc = soft_ball(size, config.diameter / 2 * size, 0.07 * size, 2)
+        self.encoder = PoseEncoder(shape, generator).to(device)
+        reach = min(int(config.band(box, 1.0)) + 1, max_band(box))
+        support = Support(config.diameter / 2, mask)
+        decoder = new_decoder(config.decoder, box, reach, support, config.width, generator)
+        self.decoder: Decoder = decoder.to(device)
+        self.optimizer = torch.optim.Adam(
+            [
+                {"params": list(self.encoder.parameters()), "lr": config.encoder_rate},
+                {"params": list(self.decoder.parameters()), "lr": config.decoder_rate},
+            ]
+        )
+        self.seen = 0
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
+        self.signal = 1.0
+        self._rows = stream(len(images), config.batch, generator)
+        self._match_scale()
+
+    @property
+    def progress(self) -> float:
+        """Share of the training done."""
+        return min(1.0, self.seen / self.config.images_seen)
+
+    @property
+    def band(self) -> float:
+        """Radius in use, in cycles per box."""
+        return self.config.band(self.images.plane.box, self.progress)
+
+    def volume(self) -> Tensor:
+        """The decoder's map on the images' grid, shape (N, N, N), on the CPU."""
+        with torch.no_grad():
+            return self.decoder.volume(self.band).cpu()
+
+    def step(self) -> StepReport:
+        """Show one mini-batch; encoder and decoder follow."""
+        rows = next(self._rows)
+        whole = self._load(rows)
+        batch = whole.select(torch.arange(len(rows), device=self.device), self.band)
+        transform = self.decoder.transform(self.band)
+        guesses = self.guesses(self.encoder_images(whole))
+        rotations, offsets = guesses.chosen(self._winners(batch, guesses, transform))
+        gain = self._gain(batch, rotations, offsets, transform).mean()
+        loss = -gain / self.signal
+        reverse_deg = float("nan")
+        if self.config.reverse > 0:
+            reverse, reverse_deg = self._reverse_loss(whole)
+            loss = loss + self.config.reverse * reverse
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.encoder.parameters(), 1.0)
+        self.optimizer.step()
+        self.schedule.step()
+        self.seen += len(rows)
+        return StepReport(float(gain.detach()), reverse_deg)
+
+    def read_poses(self, images: ImageSet, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The encoder's likeliest guess for some images; no gradients, no search.
+
+        Returns
+        -------
+        rotations : Tensor, shape (b, 3, 3)
+        offsets_px : Tensor, shape (b, 2)
+        gain : Tensor, shape (b,)
+            Log-likelihood against an empty image.
+        """
+        with torch.no_grad():
+            whole = images.select(rows).to(self.device)
+            batch = whole.select(torch.arange(len(rows), device=self.device), self.band)
+            transform = self.decoder.transform(self.band)
+            guesses = self.guesses(self.encoder_images(whole))
+            best = self._winners(batch, guesses, transform)
+            rotations, offsets = guesses.chosen(best)
+            gain = self._gain(batch, rotations, offsets, transform)
+        return rotations.cpu(), offsets.cpu(), gain.cpu()
+
+    def encoder_images(self, whole: Observations) -> Tensor:
+        """What the encoder sees: cropped to its size, masked; shape (b, E, E)."""
+        coefficients = whole.coefficients
+        if self.config.reweighted:
+            coefficients = coefficients * whole.ctf
+        count = min(len(self.input_plane), len(whole.plane))
+        plane = self.input_plane.within(float(whole.plane.radius[count - 1]))
+        images = to_images(coefficients[:, : len(plane)], plane)
+        return images * self.disc.to(images)
+
+    def guesses(self, images: Tensor) -> Guesses:
+        """Poses for images as the encoder sees them; those of the turned path turned back."""
+        if not self.config.symmetric:
+            rotations, shifts = self.encoder(images)
+            return Guesses(rotations, shifts / self.pixel_size_angst)
+        rotations, shifts = self.encoder(torch.cat([images, turned(images)]))
+        half_turn = torch.tensor([-1.0, -1.0, 1.0]).to(rotations)
+        one, two = rotations.chunk(2)
+        offsets = torch.cat([shifts[: len(images)], -shifts[len(images) :]], 1)
+        both = torch.cat([one, half_turn[:, None] * two], 1)
+        return Guesses(both, offsets / self.pixel_size_angst)
+
+    def _winners(self, batch: Observations, guesses: Guesses, transform: Transform) -> Tensor:
+        """Index of each image's likeliest guess, shape (b,); no gradients."""
+        with torch.no_grad():
+            b, c = guesses.offsets_px.shape[:2]
+            slices = extract_slices(transform, guesses.rotations.flatten(0, 1), batch.plane)
+            slices = slices.unflatten(0, (b, c))
+            predicted = slices * shift_phases(guesses.offsets_px, batch.plane)
+            return self._score(batch, predicted.to(slices.dtype)).argmax(-1)
+
+    def _score(self, batch: Observations, predicted: Tensor) -> Tensor:
+        """Log-likelihood against an empty image of predictions without CTF: (b, c, m) to (b, c)."""
+        if self.config.loss == "l2":
+            flat = batch.precision().mean(-1, keepdim=True) * batch.plane.multiplicity.to(batch.ctf)
+            matched, weight = batch.coefficients * batch.ctf * flat, batch.ctf**2 * flat
+        else:
+            matched, weight = batch.matched()
+        overlap = (matched[:, None] * predicted.conj()).real
+        return (2 * overlap - weight[:, None] * predicted.abs().square()).sum(-1)
+
+    def _gain(
+        self, batch: Observations, rotations: Tensor, offsets_px: Tensor, transform: Transform
+    ) -> Tensor:
+        """Score of one pose an image, with gradients; shape (b,)."""
+        slices = self.decoder.slices(transform, rotations, batch.plane)
+        predicted = slices * shift_phases(offsets_px, batch.plane).to(slices.dtype)
+        return self._score(batch, predicted[:, None])[:, 0]
+
+    def _reverse_loss(self, whole: Observations) -> tuple[Tensor, float]:
+        """Distance of the best guess from known poses of the map's own noisy projections.
+
+        Returns
+        -------
+        loss : Tensor, scalar
+        median_deg : float
+            Of the rotations alone.
+        """
+        rotations, offsets, images = self.synthetic(whole)
+        guesses = self.guesses(images)
+        turn = (guesses.rotations - rotations[:, None]).square().sum((-2, -1))
+        spread = max(self.config.offset_range * whole.plane.box, 1e-6)
+        apart = turn + ((guesses.offsets_px - offsets[:, None]) / spread).square().sum(-1)
+        nearest = apart.min(-1)
+        # ||A - B||^2 = 8 sin^2(angle / 2).
+        sine = turn.gather(1, nearest.indices[:, None]).detach().median().div(8).sqrt()
+        angle = 2 * torch.rad2deg(torch.asin(sine.clamp(max=1)))
+        return nearest.values.mean(), float(angle)
+
+    def synthetic(self, whole: Observations) -> tuple[Tensor, Tensor, Tensor]:
+        """Projections of the current map with the CTFs and the noise of a batch.
+
+        Returns
+        -------
+        rotations, offsets_px : Tensor, shape (b, 3, 3) and (b, 2)
+        images : Tensor, shape (b, E, E)
+            As the encoder sees them.
+        """
+        n, box = len(whole), whole.plane.box
+        rotations = random_rotations(n, self.generator, torch.float32).to(self.device)
+        spread = self.config.offset_spread * self.config.offset_range * box
+        offsets = (torch.randn(n, 2, generator=self.generator) * spread).to(self.device)
+        noise = torch.randn(n, len(whole.plane), 2, generator=self.generator).to(self.device)
+        with torch.no_grad():
+            plane = whole.plane.within(self.band)
+            slices = extract_slices(self.decoder.transform(self.band), rotations, plane)
+            slices = slices * shift_phases(offsets, plane) * whole.ctf[:, : len(plane)]
+            spectrum = whole.noise_power[:, whole.plane.shell][whole.group]
+            values = torch.view_as_complex(noise) * (spectrum / 2).sqrt()
+            values[:, : len(plane)] += slices.to(values.dtype)
+        return rotations, offsets, self.encoder_images(whole.with_coefficients(values))
+
+    def _load(self, rows: Tensor) -> Observations:
+        return self.images.select(rows).to(self.device)
+
+    def _rate(self, step: int) -> float:
+        """Constant while the band grows, then down to a tenth."""
+        del step
+        late = (self.progress - self.config.march) / max(1 - self.config.march, 1e-9)
+        return 0.1 ** max(0.0, min(1.0, late))
+
+    def _match_scale(self) -> None:
+        """Give the decoder the power that the images hold beyond their noise, at the first band."""
+        n = len(self.images)
+        rows = torch.arange(n)[:: max(1, n // 500)]
+        batch = self.images.select(rows, self.band).to(self.device)
+        turns = random_rotations(100, self.generator, torch.float32).to(self.device)
+        with torch.no_grad():
+            slices = self.decoder.slices(self.decoder.transform(self.band), turns, batch.plane)
+        ratio, seen = power_ratio(batch, slices.abs().square().mean(0))
+        self.decoder.scale.mul_(ratio**0.5)
+        self.signal = max(seen, 1.0)
+
+
+def power_ratio(batch: Observations, power: Tensor) -> tuple[float, float]:
+    """Power of images beyond their noise relative to a model's, and in units of the noise.
+
+    Parameters
+    ----------
+    power : Tensor, shape (m,)
+        Mean squared modulus of the model's slices.
+    """
+    noise = batch.noise_power[:, batch.plane.shell][batch.group]
+    precision = batch.precision()
+    seen = ((batch.coefficients.abs().square() - noise) * precision).sum(-1).mean()
+    expected = (batch.ctf.square() * power * precision).sum(-1).mean()
+    ratio = (seen / expected.clamp(min=1e-30)).clamp(min=1e-6)
+    return float(ratio), float(seen)

@@ -1,0 +1,170 @@
+"""What every ab initio engine works towards: a pose table with two half maps, and its settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from cryorecon.engines.accumulate import NormalEquations
+from cryorecon.engines.observations import ImageSet
+from cryorecon.engines.search import best_grid_pose, offset_grid
+from cryorecon.physics.fourier import max_band, resample_sums
+from cryorecon.physics.masks import Support
+from cryorecon.physics.projection import extract_slices, padded_transform
+from cryorecon.physics.rotations import random_rotations, so3_grid
+
+Agreement = Callable[[Tensor, Tensor], Tensor]
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class RefineConfig:
+    """Settings that all engines share; lengths in units of the box unless named otherwise.
+
+    Attributes
+    ----------
+    diameter : float
+        Of the particle, as a fraction of the box side.
+    search_cycles : float
+        Band of global searches in cycles per particle diameter: 3.2 is a 20 A map of a 64 A
+        protein.
+    search_nside : int
+        Grid of rotations, 60 / nside degrees apart.
+    offset_range : float
+        Largest in-plane offset, as a fraction of the box side.
+    half_rounds, joint_rounds : int
+        Most rounds of refinement against the half maps, and rounds against the joint map.
+    mask_cycles : float
+        Detail, in cycles per particle diameter, of the mask around the molecule that references
+        wear in refinement.
+    update_noise : bool
+        Whether each round replaces the noise spectra by the power of its residuals.
+    update_scale : bool
+        Whether each round fits every image's scale as well.
+    settled_deg : float
+        Half-map refinement ends when the median pose moves less and the band is stable.
+    """
+
+    diameter: float = 0.8
+    search_cycles: float = 3.2
+    search_nside: int = 4
+    offset_range: float = 0.1
+    half_rounds: int = 14
+    joint_rounds: int = 3
+    mask_cycles: float = 6.4
+    update_noise: bool = True
+    update_scale: bool = False
+    settled_deg: float = 0.3
+
+    def search_band(self, box: int) -> int:
+        """Radius of searches in cycles per box."""
+        return max(2, min(round(self.search_cycles / self.diameter), max_band(box) - 2))
+
+
+@dataclass
+class Reconstruction:
+    """Everything that a run of any engine carries from one step to the next.
+
+    Attributes
+    ----------
+    rotations : Tensor, shape (n, 3, 3)
+    offsets_px : Tensor, shape (n, 2)
+    half : Tensor, shape (n,), int64
+        Half set, 0 or 1.
+    maps : list of two Tensor, shape (N, N, N)
+        Reference of each half set.
+    band : float
+        Radius that the next refinement uses, in cycles per box.
+    sums : list of two NormalEquations
+        Of the half sets, at the poses of the last round against half maps.
+    fsc : Tensor, shape (N // 2 + 1,)
+        Between the maps of these, masked.
+    support : Support
+        Where maps may have density.
+    group : Tensor, shape (g, 3, 3)
+        Rotations that leave the map as it is; the identity alone for C1.
+    half_poses : tuple of Tensor, or None
+        Rotations and offsets from before the rounds against the joint map: all that half maps
+        may be made of.
+    chance : Tensor, shape (N // 2 + 1,), or None
+        FSC that aligning noise would reach, of half sets that were aligned.
+    """
+
+    rotations: Tensor
+    offsets_px: Tensor
+    half: Tensor
+    maps: list[Tensor]
+    band: float
+    support: Support
+    sums: list[NormalEquations] = field(default_factory=list)
+    fsc: Tensor = field(default_factory=lambda: torch.ones(1))
+    group: Tensor = field(default_factory=lambda: torch.eye(3)[None])
+    half_poses: tuple[Tensor, Tensor] | None = None
+    chance: Tensor | None = None
+
+
+def offsets_for(config: RefineConfig, box: int, band: float) -> Tensor:
+    """Offsets fine enough for a band: the phase at its edge changes by about 1.2 rad a step."""
+    return offset_grid(config.offset_range * box, box / (5 * band))
+
+
+def shell_prior(sums: NormalEquations, strength: float, band: float) -> Tensor:
+    """Wiener prior in proportion to each shell's mean weight, up to a band."""
+    return sums.shell_mean_weight()[: int(band) + 1] * strength
+
+
+def best_grid_poses(
+    images: ImageSet,
+    volume: Tensor,
+    config: RefineConfig,
+    nside: int,
+    generator: torch.Generator,
+    progress: Progress | None,
+) -> tuple[Tensor, Tensor]:
+    """Likeliest rotation and offset of each image on a randomly turned grid."""
+    plane = images.plane
+    band = float(plane.radius[-1])
+    rotations, offsets = torch.empty(len(images), 3, 3), torch.empty(len(images), 2)
+    grid, shifts = so3_grid(nside, torch.float32)[0], offsets_for(config, plane.box, band)
+    coarse = resample_sums(volume, min(plane.box, 2 * (int(band) + 5)))
+    transform = padded_transform(coarse).within(band)
+    for rows in torch.arange(len(images)).split(500):
+        turned = grid @ random_rotations(1, generator, torch.float32)[0]
+        batch = images.select(rows)
+        templates = extract_slices(transform, turned, plane)
+        rotation, offset = best_grid_pose(batch, templates, shifts)
+        rotations[rows], offsets[rows] = turned[rotation], shifts[offset]
+        if progress is not None:
+            progress(int(rows[-1]) + 1)
+    return rotations, offsets
+
+
+def assign(
+    volume: Tensor,
+    support: Support,
+    images: ImageSet,
+    half: Tensor,
+    config: RefineConfig,
+    generator: torch.Generator,
+    progress: Progress | None = None,
+) -> Reconstruction:
+    """Give every image its best pose of a grid against a map, a band higher than the search.
+
+    Parameters
+    ----------
+    volume : Tensor, shape (M, M, M)
+        The map, on any grid that holds the band.
+    support : Support
+        Where maps may have density.
+    half : Tensor, shape (n,), int64
+    """
+    box = images.plane.box
+    band = min(round(config.search_band(box) * 1.25), max_band(box))
+    rotations, offsets = best_grid_poses(
+        images.within(band), volume, config, config.search_nside + 1, generator, progress
+    )
+    reference = resample_sums(volume, box)
+    return Reconstruction(rotations, offsets, half, [reference, reference], float(band), support)

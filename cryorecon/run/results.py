@@ -1,0 +1,86 @@
+"""What an ab initio job leaves in its directory."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from cryorecon.conventions import matrix_to_euler
+from cryorecon.engines.reconstruction import Reconstruction, RefineConfig
+from cryorecon.engines.rounds import half_maps
+from cryorecon.io.mrc import write_map
+from cryorecon.io.particles import Particles
+from cryorecon.run.curves import FscCurve, write_fsc_star, write_fsc_xml
+from cryorecon.run.job import Job, write_output_nodes
+from cryorecon.run.plots import fsc_figure, map_figure, save_figure, viewing_direction_figure
+
+_HALVES_LABEL = {
+    "independent": "independent half maps (gold standard)",
+    "shared": "half maps split after a shared search",
+}
+# Share of particles at the offset limit that is worth a warning.
+_MANY_HITS = 0.02
+
+
+def joint_map(state: Reconstruction) -> Tensor:
+    """The map of all images, shape (N, N, N)."""
+    return (state.maps[0] + state.maps[1]) / 2
+
+
+def report_offsets(
+    job: Job, state: Reconstruction, config: RefineConfig, particles: Particles
+) -> None:
+    """How far off centre the particles were found, and how many as far as was searched."""
+    pixel = particles.pixel_size_angst
+    length = state.offsets_px.norm(dim=-1) * pixel
+    limit = config.offset_range * particles.box * pixel
+    hits = int((length > limit - pixel / 2).sum())
+    job.say(
+        f"particles lie {float(length.median()):.1f} A off centre (median); {hits} of "
+        f"{len(length)} at the limit of {limit:.1f} A"
+    )
+    if hits > _MANY_HITS * len(length):
+        job.say("WARNING: many particles lie at the limit; give a larger --offset-range")
+
+
+def write_results(
+    job: Job, particles: Particles, state: Reconstruction, scales: list[Tensor], halves: str
+) -> None:
+    """Maps, half maps, FSC, poses and pictures; says what it wrote."""
+    pixel = particles.pixel_size_angst
+    joint = joint_map(state).numpy()
+    write_map(job.path("initial_model.mrc"), joint, pixel)
+    for number, volume in enumerate(scales, 1):
+        write_map(job.path(f"scale{number}.mrc"), volume.numpy(), pixel)
+    particles.write(
+        job.path("run_data.star"),
+        euler_deg=matrix_to_euler(state.rotations.double()).numpy(),
+        origins_angst=(state.offsets_px.double() * pixel).numpy(),
+        random_subsets=(state.half + 1).numpy(),
+        class_number=1,
+    )
+    written = ["initial_model.mrc", "run_data.star", "map.png", "views.png"]
+    if halves != "none":
+        _write_halves(job, state, particles, _HALVES_LABEL[halves])
+        written[2:2] = ["fsc.star", "fsc.png"]
+    save_figure(map_figure(joint, pixel, "initial_model.mrc"), job.path("map.png"))
+    views = viewing_direction_figure(state.rotations, "run_data.star")
+    save_figure(views, job.path("views.png"))
+    write_output_nodes(job.folder, {"initial_model.mrc": 6, "run_data.star": 3})
+    job.say("projections do not tell the hand: the mirror image of the map is as good")
+    for name in written:
+        job.say(f"{job.path(name)}")
+
+
+def _write_halves(job: Job, state: Reconstruction, particles: Particles, label: str) -> None:
+    box, pixel = particles.box, particles.pixel_size_angst
+    for number, volume in enumerate(half_maps(state, box), 1):
+        write_map(job.path(f"run_half{number}_class001_unfil.mrc"), volume.numpy(), pixel)
+    aligned = label == _HALVES_LABEL["independent"]
+    mask = "soft sphere of the diameter"
+    if state.support.mask is not None:
+        mask += " times --mask"
+    curve = FscCurve(state.fsc, box, pixel, label, mask, aligned)
+    write_fsc_star(job.path("fsc.star"), curve)
+    write_fsc_xml(job.path("fsc.xml"), curve)
+    save_figure(fsc_figure({label: curve}), job.path("fsc.png"))
+    job.say(f"{label}: {curve.resolution_text(0.143)} ({curve.conditions})")
