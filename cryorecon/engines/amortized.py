@@ -17,10 +17,11 @@ from torch import Tensor
 
 from cryorecon.engines.decoders import Decoder, DecoderKind, new_decoder
 from cryorecon.engines.observations import ImageSet, Observations
+from cryorecon.engines.pose_reader import Guesses, PoseReader
 from cryorecon.engines.reconstruction import RefineConfig
 from cryorecon.networks.encoders import EncoderConfig, Kind, PoseEncoder
-from cryorecon.physics.fourier import half_plane, max_band, shift_phases, to_images
-from cryorecon.physics.masks import Support, soft_ball
+from cryorecon.physics.fourier import max_band, shift_phases
+from cryorecon.physics.masks import Support
 from cryorecon.physics.projection import Transform, extract_slices
 from cryorecon.physics.rotations import random_rotations
 
@@ -104,26 +105,6 @@ class AmortizedConfig(RefineConfig):
 
 
 @dataclass(frozen=True)
-class Guesses:
-    """Poses that the encoder offers.
-
-    Attributes
-    ----------
-    rotations : Tensor, shape (b, c, 3, 3)
-    offsets_px : Tensor, shape (b, c, 2)
-        Of the images' own grid.
-    """
-
-    rotations: Tensor
-    offsets_px: Tensor
-
-    def chosen(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """One of each image's guesses: rotations (b, 3, 3) and offsets (b, 2)."""
-        rows = torch.arange(len(index), device=index.device)
-        return self.rotations[rows, index], self.offsets_px[rows, index]
-
-
-@dataclass(frozen=True)
 class StepReport:
     """Means over a batch.
 
@@ -160,12 +141,6 @@ def stream(n: int, batch: int, generator: torch.Generator) -> Iterator[Tensor]:
                 left = left[:0]
 
 
-def turned(images: Tensor) -> Tensor:
-    """Images turned by pi about their origin, pixel ``N // 2``; shape (..., N, N)."""
-    flipped = torch.flip(images, (-2, -1))
-    return flipped if images.shape[-1] % 2 else torch.roll(flipped, (1, 1), (-2, -1))
-
-
 class Amortized:
     """Encoder, decoder and their optimiser.
 
@@ -193,25 +168,28 @@ class Amortized:
         device: torch.device | str = "cpu",
     ) -> None:
         self.config, self.images, self.generator = config, images, generator
-        self.pixel_size_angst, self.device = pixel_size_angst, device
+        self.device = device
         box = images.plane.box
-        size = config.encoder_size(box)
-        self.input_plane = half_plane(size)
         shape = EncoderConfig(
             config.encoder,
-            size,
+            config.encoder_size(box),
             config.heads,
             shift_scale_angst=config.offset_range * box * pixel_size_angst,
         )
-        self.disc = soft_ball(size, config.diameter / 2 * size, 0.07 * size, 2)
-        self.encoder = PoseEncoder(shape, generator).to(device)
+        self.reader = PoseReader(
+            PoseEncoder(shape, generator).to(device),
+            config.diameter,
+            pixel_size_angst,
+            symmetric=config.symmetric,
+            reweighted=config.reweighted,
+        )
         reach = min(int(config.band(box, 1.0)) + 1, max_band(box))
         support = Support(config.diameter / 2, mask)
         decoder = new_decoder(config.decoder, box, reach, support, config.width, generator)
         self.decoder: Decoder = decoder.to(device)
         self.optimizer = torch.optim.Adam(
             [
-                {"params": list(self.encoder.parameters()), "lr": config.encoder_rate},
+                {"params": list(self.reader.encoder.parameters()), "lr": config.encoder_rate},
                 {"params": list(self.decoder.parameters()), "lr": config.decoder_rate},
             ]
         )
@@ -237,12 +215,18 @@ class Amortized:
             return self.decoder.volume(self.band).cpu()
 
     def step(self) -> StepReport:
-        """Show one mini-batch; encoder and decoder follow."""
+        """Show one mini-batch; encoder and decoder follow.
+
+        Raises
+        ------
+        FloatingPointError
+            If the loss is not finite; nothing has changed then.
+        """
         rows = next(self._rows)
         whole = self._load(rows)
         batch = whole.select(torch.arange(len(rows), device=self.device), self.band)
         transform = self.decoder.transform(self.band)
-        guesses = self.guesses(self.encoder_images(whole))
+        guesses = self.reader(whole)
         rotations, offsets = guesses.chosen(self._winners(batch, guesses, transform))
         gain = self._gain(batch, rotations, offsets, transform).mean()
         loss = -gain / self.signal
@@ -250,9 +234,11 @@ class Amortized:
         if self.config.reverse > 0:
             reverse, reverse_deg = self._reverse_loss(whole)
             loss = loss + self.config.reverse * reverse
+        if not bool(loss.isfinite()):
+            raise FloatingPointError(f"loss {float(loss.detach())} after {self.seen} images")
         self.optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.encoder.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(self.reader.encoder.parameters(), 1.0)
         self.optimizer.step()
         self.schedule.step()
         self.seen += len(rows)
@@ -272,33 +258,11 @@ class Amortized:
             whole = images.select(rows).to(self.device)
             batch = whole.select(torch.arange(len(rows), device=self.device), self.band)
             transform = self.decoder.transform(self.band)
-            guesses = self.guesses(self.encoder_images(whole))
+            guesses = self.reader(whole)
             best = self._winners(batch, guesses, transform)
             rotations, offsets = guesses.chosen(best)
             gain = self._gain(batch, rotations, offsets, transform)
         return rotations.cpu(), offsets.cpu(), gain.cpu()
-
-    def encoder_images(self, whole: Observations) -> Tensor:
-        """What the encoder sees: cropped to its size, masked; shape (b, E, E)."""
-        coefficients = whole.coefficients
-        if self.config.reweighted:
-            coefficients = coefficients * whole.ctf
-        count = min(len(self.input_plane), len(whole.plane))
-        plane = self.input_plane.within(float(whole.plane.radius[count - 1]))
-        images = to_images(coefficients[:, : len(plane)], plane)
-        return images * self.disc.to(images)
-
-    def guesses(self, images: Tensor) -> Guesses:
-        """Poses for images as the encoder sees them; those of the turned path turned back."""
-        if not self.config.symmetric:
-            rotations, shifts = self.encoder(images)
-            return Guesses(rotations, shifts / self.pixel_size_angst)
-        rotations, shifts = self.encoder(torch.cat([images, turned(images)]))
-        half_turn = torch.tensor([-1.0, -1.0, 1.0]).to(rotations)
-        one, two = rotations.chunk(2)
-        offsets = torch.cat([shifts[: len(images)], -shifts[len(images) :]], 1)
-        both = torch.cat([one, half_turn[:, None] * two], 1)
-        return Guesses(both, offsets / self.pixel_size_angst)
 
     def _winners(self, batch: Observations, guesses: Guesses, transform: Transform) -> Tensor:
         """Index of each image's likeliest guess, shape (b,); no gradients."""
@@ -337,7 +301,7 @@ class Amortized:
             Of the rotations alone.
         """
         rotations, offsets, images = self.synthetic(whole)
-        guesses = self.guesses(images)
+        guesses = self.reader.of_images(images)
         turn = (guesses.rotations - rotations[:, None]).square().sum((-2, -1))
         spread = max(self.config.offset_range * whole.plane.box, 1e-6)
         apart = turn + ((guesses.offsets_px - offsets[:, None]) / spread).square().sum(-1)
@@ -368,7 +332,7 @@ class Amortized:
             spectrum = whole.noise_power[:, whole.plane.shell][whole.group]
             values = torch.view_as_complex(noise) * (spectrum / 2).sqrt()
             values[:, : len(plane)] += slices.to(values.dtype)
-        return rotations, offsets, self.encoder_images(whole.with_coefficients(values))
+        return rotations, offsets, self.reader.images(whole.with_coefficients(values))
 
     def _load(self, rows: Tensor) -> Observations:
         return self.images.select(rows).to(self.device)

@@ -87,10 +87,9 @@ class AmortizedStages(Stages):
         lines_told = 0
         with stage_bar(self.job.console, "Training", config.images_seen) as bar:
             while run.seen < config.images_seen:
-                reports.append(run.step())
+                reports.append(self._step(run))
                 text = self._describe(reports[-50:], run)
                 bar(run.seen, text)
-                self._refuse_nan(reports[-1], run)
                 if run.progress >= (lines_told + 1) / _LINES:
                     lines_told += 1
                     self.job.say(f"{run.seen} images seen, {text}")
@@ -103,12 +102,14 @@ class AmortizedStages(Stages):
             text += f", its own projections are read to {reverse:.1f} deg"
         return text
 
-    def _refuse_nan(self, report: StepReport, run: Amortized) -> None:
-        if not report.gain < float("inf"):
+    def _step(self, run: Amortized) -> StepReport:
+        try:
+            return run.step()
+        except FloatingPointError as error:
             raise CryoreconError(
-                f"The training diverged after {run.seen} images",
+                f"The training diverged: {error}",
                 "Lower the rates: --set encoder_rate=3e-4 --set decoder_rate=0.02",
-            )
+            ) from error
 
     def _judge(self, run: Amortized, images: ImageSet, held: torch.Tensor) -> None:
         config, box = self.config, images.plane.box
