@@ -24,7 +24,7 @@ from cryorecon.run.amortized_stages import AmortizedStages
 from cryorecon.run.job import Job, open_job
 from cryorecon.run.load import Keep, half_sets, load_observations
 from cryorecon.run.progress import stage_bar
-from cryorecon.run.results import joint_map, report_offsets, write_results
+from cryorecon.run.results import joint_map, report_offsets, write_first_poses, write_results
 from cryorecon.run.rmfn_stages import RmfnStages
 
 Halves = Literal["independent", "shared", "none"]
@@ -191,6 +191,8 @@ def _run(
     half = half_sets(particles, generator)
     stages = _stages(job, config, generator, pixel, options, particles)
     state = _reconstruct(stages, images, half, rows, options, particles)
+    if isinstance(stages, AmortizedStages) and stages.read is not None:
+        write_first_poses(job, particles, *stages.read)
     report_offsets(job, state, config, particles)
     if len(_group(options.symmetry)) > 1:
         write_map(job.path("initial_model_C1.mrc"), joint_map(state).numpy(), pixel)

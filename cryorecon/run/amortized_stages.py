@@ -30,11 +30,14 @@ class AmortizedStages(Stages):
         Of the last training.
     device : str
         Where the networks are trained.
+    read : tuple of Tensor
+        Rotations and offsets as the encoder read them at the end of the last training.
     """
 
     config: AmortizedConfig
     trained: Amortized | None = None
     device: str = "cpu"
+    read: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def begin(self, images: ImageSet, half: torch.Tensor) -> Reconstruction:
         """Train, judge by images that took no part, and read every image's pose."""
@@ -52,6 +55,7 @@ class AmortizedStages(Stages):
         self._train(self.trained)
         self._judge(self.trained, images, held)
         rotations, offsets = self.read_poses(images)
+        self.read = rotations.clone(), offsets.clone()
         volume, band = self.trained.volume(), self.trained.band
         return Reconstruction(rotations, offsets, half, [volume, volume], band, self.support)
 

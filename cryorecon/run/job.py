@@ -31,6 +31,7 @@ _OUTPUTS = (
     "initial_model_C1.mrc",
     "run_half?_class001_unfil.mrc",
     "run_data.star",
+    "encoder_data.star",
     "scale?.mrc",
     "fsc.star",
     "fsc.xml",

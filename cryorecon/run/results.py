@@ -42,6 +42,18 @@ def report_offsets(
         job.say("WARNING: many particles lie at the limit; give a larger --offset-range")
 
 
+def write_first_poses(
+    job: Job, particles: Particles, rotations: Tensor, offsets_px: Tensor
+) -> None:
+    """Poses as the encoder read them, where one encoder read all particles."""
+    if len(rotations) == len(particles):
+        particles.write(
+            job.path("encoder_data.star"),
+            euler_deg=matrix_to_euler(rotations.double()).numpy(),
+            origins_angst=(offsets_px.double() * particles.pixel_size_angst).numpy(),
+        )
+
+
 def write_results(
     job: Job, particles: Particles, state: Reconstruction, scales: list[Tensor], halves: str
 ) -> None:

@@ -1,11 +1,13 @@
 """Make a benchmark stack whose images RELION itself projects.
 
     python examples/benchmarks/make_relion_stack.py OUT [--n 2000] [--snr 0.1] [--shift-px 3]
+        [--box 64]
 
-The map is 4AKE, 64 px at 1.2 A, B = 20 A^2. ``relion_project --ctf`` writes the clean images from
-Haar-random poses; white noise is added to reach the SNR (variance of the CTF-modulated signal over
-the whole box / variance of the noise). Needs RELION 3.1 on the PATH. OUT/particles.star holds the
-true poses, OUT/blind.star no pose column at all.
+The map is 4AKE in a box 76.8 A wide, 64 px at 1.2 A by default, B = 20 A^2.
+``relion_project --ctf`` writes the clean images from Haar-random poses; white noise is added to
+reach the SNR (variance of the CTF-modulated signal over the whole box / variance of the noise).
+Needs RELION 3.1 on the PATH. OUT/particles.star holds the true poses, OUT/blind.star no pose
+column at all.
 """
 
 import argparse
@@ -25,13 +27,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("output", type=Path)
     parser.add_argument("--n", type=int, default=2000)
+    parser.add_argument("--box", type=int, default=64, help="pixels")
     parser.add_argument("--snr", type=float, default=0.1)
     parser.add_argument("--shift-px", type=float, default=0.0, help="uniform within +- this")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    pixel = 1.2
+    pixel = 76.8 / args.box
     config = SimulateConfig(
         n_particles=args.n,
+        box=args.box,
         pixel_size_angst=pixel,
         snr=float("inf"),
         shift_angst=args.shift_px * pixel,
