@@ -167,7 +167,7 @@ def test_projections_of_the_map_look_like_the_images(images_24, stack_24):
     run._match_scale()
     whole = images_24.whole()
     plane = whole.plane.within(run.band)
-    _, _, images = run.synthetic(whole)
+    _, _, images = run.synthetic(whole, run.decoder.transform(run.band))
     powers = [
         to_coefficients(found, half_plane(found.shape[-1], run.band)).abs().square().mean()
         for found in (images, run.reader.images(whole))

@@ -232,7 +232,7 @@ class Amortized:
         loss = -gain / self.signal
         reverse_deg = float("nan")
         if self.config.reverse > 0:
-            reverse, reverse_deg = self._reverse_loss(whole)
+            reverse, reverse_deg = self._reverse_loss(whole, transform)
             loss = loss + self.config.reverse * reverse
         if not bool(loss.isfinite()):
             raise FloatingPointError(f"loss {float(loss.detach())} after {self.seen} images")
@@ -291,7 +291,7 @@ class Amortized:
         predicted = slices * shift_phases(offsets_px, batch.plane).to(slices.dtype)
         return self._score(batch, predicted[:, None])[:, 0]
 
-    def _reverse_loss(self, whole: Observations) -> tuple[Tensor, float]:
+    def _reverse_loss(self, whole: Observations, transform: Transform) -> tuple[Tensor, float]:
         """Distance of the best guess from known poses of the map's own noisy projections.
 
         Returns
@@ -300,7 +300,7 @@ class Amortized:
         median_deg : float
             Of the rotations alone.
         """
-        rotations, offsets, images = self.synthetic(whole)
+        rotations, offsets, images = self.synthetic(whole, transform)
         guesses = self.reader.of_images(images)
         turn = (guesses.rotations - rotations[:, None]).square().sum((-2, -1))
         spread = max(self.config.offset_range * whole.plane.box, 1e-6)
@@ -311,8 +311,13 @@ class Amortized:
         angle = 2 * torch.rad2deg(torch.asin(sine.clamp(max=1)))
         return nearest.values.mean(), float(angle)
 
-    def synthetic(self, whole: Observations) -> tuple[Tensor, Tensor, Tensor]:
+    def synthetic(self, whole: Observations, transform: Transform) -> tuple[Tensor, Tensor, Tensor]:
         """Projections of the current map with the CTFs and the noise of a batch.
+
+        Parameters
+        ----------
+        transform : Transform
+            Of the map, up to the band in use.
 
         Returns
         -------
@@ -327,7 +332,7 @@ class Amortized:
         noise = torch.randn(n, len(whole.plane), 2, generator=self.generator).to(self.device)
         with torch.no_grad():
             plane = whole.plane.within(self.band)
-            slices = extract_slices(self.decoder.transform(self.band), rotations, plane)
+            slices = extract_slices(transform, rotations, plane)
             slices = slices * shift_phases(offsets, plane) * whole.ctf[:, : len(plane)]
             spectrum = whole.noise_power[:, whole.plane.shell][whole.group]
             values = torch.view_as_complex(noise) * (spectrum / 2).sqrt()

@@ -15,13 +15,15 @@ from pathlib import Path
 import torch
 
 from cryorecon.conventions import euler_to_matrix
+from cryorecon.engines.reconstruction import Reconstruction
 from cryorecon.engines.refine import derivatives, refine_poses
-from cryorecon.engines.rmfn import RmfnConfig, RmfnState, new_map
-from cryorecon.engines.rmfn_refine import refine_round
+from cryorecon.engines.rmfn import RmfnConfig
+from cryorecon.engines.rounds import refine_round
 from cryorecon.io.mrc import read_map
 from cryorecon.io.particles import read_particles
 from cryorecon.maps.fsc import fsc_curve, resolution_at
 from cryorecon.physics.fourier import max_band
+from cryorecon.physics.masks import Support
 from cryorecon.physics.rotations import exp_map, geodesic_distance_deg
 from cryorecon.run.load import half_sets, load_observations
 
@@ -35,15 +37,15 @@ def read_truth(stack: Path):
     return particles, truth, rotations, offsets
 
 
-def true_pose_state(particles, images, config, rotations, offsets) -> RmfnState:
+def true_pose_state(particles, images, config, rotations, offsets) -> Reconstruction:
     """The engine's state after a round at the true poses."""
     generator = torch.Generator().manual_seed(0)
     half = half_sets(particles, generator)
     box = particles.box
-    network = new_map(config, box, generator)
+    support = Support(config.diameter / 2)
     blank = torch.zeros(box, box, box)
-    state = RmfnState(
-        rotations.clone(), offsets.clone(), half, [blank, blank], max_band(box), network
+    state = Reconstruction(
+        rotations.clone(), offsets.clone(), half, [blank, blank], max_band(box), support
     )
     refine_round(state, images, config, fsc_curve, joint=True, n_steps=0)
     return state
