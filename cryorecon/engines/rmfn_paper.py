@@ -20,7 +20,7 @@ from cryorecon.engines.network_map import FitConfig, NetworkMap
 from cryorecon.engines.observations import Observations, centred
 from cryorecon.engines.refine import derivatives, slices_with_gradient
 from cryorecon.networks.mfn import MfnConfig, paper_bands
-from cryorecon.physics.fourier import max_band, resample_sums, shift_phases
+from cryorecon.physics.fourier import max_band, shift_phases
 from cryorecon.physics.masks import Support
 from cryorecon.physics.projection import extract_slices, padded_transform
 from cryorecon.physics.rotations import exp_map
@@ -162,8 +162,7 @@ class PaperProtocol:
     def _pose_steps(self, batch: Observations, rows: Tensor, scale: int) -> None:
         """Adam on each image's rotation vector; the map stays as it is."""
         with torch.no_grad():
-            volume = resample_sums(self.map.volume(scale), batch.plane.box)
-            model = derivatives(volume, 2, float(batch.plane.radius[-1]))
+            model = derivatives(self.map.volume(scale), 2, float(batch.plane.radius[-1]))
         turn = torch.zeros(len(rows), 3, requires_grad=True)
         optimizer = torch.optim.Adam([turn], lr=self.config.pose_rate, betas=(0.9, 0.9))
         rotations = self.rotations[rows]
