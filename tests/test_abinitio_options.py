@@ -10,6 +10,7 @@ import torch
 from conftest import MODEL
 from rich.console import Console
 
+from cryorecon.conventions import euler_to_matrix
 from cryorecon.engines.contrast import contrast_score
 from cryorecon.engines.rmfn import RmfnConfig
 from cryorecon.engines.rounds import refine_round
@@ -19,6 +20,7 @@ from cryorecon.io.particles import read_particles
 from cryorecon.io.star import read_star, write_star
 from cryorecon.maps.align import align_maps, apply_alignment, rotate_map
 from cryorecon.maps.fsc import fsc_curve
+from cryorecon.maps.poses import compare_pose_sets
 from cryorecon.physics.fourier import lowpass
 from cryorecon.physics.masks import soft_ball
 from cryorecon.physics.rotations import geodesic_distance_deg
@@ -166,6 +168,19 @@ def test_particles_at_the_offset_limit_are_reported(few, tmp_path):
     abinitio(few / "particles.star", tmp_path / "job", options, QUIET)
     assert "at the limit of 0.1 A" in log_of(tmp_path / "job")
     assert "give a larger --offset-range" in log_of(tmp_path / "job")
+
+
+def test_particles_outside_a_subset_join_later(bright, tmp_path):
+    """Engine rmfn searches them against the map that the subset has made."""
+    options = AbinitioOptions(engine=SHORT, subset=200)
+    abinitio(bright / "particles.star", tmp_path / "job", options, QUIET)
+    given, found = (
+        read_particles(path)
+        for path in (bright / "particles.star", tmp_path / "job" / "run_data.star")
+    )
+    assert len(found) == len(given) > 200
+    matrices = [euler_to_matrix(torch.from_numpy(p.euler_deg())) for p in (found, given)]
+    assert compare_pose_sets(*matrices).fraction_within(15) > 0.8
 
 
 def test_a_mask_is_worn_and_checked(few, tmp_path):

@@ -107,6 +107,30 @@ def test_the_first_line_comes_before_the_end(tmp_path, name):
         assert words in log
 
 
+def test_amortized_runs_by_either_name(tmp_path):
+    star = GOLDEN / "relion31_32.star"
+    short = ["--set", "images_seen=256", "--set", "half_rounds=1", "--set", "joint_rounds=1"]
+    for number, name in enumerate((["abinitio", "--method", "amortized"], ["abinitio-amortized"])):
+        job = tmp_path / str(number)
+        done = cryorecon(*name, star, "-o", job, *short)
+        # Twenty images may or may not hold enough signal: both ends are told.
+        assert done.returncode == 0 or "No signal found" in done.stderr, done.stderr
+        log = (job / "run.log").read_text()
+        assert "training on 16 images: dense encoder" in log
+        assert "256 images seen" in log
+
+
+def test_options_of_another_engine_or_machine_are_refused(tmp_path):
+    star = GOLDEN / "relion31_32.star"
+    done = cryorecon("abinitio", star, "-o", tmp_path / "a", "--method", "amortized", "--starts", 3)
+    assert done.returncode == 2
+    assert "--starts" in done.stderr
+    done = cryorecon("abinitio-amortized", star, "-o", tmp_path / "b", "--device", "abacus")
+    assert done.returncode == 1
+    assert "--device abacus" in done.stderr
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_failed_job_says_so(tmp_path):
     tables = read_star(GOLDEN / "relion31_32.star")
     (tmp_path / "relion31_32.mrcs").write_bytes((GOLDEN / "relion31_32.mrcs").read_bytes())

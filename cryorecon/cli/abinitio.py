@@ -245,6 +245,13 @@ def abinitio_command(
     method: Annotated[Method, typer.Option(help="Engine.")] = Method.RMFN,
     diameter: Diameter = None,
     offset_range: OffsetRange = None,
+    starts: Annotated[int | None, typer.Option(min=1, help="Searches; engine rmfn.")] = None,
+    volume: Annotated[
+        Literal["rmfn", "grid"] | None, typer.Option(help="Map of the search; engine rmfn.")
+    ] = None,
+    init_map: Annotated[
+        Path | None, typer.Option(help="Map in place of the search; engine rmfn.")
+    ] = None,
     halves: Halves = "shared",
     contrast: Contrast = "auto",
     symmetry: Symmetry = "C1",
@@ -263,6 +270,11 @@ def abinitio_command(
 
     Each engine's own command, abinitio-METHOD, has more options.
     """
+    own = {"starts": starts, "volume": volume, "init_map": init_map}
+    given = {name: value for name, value in own.items() if value is not None}
+    if given and method is not Method.RMFN:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise typer.BadParameter(f"{names} belong to engine rmfn, not to {method.value}")
     commands: dict[Method, Callable[..., None]] = {
         Method.RMFN: abinitio_rmfn_command,
         Method.AMORTIZED: abinitio_amortized_command,
@@ -285,4 +297,5 @@ def abinitio_command(
         settings=settings,
         config=config,
         overwrite=overwrite,
+        **given,
     )
