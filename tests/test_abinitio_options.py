@@ -25,7 +25,7 @@ from cryorecon.physics.fourier import lowpass
 from cryorecon.physics.masks import soft_ball
 from cryorecon.physics.rotations import geodesic_distance_deg
 from cryorecon.physics.symmetry import symmetry_group
-from cryorecon.run import stages
+from cryorecon.run import load, stages
 from cryorecon.run.abinitio import AbinitioOptions, abinitio
 from cryorecon.run.load import load_observations
 from cryorecon.run.simulate import simulate
@@ -271,3 +271,13 @@ def test_symmetry_is_found_and_applied(trimer, tmp_path):
     with pytest.raises(CryoreconError, match="C1, Cn, Dn, T, O or I"):
         options = AbinitioOptions(symmetry="Q7", engine=SHORT)
         abinitio(trimer / "particles.star", tmp_path / "no", options, QUIET)
+
+
+def test_noise_is_measured_on_some_images_the_same_from_disk_and_memory(bright, monkeypatch):
+    particles = read_particles(bright / "particles.star")
+    whole = load_observations(particles, 0.8).noise_power
+    monkeypatch.setattr(load, "_NOISE_IMAGES", 100)
+    seen = [load_observations(particles, 0.8, keep=keep).noise_power for keep in ("disk", "memory")]
+    assert torch.equal(*seen)
+    assert not torch.equal(seen[0], whole)
+    assert (seen[0] / whole - 1).abs()[:, 2:].max() < 0.15

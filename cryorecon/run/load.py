@@ -25,6 +25,8 @@ _BLOCK = 512
 # Coefficients (complex64) and CTF (float32) of an image, bytes each.
 _BYTES = 12
 _SHARE_OF_MEMORY = 0.5
+# Images that noise spectra are measured on: more would not make them better.
+_NOISE_IMAGES = 20_000
 
 
 def _normalised(images: Tensor, outside: Tensor) -> Tensor:
@@ -86,7 +88,7 @@ def load_observations(
     """Read all images in file order and measure their noise; keep what fits into memory.
 
     Each image gets zero mean and unit variance outside the particle; the noise spectrum of each
-    optics group is the mean power out there.
+    optics group is the mean power out there, over about 20,000 images spread over the stack.
 
     Parameters
     ----------
@@ -119,21 +121,35 @@ def load_observations(
     )
     group = torch.from_numpy(particles.optics_index())
     power = torch.zeros(int(group.max()) + 1, plane.n_shells)
+    heard = _spread(group)
     done = 0
     for rows in torch.from_numpy(particles.file_order()).split(_BLOCK):
+        done += len(rows)
+        rows = rows if held else rows[heard[rows]]
         images = disk.images(rows)
         if held:
             store.coefficients[rows] = to_coefficients(images, plane)
             store.gain[rows] = disk.ctf(rows, len(plane))
         for number in group[rows].unique().tolist():
-            of_group = images[group[rows] == number]
+            of_group = images[heard[rows] & (group[rows] == number)]
+            if len(of_group) == 0:
+                continue
             power[number] += noise_power_outside(of_group, radius_px, plane) * len(of_group)
-        done += len(rows)
         if progress is not None:
             progress(done, n)
-    counts = torch.bincount(group, minlength=len(power)).clamp(min=1)
+    counts = torch.bincount(group[heard], minlength=len(power)).clamp(min=1)
     source: Source = store if held else disk
     return ImageSet(plane, source, power / counts[:, None], group, torch.ones(n), torch.arange(n))
+
+
+def _spread(group: Tensor) -> Tensor:
+    """Which images noise is measured on: every k-th of each optics group; shape (n,), bool."""
+    heard = torch.zeros(len(group), dtype=torch.bool)
+    n_groups = int(group.max()) + 1
+    for number in range(n_groups):
+        rows = torch.nonzero(group == number)[:, 0]
+        heard[rows[:: max(1, -(-len(rows) * n_groups // _NOISE_IMAGES))]] = True
+    return heard
 
 
 def _refuse_blank(particles: Particles, rows: Tensor, images: Tensor) -> None:
