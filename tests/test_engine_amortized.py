@@ -228,6 +228,16 @@ def test_subset_makes_the_map_and_all_others_are_read(stack_24, tmp_path):
     assert set(rows["rlnImageName"]) < set(given)
 
 
+def test_bands_can_be_given_in_angstrom(stack_24, tmp_path):
+    short = replace(TINY, images_seen=128, finish=False)
+    options = AbinitioOptions(engine=short, first_angst=20.0, last_angst=12.8)
+    abinitio(stack_24 / "particles.star", tmp_path / "job", options, QUIET)
+    assert "128 images seen, 12.8 A" in (tmp_path / "job" / "run.log").read_text()
+    options = replace(options, first_angst=10.0)
+    with pytest.raises(CryoreconError, match="and end coarser"):
+        abinitio(stack_24 / "particles.star", tmp_path / "other", options, QUIET)
+
+
 def test_subset_and_independent_halves_contradict(stack_24, tmp_path):
     options = AbinitioOptions(engine=TINY, subset=200, halves="independent")
     with pytest.raises(CryoreconError, match="independent"):

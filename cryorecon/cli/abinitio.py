@@ -80,6 +80,14 @@ InputSize = Annotated[
     int, typer.Option(min=0, help="Side of the encoder's images, px; 0: what the band needs.")
 ]
 ImagesSeen = Annotated[int, typer.Option(min=1, help="Length of the training, in images.")]
+FirstAngst = Annotated[
+    float | None,
+    typer.Option(min=0.1, help="Resolution that training begins at, A; default diameter / 4."),
+]
+LastAngst = Annotated[
+    float | None,
+    typer.Option(min=0.1, help="Resolution that training ends at, A; default diameter / 6.4."),
+]
 Finish = Annotated[
     bool, typer.Option(help="Refine a table of poses after the training, or keep the encoder's.")
 ]
@@ -184,6 +192,8 @@ def abinitio_amortized_command(
     heads: Heads = 4,
     input_size: InputSize = 0,
     images_seen: ImagesSeen = 150_000,
+    first_angst: FirstAngst = None,
+    last_angst: LastAngst = None,
     finish: Finish = True,
     halves: Halves = "shared",
     contrast: Contrast = "auto",
@@ -233,6 +243,8 @@ def abinitio_amortized_command(
         keep=images,
         subset=subset,
         assign=assignment(everyone=assign_all, refine=refine_all),
+        first_angst=first_angst,
+        last_angst=last_angst,
         device=place,
         engine=engine,
     )

@@ -64,6 +64,9 @@ class AbinitioOptions:
     assign : "none", "read" or "refine"
         What becomes of particles outside the subset: left out, given the poses that the engine
         reads off them, or refined locally from these as well.
+    first_angst, last_angst : float, optional
+        Resolutions that the training of engine amortized begins and ends at, in place of the
+        engine's `first_cycles` and `last_cycles`.
     device : str
         Where networks of engine amortized are trained.
     engine : RmfnConfig or AmortizedConfig
@@ -82,6 +85,8 @@ class AbinitioOptions:
     keep: Keep = "auto"
     subset: int | None = None
     assign: Assign = "refine"
+    first_angst: float | None = None
+    last_angst: float | None = None
     device: str = "cpu"
     engine: RmfnConfig | AmortizedConfig = field(default_factory=RmfnConfig)
 
@@ -99,6 +104,25 @@ def _resolved(options: AbinitioOptions, particles: Particles) -> RmfnConfig | Am
         config = dataclasses.replace(config, diameter=options.diameter_angst / side_angst)
     if options.offset_range_angst is not None:
         config = dataclasses.replace(config, offset_range=options.offset_range_angst / side_angst)
+    if isinstance(config, AmortizedConfig):
+        config = _with_bands(config, options, config.diameter * side_angst)
+    return config
+
+
+def _with_bands(
+    config: AmortizedConfig, options: AbinitioOptions, diameter_angst: float
+) -> AmortizedConfig:
+    """Cycles per particle diameter from resolutions in angstrom."""
+    if options.first_angst is not None:
+        config = dataclasses.replace(config, first_cycles=diameter_angst / options.first_angst)
+    if options.last_angst is not None:
+        config = dataclasses.replace(config, last_cycles=diameter_angst / options.last_angst)
+    if config.first_cycles > config.last_cycles:
+        first, last = (diameter_angst / c for c in (config.first_cycles, config.last_cycles))
+        raise CryoreconError(
+            f"The training would begin at {first:.1f} A and end coarser, at {last:.1f} A",
+            "Give --first-angst larger than --last-angst",
+        )
     return config
 
 
