@@ -8,11 +8,9 @@ import sys
 import typer
 
 from cryorecon import __version__
-from cryorecon.cli.abinitio import (
-    abinitio_amortized_command,
-    abinitio_command,
-    abinitio_rmfn_command,
-)
+from cryorecon.cli.abinitio import abinitio_command
+from cryorecon.cli.abinitio_amortized import abinitio_amortized_command
+from cryorecon.cli.abinitio_rmfn import abinitio_rmfn_command
 from cryorecon.cli.compare_poses import compare_poses
 from cryorecon.cli.console import error_console
 from cryorecon.cli.demo import demo_command
