@@ -5,8 +5,8 @@
 The paper's picture sets are not to be had offline; natural pictures that scikit-image ships and
 text drawn by Pillow stand in for them. What is to be reproduced is the order of the methods: the
 proposed one changes scales 2 and 3 least, at a PSNR near the best. Small by default: 128 px
-and 40 units, the paper's 500/500/1000/8000 iterations; `--full` takes 512 px and 256 units. Both
-have fewer units than scale 2 has frequencies: with more, a linear readout can always fit that
+and 24 units, the paper's 500/500/1000/8000 iterations; `--full` takes 512 px and 256 units. Both
+have half as many units as scale 2 has frequencies: with more, a linear readout can always fit that
 scale, and BACON's changes little whatever its layers do.
 """
 
@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=6, help="of each kind, at most")
     args = parser.parse_args()
     size = 512 if args.full else 128
-    options = [] if args.full else ["--width", "40"]
+    options = [] if args.full else ["--width", "24"]
     for name, make in (("natural", natural_pictures), ("text", text_pictures)):
         folder = args.output / f"{name}_pictures"
         folder.mkdir(parents=True, exist_ok=True)
