@@ -317,3 +317,19 @@ def test_a_damaged_star_file_is_read_or_refused(folder, position, insert):
     except CryoreconError:
         return
     assert 0 < len(particles) <= 4
+
+
+def test_equal_strings_of_a_table_are_one_object(tmp_path):
+    """A million rows must not hold a million copies of their micrograph's name."""
+    rows = 400
+    table = pd.DataFrame(
+        {
+            "rlnImageName": [f"{i + 1}@a.mrcs" for i in range(rows)],
+            "rlnMicrographName": [f"mic{i % 3}.mrc" for i in range(rows)],
+        }
+    )
+    write_star(tmp_path / "p.star", {"particles": table})
+    found = read_star(tmp_path / "p.star")["particles"]
+    assert list(found["rlnImageName"]) == list(table["rlnImageName"])
+    assert list(found["rlnMicrographName"]) == list(table["rlnMicrographName"])
+    assert len({id(value) for value in found["rlnMicrographName"]}) == 3
