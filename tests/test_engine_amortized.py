@@ -135,6 +135,15 @@ def test_every_switch_runs_and_learns(change, images_24):
     assert gains[-10:].mean() > gains[:10].mean()
 
 
+def test_losses_are_one_where_the_noise_is_white(images_24):
+    """Whitening by a flat spectrum is a plain squared error, in the same units."""
+    power = images_24.noise_power.mean() * torch.ones_like(images_24.noise_power)
+    white = replace(images_24, noise_power=power)
+    reports = [trained(white, replace(TINY, loss=loss), 3)[1] for loss in ("likelihood", "l2")]
+    for one, other in zip(*reports, strict=True):
+        assert one.gain == pytest.approx(other.gain, rel=0.02)
+
+
 def test_steps_repeat_with_the_seed(images_24):
     one, _ = trained(images_24, TINY, 3)
     two, _ = trained(images_24, TINY, 3)

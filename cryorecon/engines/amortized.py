@@ -276,7 +276,8 @@ class Amortized:
     def _score(self, batch: Observations, predicted: Tensor) -> Tensor:
         """Log-likelihood against an empty image of predictions without CTF: (b, c, m) to (b, c)."""
         if self.config.loss == "l2":
-            flat = batch.precision().mean(-1, keepdim=True) * batch.plane.multiplicity.to(batch.ctf)
+            multiplicity = batch.plane.multiplicity.to(batch.ctf)
+            flat = batch.precision().mean(-1, keepdim=True) * multiplicity / multiplicity.mean()
             matched, weight = batch.coefficients * batch.ctf * flat, batch.ctf**2 * flat
         else:
             matched, weight = batch.matched()

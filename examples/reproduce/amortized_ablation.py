@@ -34,6 +34,8 @@ PLAIN = {"symmetric": False, "heads": 1}
 VARIANTS: dict[str, dict] = {
     "default": {},
     "no reverse task": {"reverse": 0.0},
+    "reverse task at half weight": {"reverse": 0.5},
+    "reverse task at quarter weight": {"reverse": 0.25},
     "one guess": PLAIN,
     "one guess, no reverse task": {**PLAIN, "reverse": 0.0},
     "symmetric loss alone": {"heads": 1},
