@@ -4,10 +4,10 @@
 
 Simulates particles of 4AKE at SNR 0 dB with shifts, trains with one part changed at a time, from
 several seeds, and judges the encoder's poses (no refinement) and the map: median pose error, share
-of images within 10 degrees, and whether the map has a mirror plane that the molecule lacks. The reverse task has weight 1 unless
-a row says otherwise; the engine's default is a quarter. Small
-by default: 2,000 images of 32 px, 40,000 seen in training; `--full` takes 10,000 images of 64 px,
-a million seen, the paper's encoder and networks 256 wide, which wants a GPU (--device cuda).
+of images within 10 degrees, and whether the map has a mirror plane that the molecule lacks. The
+reverse task has weight 1 unless a row says otherwise; the engine's default is a quarter. Small by
+default: 2,000 images of 32 px, 40,000 seen in training; `--full` takes 10,000 images of 64 px, a
+million seen, the paper's encoder and networks 256 wide, which wants a GPU (--device cuda).
 Finished runs are kept in OUT/*.json and not repeated.
 """
 
