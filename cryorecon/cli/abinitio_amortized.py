@@ -55,7 +55,7 @@ def abinitio_amortized_command(
     decoder: Decoder = "grid",
     heads: Heads = 4,
     input_size: InputSize = 0,
-    images_seen: ImagesSeen = 100_000,
+    images_seen: ImagesSeen = 150_000,
     first_angst: FirstAngst = None,
     last_angst: LastAngst = None,
     finish: Finish = True,

@@ -78,9 +78,9 @@ class AmortizedConfig(RefineConfig):
     decoder: DecoderKind = "grid"
     width: int = 256
     loss: Loss = "likelihood"
-    reverse: float = 0.25
+    reverse: float = 1.0
     reweighted: bool = True
-    images_seen: int = 100_000
+    images_seen: int = 150_000
     batch: int = 64
     first_cycles: float = 4.0
     last_cycles: float = 6.4

@@ -4,9 +4,8 @@
 
 Simulates particles of 4AKE at SNR 0 dB with shifts, trains with one part changed at a time, from
 several seeds, and judges the encoder's poses (no refinement) and the map: median pose error, share
-of images within 10 degrees, and whether the map has a mirror plane that the molecule lacks. The
-reverse task has weight 1 unless a row says otherwise; the engine's default is a quarter. Small by
-default: 2,000 images of 32 px, 40,000 seen in training; `--full` takes 10,000 images of 64 px, a
+of images within 10 degrees, and whether the map has a mirror plane that the molecule lacks. Small
+by default: 2,000 images of 32 px, 40,000 seen in training; `--full` takes 10,000 images of 64 px, a
 million seen, the paper's encoder and networks 256 wide, which wants a GPU (--device cuda).
 Finished runs are kept in OUT/*.json and not repeated.
 """
@@ -33,7 +32,7 @@ from cryorecon.run.load import load_observations
 
 PLAIN = {"symmetric": False, "heads": 1}
 VARIANTS: dict[str, dict] = {
-    "default, reverse task at weight 1": {},
+    "default": {},
     "no reverse task": {"reverse": 0.0},
     "reverse task at half weight": {"reverse": 0.5},
     "reverse task at quarter weight": {"reverse": 0.25},
@@ -97,7 +96,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     n, box, seen = (10_000, 64, 1_000_000) if args.full else (2000, 32, 40_000)
-    base = AmortizedConfig(images_seen=seen, width=256 if args.full else 64, reverse=1.0)
+    base = AmortizedConfig(images_seen=seen, width=256 if args.full else 64)
     if args.full:
         base = replace(base, encoder="paper")
     stack = simulated(args.output / "stack", n, box)
