@@ -14,12 +14,14 @@ from rich.console import Console
 from cryorecon.conventions import euler_to_matrix
 from cryorecon.engines.amortized import Amortized, AmortizedConfig, power_ratio, stream
 from cryorecon.engines.decoders import DecoderKind
+from cryorecon.engines.rounds import refine_round
 from cryorecon.errors import CryoreconError
 from cryorecon.io.mrc import open_stack, read_map, stack_writer
 from cryorecon.io.particles import read_particles
 from cryorecon.io.star import read_star, write_star
 from cryorecon.maps.poses import compare_pose_sets
-from cryorecon.physics.fourier import half_plane, resample_sums, to_coefficients
+from cryorecon.physics.fourier import half_plane, lowpass, resample_sums, to_coefficients
+from cryorecon.run import stages
 from cryorecon.run.abinitio import AbinitioOptions, abinitio
 from cryorecon.run.load import load_observations
 from cryorecon.run.simulate import simulate
@@ -279,3 +281,41 @@ def test_divergence_is_told(stack_24, tmp_path):
     options = AbinitioOptions(engine=replace(TINY, decoder_rate=1e30))
     with pytest.raises(CryoreconError, match="diverged"):
         abinitio(stack_24 / "particles.star", tmp_path / "job", options, QUIET)
+
+
+@pytest.mark.parametrize("choice", [{"halves": "independent"}, {"symmetry": "C2"}, {"subset": 200}])
+def test_the_encoder_has_the_last_word_where_asked(choice, stack_24, tmp_path, monkeypatch):
+    """--no-finish keeps poses as they were read, with every other option."""
+    steps = []
+
+    def spy(*args, n_steps=4, **kwargs):
+        steps.append(n_steps)
+        return refine_round(*args, n_steps=n_steps, **kwargs)
+
+    monkeypatch.setattr(stages, "refine_round", spy)
+    monkeypatch.setattr(stages, "_SURE", float("-inf"))
+    engine = replace(TINY, images_seen=128, finish=False)
+    options = AbinitioOptions(engine=engine, **choice)
+    abinitio(stack_24 / "particles.star", tmp_path / "job", options, QUIET)
+    assert steps
+    assert set(steps) == {0}
+
+
+def test_particles_outside_a_subset_do_not_see_a_fine_joint_map(stack_24, tmp_path, monkeypatch):
+    """Poses refined against one fine map would make the half maps agree too well."""
+    seen = []
+
+    def spy(state, *args, joint, **kwargs):
+        if len(state.rotations) == 500 and not joint:
+            seen.append((state.band, state.maps[0].clone(), state.maps[1].clone()))
+        return refine_round(state, *args, joint=joint, **kwargs)
+
+    monkeypatch.setattr(stages, "refine_round", spy)
+    engine = replace(TINY, images_seen=4000)
+    options = AbinitioOptions(engine=engine, subset=300)
+    abinitio(stack_24 / "particles.star", tmp_path / "job", options, QUIET)
+    band, first, second = seen[0]
+    assert torch.equal(first, second)
+    assert band <= engine.assign_band(24)
+    assert (first - lowpass(first, band + 2, 3)).norm() < 0.02 * first.norm()
+    assert not torch.equal(seen[1][1], seen[1][2])

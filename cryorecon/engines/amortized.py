@@ -27,7 +27,7 @@ from cryorecon.physics.rotations import random_rotations
 
 Loss = Literal["likelihood", "l2"]
 
-# Images read at a time, in file order; batches are drawn from a few such blocks at once.
+# Neighbours in the STAR file are read together; batches are drawn from a few such blocks at once.
 _BLOCK = 256
 _BLOCKS_AT_ONCE = 16
 
@@ -167,8 +167,7 @@ class Amortized:
         mask: Tensor | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.config, self.images, self.generator = config, images, generator
-        self.device = device
+        self.config, self.generator, self.device = config, generator, device
         box = images.plane.box
         shape = EncoderConfig(
             config.encoder,
@@ -184,6 +183,9 @@ class Amortized:
             reweighted=config.reweighted,
         )
         reach = min(int(config.band(box, 1.0)) + 1, max_band(box))
+        # Beyond what the encoder sees and the decoder resolves, images are not loaded.
+        self.reach = float(max(reach, min(max_band(shape.input_size), max_band(box))))
+        self.images = images.within(self.reach)
         support = Support(config.diameter / 2, mask)
         decoder = new_decoder(config.decoder, box, reach, support, config.width, generator)
         self.decoder: Decoder = decoder.to(device)
@@ -223,8 +225,8 @@ class Amortized:
             If the loss is not finite; nothing has changed then.
         """
         rows = next(self._rows)
-        whole = self._load(rows)
-        batch = whole.select(torch.arange(len(rows), device=self.device), self.band)
+        whole = self.images.select(rows).to(self.device)
+        batch = whole.within(self.band)
         transform = self.decoder.transform(self.band)
         guesses = self.reader(whole)
         rotations, offsets = guesses.chosen(self._winners(batch, guesses, transform))
@@ -255,8 +257,8 @@ class Amortized:
             Log-likelihood against an empty image.
         """
         with torch.no_grad():
-            whole = images.select(rows).to(self.device)
-            batch = whole.select(torch.arange(len(rows), device=self.device), self.band)
+            whole = images.select(rows, self.reach).to(self.device)
+            batch = whole.within(self.band)
             transform = self.decoder.transform(self.band)
             guesses = self.reader(whole)
             best = self._winners(batch, guesses, transform)
@@ -339,9 +341,6 @@ class Amortized:
             values = torch.view_as_complex(noise) * (spectrum / 2).sqrt()
             values[:, : len(plane)] += slices.to(values.dtype)
         return rotations, offsets, self.reader.images(whole.with_coefficients(values))
-
-    def _load(self, rows: Tensor) -> Observations:
-        return self.images.select(rows).to(self.device)
 
     def _rate(self, step: int) -> float:
         """Constant while the band grows, then down to a tenth."""

@@ -118,12 +118,13 @@ class GridDecoder(_RealSpace):
         ball, rough = ball.float() * mask, rough * mask
         start = ball / ball.norm() + _ROUGHNESS * rough / rough.norm()
         self.voxels = nn.Parameter(start / start.std())
+        self.mask: Tensor
+        self.register_buffer("mask", mask)
 
     def density(self, band: float) -> Tensor:
         """The map on a grid that holds the band, shape (M, M, M); voxel sums."""
         del band
-        mask = self.support.on(len(self.voxels), self.voxels.dtype, self.voxels.device)
-        return self.voxels * mask * self.scale
+        return self.voxels * self.mask * self.scale
 
 
 class LogGridDecoder(Decoder):

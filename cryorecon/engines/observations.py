@@ -37,14 +37,21 @@ class Observations:
 
     def select(self, rows: Tensor, band: float | None = None) -> Observations:
         """The images of some rows, up to a radius in cycles per box; noise spectra are shared."""
-        plane = self.plane if band is None else self.plane.within(band)
+        near = self if band is None else self.within(band)
+        return replace(
+            near, coefficients=near.coefficients[rows], ctf=near.ctf[rows], group=near.group[rows]
+        )
+
+    def within(self, band: float) -> Observations:
+        """All images up to a radius in cycles per box; nothing is copied."""
+        plane = self.plane.within(band)
         m = len(plane)
-        return Observations(
-            plane,
-            self.coefficients[rows, :m],
-            self.ctf[rows, :m],
-            self.noise_power[:, : plane.n_shells],
-            self.group[rows],
+        return replace(
+            self,
+            plane=plane,
+            coefficients=self.coefficients[:, :m],
+            ctf=self.ctf[:, :m],
+            noise_power=self.noise_power[:, : plane.n_shells],
         )
 
     def to(self, device: torch.device | str) -> Observations:

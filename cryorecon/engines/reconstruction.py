@@ -63,6 +63,10 @@ class RefineConfig:
         """Radius of searches in cycles per box."""
         return max(2, min(round(self.search_cycles / self.diameter), max_band(box) - 2))
 
+    def assign_band(self, box: int) -> int:
+        """Radius, a quarter beyond the search's, at which all images are compared with a map."""
+        return min(round(self.search_band(box) * 1.25), max_band(box))
+
 
 @dataclass
 class Reconstruction:
@@ -162,7 +166,7 @@ def assign(
     half : Tensor, shape (n,), int64
     """
     box = images.plane.box
-    band = min(round(config.search_band(box) * 1.25), max_band(box))
+    band = config.assign_band(box)
     rotations, offsets = best_grid_poses(
         images.within(band), volume, config, config.search_nside + 1, generator, progress
     )

@@ -115,9 +115,7 @@ class Search:
     def __post_init__(self) -> None:
         config, box = self.config, self.observations.plane.box
         self.band = config.search_band(box)
-        self.observations = self.observations.select(
-            torch.arange(len(self.observations)), self.band
-        )
+        self.observations = self.observations.within(self.band)
         self.network = new_map(config, box, self.generator, self.mask)
         self.grid = so3_grid(config.search_nside, torch.float32)[0]
         self.offsets = offsets_for(config, box, self.band)
@@ -174,7 +172,7 @@ class Search:
         """Evidence of images that took no part in the search."""
         with torch.no_grad():
             found = evidence(
-                held_out.select(torch.arange(len(held_out)), self.band),
+                held_out.within(self.band),
                 self.network.volume(0),
                 self.grid,
                 self.offsets,
@@ -196,7 +194,7 @@ def scaled_to_images(volume: Tensor, images: ImageSet, config: RmfnConfig) -> Te
         Zero if the images hold no more power than their noise.
     """
     box = images.plane.box
-    band = min(round(config.search_band(box) * 1.25), max_band(box))
+    band = config.assign_band(box)
     smooth = lowpass(volume, float(band), 3)
     batch = images.select(torch.arange(len(images))[:: max(1, len(images) // 500)], band)
     grid = so3_grid(2, torch.float32)[0]

@@ -71,7 +71,7 @@ def perturbed(
 
 def gaussian_filtered(observations: Observations, band: float) -> Observations:
     """Images and predictions alike under a Gaussian of width two thirds of the band."""
-    within = observations.select(torch.arange(len(observations)), band)
+    within = observations.within(band)
     gain = torch.exp(-0.5 * (within.plane.radius / (2 / 3 * band)) ** 2).to(within.ctf)
     return replace(within, coefficients=within.coefficients * gain, ctf=within.ctf * gain)
 
@@ -132,7 +132,7 @@ class PaperProtocol:
 
     def _match_scale(self) -> None:
         """Begin with the power that the images have at the poses they start from."""
-        low = self.observations.select(torch.arange(len(self.observations)), self.bands[0])
+        low = self.observations.within(self.bands[0])
         matched, weight = low.matched()
         sums = NormalEquations.empty(self.bands[0], 2, weight.dtype, weight.device)
         signal = centred(matched, self.offsets_px, low.plane)

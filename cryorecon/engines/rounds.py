@@ -53,7 +53,7 @@ def reassign(
         Share of the images whose pose changed by more than 20 degrees.
     """
     box = images.plane.box
-    band = min(round(config.search_band(box) * 1.25), max_band(box))
+    band = config.assign_band(box)
     joint = _without_solvent((state.maps[0] + state.maps[1]) / 2, config)
     rotations, offsets = best_grid_poses(
         images.within(band), joint, config, config.search_nside + 1, generator, progress
@@ -127,7 +127,7 @@ def refine_round(
         new = _empty(images)
         for rows in torch.nonzero(state.half == half)[:, 0].split(250):
             loaded = images.select(rows)
-            batch = loaded.select(torch.arange(len(rows)), state.band)
+            batch = loaded.within(state.band)
             poses = refine_poses(
                 batch, model, state.rotations[rows], state.offsets_px[rows], n_steps
             )

@@ -5,7 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cryorecon.physics.fourier import centred_frequencies, fft_centred, ifft_centred, max_band
+from cryorecon.maps.align import rotate_map
+from cryorecon.maps.sampling import shell_power
+from cryorecon.maps.symmetry import centre_of_mass
+from cryorecon.physics.fourier import (
+    centred_frequencies,
+    fft_centred,
+    ifft_centred,
+    max_band,
+    radius_grid,
+)
 from cryorecon.physics.rotations import so3_grid
 
 # Planes 8 degrees apart; details of a tenth of the box side.
@@ -55,18 +64,9 @@ def mirror_score(volume: Tensor, band: float = _BAND) -> float:
 def _whitened(volume: Tensor, band: float) -> Tensor:
     """The map about its centre of mass, every shell up to a band with the same power."""
     box = volume.shape[-1]
-    axis = centred_frequencies(box, volume.device).double()
-    z, y, x = torch.meshgrid(axis, axis, axis, indexing="ij")
-    dense = torch.where(volume > 0.3 * volume.max(), volume, torch.zeros_like(volume))
-    mass = dense.sum().clamp(min=1e-30)
-    centre = [float((dense * a).sum() / mass) for a in (x, y, z)]
-    transform = fft_centred(volume, 3)
-    angle = 2 * torch.pi / box * (x * centre[0] + y * centre[1] + z * centre[2])
-    transform = transform * torch.polar(torch.ones_like(angle), angle)
-    radius = (x**2 + y**2 + z**2).sqrt()
-    shell = (radius + 0.5).long()
-    counts = torch.bincount(shell.flatten())
-    power = torch.bincount(shell.flatten(), transform.abs().square().flatten()) / counts
-    gain = 1 / power.sqrt().clamp(min=1e-30)[shell]
-    gain = torch.where((radius <= band) & (radius > 0.5), gain, torch.zeros_like(gain))
+    transform = rotate_map(volume, torch.eye(3).to(volume), -centre_of_mass(volume, band))
+    transform = fft_centred(transform, 3)
+    gain = shell_power(transform).clamp(min=1e-300).rsqrt()
+    radius = radius_grid(box, 3, volume.device)
+    gain = gain[(radius + 0.5).long()] * ((radius <= band) & (radius > 0.5))
     return ifft_centred(transform * gain, 3).real

@@ -75,7 +75,7 @@ def find_symmetry(volume: Tensor, group: Tensor, band: float) -> SymmetryFit:
     masked, whole = prepare(volume, min(box, 2 * (int(limit) + 2)))
     whitening = whitening_of(masked, whole).square()
     pair = Pair(padded_transform(masked, 2), fft_centred(masked, 3), whitening)
-    centre = _centre_of_mass(volume, limit) / box
+    centre = centre_of_mass(volume, limit) / box
     rotations = _distinct_orientations(group)
     pose = rotations, -(rotations @ centre)
     pose = _best(_copies(pair, group, min(_STAGES[0][0], limit)), pose, _STAGES[0][1])
@@ -95,7 +95,7 @@ def find_symmetry(volume: Tensor, group: Tensor, band: float) -> SymmetryFit:
     return SymmetryFit(rotation, shift, correlation, limit)
 
 
-def _centre_of_mass(volume: Tensor, band: float) -> Tensor:
+def centre_of_mass(volume: Tensor, band: float) -> Tensor:
     """(x, y, z) from the centre of the box in pixels, of what stands out; float64."""
     box = volume.shape[-1]
     density = (volume * molecule_mask(volume, min(band, 8.0))).clamp(min=0).double()

@@ -66,6 +66,13 @@ class AmortizedStages(Stages):
         else:
             self.keep(state, images)
 
+    def finish(self, state: Reconstruction, images: ImageSet, number: int) -> None:
+        """Rounds against the map of all images, or that map alone."""
+        if self.config.finish:
+            super().finish(state, images, number)
+        else:
+            self.keep(state, images, halves=False)
+
     def read_poses(
         self, images: ImageSet, state: Reconstruction | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,7 +17,7 @@ from cryorecon.maps.chance import beyond_chance, chance_fsc
 from cryorecon.maps.fsc import fsc_curve
 from cryorecon.maps.poses import mirror_poses, rotate_poses, shift_origins
 from cryorecon.maps.symmetry import find_symmetry
-from cryorecon.physics.fourier import max_band
+from cryorecon.physics.fourier import lowpass
 from cryorecon.physics.masks import Support
 from cryorecon.physics.symmetry import symmetry_group
 from cryorecon.run.job import Job
@@ -106,11 +106,11 @@ class Stages(ABC):
         for joint in range(self.config.joint_rounds):
             self.round(state, images, number + joint + 1, joint=True)
 
-    def keep(self, state: Reconstruction, images: ImageSet) -> None:
-        """Maps, half maps and their FSC from the poses as they are."""
+    def keep(self, state: Reconstruction, images: ImageSet, *, halves: bool = True) -> None:
+        """Maps from the poses as they are; half maps and their FSC too unless told otherwise."""
         state.half_poses = state.rotations.clone(), state.offsets_px.clone()
         with stage_bar(self.job.console, "Averaging", len(images)) as bar:
-            for joint in (False, True):
+            for joint in (False, True) if halves else (True,):
                 refine_round(
                     state, images, self.config, fsc_curve, joint=joint, n_steps=0, progress=bar
                 )
@@ -136,7 +136,8 @@ class Stages(ABC):
         rows : Tensor, int64
             Which of all images `state` has.
         refine : bool
-            Whether the new poses are refined locally, and all of them against the joint map.
+            Whether all poses are refined, as after a search: against the coarse map that they
+            share at first, then half set against half set.
         """
         others = torch.ones(len(images), dtype=torch.bool)
         others[rows] = False
@@ -144,12 +145,10 @@ class Stages(ABC):
         rotations, offsets = torch.empty(len(images), 3, 3), torch.empty(len(images), 2)
         rotations[rows], offsets[rows] = state.half_poses or (state.rotations, state.offsets_px)
         rotations[rest], offsets[rest] = self.read_poses(images.apart(rest), state)
-        full = Reconstruction(rotations, offsets, half, state.maps, state.band, self.support)
-        if not refine:
-            self.keep(full, images)
-            return full
-        self.round(full, images, 1, joint=False)
-        self.finish(full, images, 1)
+        band = float(self.config.assign_band(images.plane.box))
+        coarse = lowpass((state.maps[0] + state.maps[1]) / 2, band, 3)
+        full = Reconstruction(rotations, offsets, half, [coarse, coarse], band, self.support)
+        (self.refine if refine else self.keep)(full, images)
         return full
 
     def read_poses(
@@ -157,7 +156,7 @@ class Stages(ABC):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Poses of images that took no part, by a search against the map."""
         config, box = self.config, images.plane.box
-        band = min(round(config.search_band(box) * 1.25), max_band(box))
+        band = config.assign_band(box)
         joint = (state.maps[0] + state.maps[1]) / 2
         nside = config.search_nside + 1
         with stage_bar(self.job.console, "Assigning", len(images)) as bar:

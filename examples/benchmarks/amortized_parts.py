@@ -31,7 +31,7 @@ def operations(work) -> int:
 def step_parts(run: Amortized, rows: torch.Tensor):
     """(name, work, bytes that must move) of what a step does."""
     whole = run.images.select(rows)
-    batch = whole.select(torch.arange(len(rows)), run.band)
+    batch = whole.within(run.band)
     transform = run.decoder.transform(run.band)
     images = run.reader.images(whole)
     guesses = run.reader.of_images(images)
