@@ -11,6 +11,7 @@ import mrcfile
 import numpy as np
 import pandas as pd
 import pytest
+import starfile
 from conftest import GOLDEN
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -18,7 +19,8 @@ from hypothesis import strategies as st
 from cryorecon.errors import CryoreconError
 from cryorecon.io import mrc
 from cryorecon.io.particles import read_particles
-from cryorecon.io.star import read_star, write_star
+from cryorecon.io.star import read_star, star_blocks, write_star
+from cryorecon.io.text_table import PIECE_ROWS, TextTable
 
 N = 8
 
@@ -319,17 +321,66 @@ def test_a_damaged_star_file_is_read_or_refused(folder, position, insert):
     assert 0 < len(particles) <= 4
 
 
-def test_equal_strings_of_a_table_are_one_object(tmp_path):
-    """A million rows must not hold a million copies of their micrograph's name."""
-    rows = 400
-    table = pd.DataFrame(
+def long_table(rows_: int) -> pd.DataFrame:
+    random = np.random.default_rng(0)
+    return pd.DataFrame(
         {
-            "rlnImageName": [f"{i + 1}@a.mrcs" for i in range(rows)],
-            "rlnMicrographName": [f"mic{i % 3}.mrc" for i in range(rows)],
+            "rlnImageName": [f"{i % 50 + 1:06d}@mic{i // 50}.mrcs" for i in range(rows_)],
+            "rlnMicrographName": [f"mic{i // 50}.mrc" for i in range(rows_)],
+            "rlnDefocusU": [f"{v:.2f}" for v in random.uniform(5000, 25000, rows_)],
+            "rlnDefocusV": [f"{v:.2f}" for v in random.uniform(5000, 25000, rows_)],
+            "rlnNote": [f"nan{i % 7}" if i % 3 else "nan" for i in range(rows_)],
         }
     )
-    write_star(tmp_path / "p.star", {"particles": table})
+
+
+def test_a_long_table_is_read_and_written_in_pieces(tmp_path):
+    table = long_table(2 * PIECE_ROWS + 17)
+    write_star(tmp_path / "p.star", {"optics": optics(), "particles": table})
+    peer = starfile.read(tmp_path / "p.star", parse_as_string=list(table))["particles"]
+    assert (peer.fillna("nan").to_numpy() == table.to_numpy()).all()
     found = read_star(tmp_path / "p.star")["particles"]
-    assert list(found["rlnImageName"]) == list(table["rlnImageName"])
-    assert list(found["rlnMicrographName"]) == list(table["rlnMicrographName"])
-    assert len({id(value) for value in found["rlnMicrographName"]}) == 3
+    pd.testing.assert_frame_equal(found, table.astype(object))
+    sizes = {
+        name: [len(piece) for piece in pieces] for name, pieces in star_blocks(tmp_path / "p.star")
+    }
+    assert sizes == {"optics": [1], "particles": [PIECE_ROWS, PIECE_ROWS, 17]}
+    packed = TextTable.gather([table[:PIECE_ROWS], table[PIECE_ROWS:]])
+    write_star(tmp_path / "q.star", {"optics": optics(), "particles": packed.frames()})
+    without_date = [(tmp_path / f).read_text().split("\n", 1)[1] for f in ("p.star", "q.star")]
+    assert without_date[0] == without_date[1]
+
+
+@pytest.mark.parametrize("order", ["sorted", "shuffled", "repeated"])
+def test_rows_of_a_packed_table_come_in_the_order_asked(order):
+    table = long_table(PIECE_ROWS + 100)
+    packed = TextTable.gather([table[:PIECE_ROWS], table[PIECE_ROWS:]])
+    random = np.random.default_rng(1)
+    wanted = random.choice(len(table), 500, replace=order == "repeated")
+    wanted = np.sort(wanted) if order == "sorted" else wanted
+    some = packed.subset(wanted)
+    assert list(some["rlnImageName"]) == list(table["rlnImageName"].iloc[wanted])
+    assert list(some.numbers("rlnDefocusU")) == list(
+        table["rlnDefocusU"].astype(float).iloc[wanted]
+    )
+    again = some.subset(np.array([3, 1]))
+    assert list(again["rlnDefocusV"]) == list(table["rlnDefocusV"].iloc[wanted[[3, 1]]])
+    assert np.isnan(packed.numbers("rlnNote")).all()
+
+
+def test_a_packed_table_is_small():
+    """A million rows are to take megabytes: at most 25 bytes a row here, as text 61."""
+    table = long_table(PIECE_ROWS)
+    packed = TextTable.gather([table])
+    assert sum(len(v) for v in packed._pieces[0].values()) < 25 * PIECE_ROWS
+
+
+def test_damage_far_down_a_table_is_named(tmp_path):
+    table = long_table(PIECE_ROWS + 40)
+    write_star(tmp_path / "p.star", {"particles": table})
+    lines = (tmp_path / "p.star").read_text().split("\n")
+    at = next(i for i, line in enumerate(lines) if line.startswith("000001@mic0.")) + PIECE_ROWS + 4
+    lines[at] = "\t".join(lines[at].split("\t")[:3])
+    (tmp_path / "p.star").write_text("\n".join(lines))
+    with pytest.raises(CryoreconError, match=f"row {PIECE_ROWS + 5}: fewer values"):
+        read_star(tmp_path / "p.star")

@@ -127,12 +127,13 @@ def stream(n: int, batch: int, generator: torch.Generator) -> Iterator[Tensor]:
     Disks read neighbours fast; what is held at a time does not grow with the number of images.
     """
     batch = min(batch, n)
-    blocks = torch.arange(n).split(_BLOCK)
+    starts = range(0, n, _BLOCK)
     left = torch.empty(0, dtype=torch.int64)
     while True:
-        order = torch.randperm(len(blocks), generator=generator).tolist()
-        for start in range(0, len(order), _BLOCKS_AT_ONCE):
-            rows = torch.cat([blocks[i] for i in order[start : start + _BLOCKS_AT_ONCE]])
+        order = torch.randperm(len(starts), generator=generator).tolist()
+        for first in range(0, len(order), _BLOCKS_AT_ONCE):
+            some = [starts[i] for i in order[first : first + _BLOCKS_AT_ONCE]]
+            rows = torch.cat([torch.arange(i, min(i + _BLOCK, n)) for i in some])
             rows = rows[torch.randperm(len(rows), generator=generator)]
             *whole, left = torch.cat([left, rows]).split(batch)
             yield from whole

@@ -100,10 +100,10 @@ class ImageSet:
         complex, and their CTF, real.
     noise_power : Tensor, shape (groups, n_shells), real
         Expected ``|noise|^2`` of a coefficient, by optics group and shell.
-    group : Tensor, shape (n,), int64
+    group : Tensor, shape (n,), int32
     gain : Tensor, shape (n,), real
         Factor on each image's CTF: its scale, negative where particles are black on white.
-    rows : Tensor, shape (n,), int64
+    rows : Tensor, shape (n,), int32
         Which of the source's images these are.
     """
 
@@ -120,10 +120,10 @@ class ImageSet:
     def select(self, rows: Tensor, band: float | None = None) -> Observations:
         """Load the images of some rows, up to a radius in cycles per box."""
         plane = self.plane if band is None else self.plane.within(band)
-        coefficients, ctf = self.source(self.rows[rows], len(plane))
+        coefficients, ctf = self.source(self.rows[rows].long(), len(plane))
         ctf = ctf * self.gain[rows, None]
         noise = self.noise_power[:, : plane.n_shells]
-        return Observations(plane, coefficients, ctf, noise, self.group[rows])
+        return Observations(plane, coefficients, ctf, noise, self.group[rows].long())
 
     def whole(self, band: float | None = None) -> Observations:
         """Load all images, up to a radius in cycles per box."""

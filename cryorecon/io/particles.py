@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,9 @@ from numpy.typing import NDArray
 
 from cryorecon.errors import CryoreconError
 from cryorecon.io.mrc import open_stack
-from cryorecon.io.paths import resolve_stacks
-from cryorecon.io.star import Tables, numbers, read_star, write_star
+from cryorecon.io.stacks import check_stacks, parse_image_names, resolve_stacks
+from cryorecon.io.star import Tables, numbers, star_blocks, write_star
+from cryorecon.io.text_table import TextTable
 from cryorecon.physics.ctf import CtfParameters
 
 _ANGLES = ["rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi"]
@@ -38,7 +40,7 @@ class Particles:
     ----------
     path : Path
         The STAR file.
-    table : DataFrame
+    table : TextTable
         Every column of every particle, as text, in the file's order.
     blocks : dict of DataFrame
         The file's other tables, `optics` among them from RELION 3.1 on.
@@ -52,14 +54,14 @@ class Particles:
     """
 
     path: Path
-    table: pd.DataFrame
+    table: TextTable
     blocks: Tables
     block_name: str
     box: int
     pixel_size_angst: float
-    rows: NDArray[np.int64]
-    _stack_of: NDArray[np.int64] = field(repr=False)
-    _section: NDArray[np.int64] = field(repr=False)
+    rows: NDArray[np.int32]
+    _stack_of: NDArray[np.int32] = field(repr=False)
+    _section: NDArray[np.int32] = field(repr=False)
     _stacks: tuple[Path, ...] = field(repr=False)
 
     def __len__(self) -> int:
@@ -75,7 +77,7 @@ class Particles:
         index = np.asarray(rows, dtype=np.int64)
         return replace(
             self,
-            table=self.table.iloc[index].reset_index(drop=True),
+            table=self.table.subset(index),
             rows=self.rows[index],
             _stack_of=self._stack_of[index],
             _section=self._section[index],
@@ -171,12 +173,16 @@ class Particles:
                 "Run CTF estimation first, or add the column to the particle or the optics table",
             )
 
-        def values(column: str, default: float | None = None) -> torch.Tensor:
+        def values(column: str, default: float = 0.0) -> torch.Tensor:
             if column in self.table:
-                return torch.from_numpy(self._column(column))
-            if optics is not None and column in optics:
-                return torch.from_numpy(numbers(self.path, optics, column)[index])
-            return torch.full((len(self),), float(default or 0.0), dtype=torch.float64)
+                found = self._column(column)
+            elif optics is not None and column in optics:
+                found = numbers(self.path, optics, column)[index]
+            else:
+                found = np.array([default])
+            if (found == found[0]).all():  # Millions of equal numbers are one.
+                return torch.tensor(found[0], dtype=torch.float64).expand(len(self))
+            return torch.from_numpy(found)
 
         columns = {**_PER_PARTICLE_CTF, **_MICROSCOPE}
         return CtfParameters(
@@ -204,20 +210,18 @@ class Particles:
         random_subsets : array of 1 and 2, optional
         class_number : int, optional
         """
-        table = self.table.copy()
+        new: dict[str, NDArray[np.generic]] = {}
         if euler_deg is not None:
-            for column, values in zip(_ANGLES, np.asarray(euler_deg).T, strict=True):
-                table[column] = values.astype(np.float64)
+            new |= zip(_ANGLES, np.asarray(euler_deg, np.float64).T, strict=True)
         if origins_angst is not None:
             unit, scale = ("Angst", 1.0) if self.has_optics_table else ("", self.pixel_size_angst)
-            for axis, values in zip("XY", np.asarray(origins_angst).T, strict=True):
-                table[f"rlnOrigin{axis}{unit}"] = values.astype(np.float64) / scale
+            for axis, values in zip("XY", np.asarray(origins_angst, np.float64).T, strict=True):
+                new[f"rlnOrigin{axis}{unit}"] = values / scale
         if class_number is not None:
-            table["rlnClassNumber"] = class_number
+            new["rlnClassNumber"] = np.full(len(self), class_number)
         if random_subsets is not None:
-            table["rlnRandomSubset"] = np.asarray(random_subsets)
-        order = [n for n in self.blocks if n != self.block_name] + [self.block_name]
-        write_star(path, {n: table if n == self.block_name else self.blocks[n] for n in order})
+            new["rlnRandomSubset"] = np.asarray(random_subsets)
+        write_star(path, {**self.blocks, self.block_name: self.table.frames(new)})
 
 
 def read_particles(path: str | Path, project: str | Path | None = None) -> Particles:
@@ -235,82 +239,49 @@ def read_particles(path: str | Path, project: str | Path | None = None) -> Parti
         If a table, column, stack or section is missing or they contradict each other.
     """
     path = Path(path)
-    blocks = read_star(path)
-    name = _particle_block(path, blocks)
-    table = blocks[name]
+    blocks, tables = _read_blocks(path)
+    name = _particle_block(path, blocks, tables)
+    table = tables.pop(name)
+    blocks |= {other: pd.concat(list(rest.frames())) for other, rest in tables.items()}
     if len(table) == 0:
         raise CryoreconError(f"{path} holds no particles: its table is empty", "Select some first")
-    stack_of, section, names = _parse_image_names(path, table)
+    stack_of, section, names = parse_image_names(path, table)
     stacks = resolve_stacks(path, names, project)
-    box = _check_stacks(path, stacks, stack_of, section)
+    box = check_stacks(path, stacks, stack_of, section)
     pixel_size = _pixel_size(path, table, blocks.get("optics"), stacks[0], box)
-    rows = np.arange(len(table))
+    rows = np.arange(len(table), dtype=np.int32)
     return Particles(
         path, table, blocks, name, box, pixel_size, rows, stack_of, section, tuple(stacks)
     )
 
 
-def _particle_block(path: Path, blocks: Tables) -> str:
-    for name in ("particles", "images", ""):
-        if name in blocks and "rlnImageName" in blocks[name]:
+def _read_blocks(path: Path) -> tuple[Tables, dict[str, TextTable]]:
+    """Tables of the file, and apart from them those that name images."""
+    blocks: Tables = {}
+    tables: dict[str, TextTable] = {}
+    for name, pieces in star_blocks(path):
+        first = next(pieces)
+        if "rlnImageName" in first:
+            tables[name] = TextTable.gather(chain([first], pieces))
+        else:
+            blocks[name] = pd.concat([first, *pieces], ignore_index=True)
+    return blocks, tables
+
+
+def _particle_block(path: Path, blocks: Tables, tables: dict[str, TextTable]) -> str:
+    usual = ("particles", "images", "")
+    for name in (*usual, *tables):
+        if name in tables:
             return name
-    for name, block in blocks.items():
-        if "rlnImageName" in block:
-            return name
-        if name in ("particles", "images", "") and len(block) == 0:
-            raise CryoreconError(
-                f"{path} holds no particles: its table is empty", "Select some first"
-            )
+    if any(name in blocks and len(blocks[name]) == 0 for name in usual):
+        raise CryoreconError(f"{path} holds no particles: its table is empty", "Select some first")
     raise CryoreconError(
         f"{path} has no table with a column rlnImageName (blocks: {', '.join(blocks) or 'none'})",
         "Give a particle STAR file, not one of micrographs or jobs",
     )
 
 
-def _parse_image_names(
-    path: Path, table: pd.DataFrame
-) -> tuple[NDArray[np.int64], NDArray[np.int64], list[str]]:
-    parts = table["rlnImageName"].astype(str).str.extract(r"^(?:(\d+)@)?(.+)$")
-    sections = pd.to_numeric(parts[0].fillna("1")).to_numpy(np.int64) - 1
-    if (sections < 0).any():
-        row = int(np.flatnonzero(sections < 0)[0])
-        raise CryoreconError(
-            f"{path}, row {row + 1}: image number 0 in {table['rlnImageName'].iloc[row]}",
-            "RELION counts images from 1; correct the image names",
-        )
-    stack_of, names = pd.factorize(parts[1])
-    return stack_of.astype(np.int64), sections, [str(n) for n in names]
-
-
-def _check_stacks(
-    path: Path, stacks: list[Path], stack_of: NDArray[np.int64], section: NDArray[np.int64]
-) -> int:
-    boxes: dict[tuple[int, int], Path] = {}
-    for number, stack in enumerate(stacks):
-        n_images, ny, nx = open_stack(stack).shape
-        boxes.setdefault((ny, nx), stack)
-        beyond = np.flatnonzero((stack_of == number) & (section >= n_images))
-        if len(beyond):
-            row = int(beyond[0])
-            raise CryoreconError(
-                f"{path}, row {row + 1}: asks for image {section[row] + 1} of {stack}, which holds "
-                f"{n_images} ({len(beyond)} such rows)",
-                "The STAR file and the stack do not belong together; check both",
-            )
-    if len(boxes) > 1:
-        (a, first), (b, second) = list(boxes.items())[:2]
-        raise CryoreconError(
-            f"{path} mixes box sizes: {first} has {a[1]} x {a[0]} px "
-            f"and {second} {b[1]} x {b[0]} px",
-            "Extract all particles with one box size",
-        )
-    (ny, nx), stack = next(iter(boxes.items()))
-    if ny != nx:
-        raise CryoreconError(f"{stack} holds {nx} x {ny} px images", "Particles must be square")
-    return int(nx)
-
-
-def _optics_index(path: Path, table: pd.DataFrame, optics: pd.DataFrame) -> NDArray[np.int64]:
+def _optics_index(path: Path, table: TextTable, optics: pd.DataFrame) -> NDArray[np.int64]:
     if len(optics) == 1 and "rlnOpticsGroup" not in table:
         return np.zeros(len(table), dtype=np.int64)
     if "rlnOpticsGroup" not in table or "rlnOpticsGroup" not in optics:
@@ -331,8 +302,10 @@ def _optics_index(path: Path, table: pd.DataFrame, optics: pd.DataFrame) -> NDAr
 
 
 def _pixel_size(
-    path: Path, table: pd.DataFrame, optics: pd.DataFrame | None, stack: Path, box: int
+    path: Path, table: TextTable, optics: pd.DataFrame | None, stack: Path, box: int
 ) -> float:
+    if optics is not None and len(optics) == 0:
+        raise CryoreconError(f"{path}: its optics table is empty", "Add a row for each group")
     source = optics if optics is not None else table
     if optics is not None and "rlnImageSize" in optics:
         sizes = numbers(path, optics, "rlnImageSize").astype(int)

@@ -1,10 +1,16 @@
-"""Where the stacks that a STAR file names lie on disk."""
+"""Which images a STAR file names, and where their stacks lie on disk."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
 from cryorecon.errors import CryoreconError
+from cryorecon.io.mrc import open_stack
+from cryorecon.io.text_table import TextTable
 
 
 def resolve_stacks(star: Path, names: list[str], project: str | Path | None) -> list[Path]:
@@ -39,3 +45,75 @@ def resolve_stacks(star: Path, names: list[str], project: str | Path | None) -> 
             "Run from the RELION project folder or give it with --project",
         )
     return found
+
+
+def parse_image_names(
+    path: Path, table: TextTable
+) -> tuple[NDArray[np.int32], NDArray[np.int32], list[str]]:
+    """Stack and section of each particle, both from 0, and the names of the stacks.
+
+    Raises
+    ------
+    CryoreconError
+        If an image is numbered 0.
+    """
+    section = np.empty(len(table), np.int32)
+    stack_of = np.empty(len(table), np.int32)
+    number_of: dict[str, int] = {}
+    done = 0
+    for names in table.text("rlnImageName"):
+        parts = names.str.extract(r"^(?:(\d+)@)?(.+)$")
+        here = slice(done, done + len(names))
+        section[here] = pd.to_numeric(parts[0].fillna("1")).clip(upper=2**31 - 1) - 1
+        if (section[here] < 0).any():
+            row = int(np.flatnonzero(section[here] < 0)[0])
+            raise CryoreconError(
+                f"{path}, row {done + row + 1}: image number 0 in {names.iloc[row]}",
+                "RELION counts images from 1; correct the image names",
+            )
+        codes, stacks = pd.factorize(parts[1])
+        known = [number_of.setdefault(str(stack), len(number_of)) for stack in stacks]
+        stack_of[here] = np.array(known, np.int32)[codes]
+        done += len(names)
+    return stack_of, section, list(number_of)
+
+
+def check_stacks(
+    path: Path, stacks: list[Path], stack_of: NDArray[np.int32], section: NDArray[np.int32]
+) -> int:
+    """Open all stacks and compare them with what is asked of them.
+
+    Returns
+    -------
+    int
+        Samples a side of every image.
+
+    Raises
+    ------
+    CryoreconError
+        If a section does not exist, images are not square, or boxes differ.
+    """
+    boxes: dict[tuple[int, int], Path] = {}
+    counts = np.empty(len(stacks), np.int64)
+    for number, stack in enumerate(stacks):
+        counts[number], ny, nx = open_stack(stack).shape
+        boxes.setdefault((ny, nx), stack)
+    beyond = np.flatnonzero(section >= counts[stack_of])
+    if len(beyond):
+        row = int(beyond[0])
+        raise CryoreconError(
+            f"{path}, row {row + 1}: asks for image {section[row] + 1} of {stacks[stack_of[row]]}, "
+            f"which holds {counts[stack_of[row]]} ({len(beyond)} such rows)",
+            "The STAR file and the stack do not belong together; check both",
+        )
+    if len(boxes) > 1:
+        (a, first), (b, second) = list(boxes.items())[:2]
+        raise CryoreconError(
+            f"{path} mixes box sizes: {first} has {a[1]} x {a[0]} px "
+            f"and {second} {b[1]} x {b[0]} px",
+            "Extract all particles with one box size",
+        )
+    (ny, nx), stack = next(iter(boxes.items()))
+    if ny != nx:
+        raise CryoreconError(f"{stack} holds {nx} x {ny} px images", "Particles must be square")
+    return int(nx)

@@ -125,7 +125,11 @@ def load_observations(
     done = 0
     for rows in torch.from_numpy(particles.file_order()).split(_BLOCK):
         done += len(rows)
+        if progress is not None:
+            progress(done, n)
         rows = rows if held else rows[heard[rows]]
+        if len(rows) == 0:
+            continue
         images = disk.images(rows)
         if held:
             store.coefficients[rows] = to_coefficients(images, plane)
@@ -135,11 +139,10 @@ def load_observations(
             if len(of_group) == 0:
                 continue
             power[number] += noise_power_outside(of_group, radius_px, plane) * len(of_group)
-        if progress is not None:
-            progress(done, n)
     counts = torch.bincount(group[heard], minlength=len(power)).clamp(min=1)
     source: Source = store if held else disk
-    return ImageSet(plane, source, power / counts[:, None], group, torch.ones(n), torch.arange(n))
+    rows = torch.arange(n, dtype=torch.int32)
+    return ImageSet(plane, source, power / counts[:, None], group.int(), torch.ones(n), rows)
 
 
 def _spread(group: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 from measure import timed
 
 VERSION = "cryodrgn==4.3.1"
@@ -44,7 +45,7 @@ def run_cryodrgn(command: Path, stack: Path, output: Path, args) -> dict:
     return timed(words, output / "cryodrgn.json", args.limit_s)
 
 
-def cryodrgn_poses(pickled: Path) -> "list":
+def cryodrgn_poses(pickled: Path) -> list[np.ndarray]:
     """Rotation matrices, which are RELION's, of a pose file."""
     with open(pickled, "rb") as file:
         found = pickle.load(file)

@@ -2,9 +2,10 @@
 
     python examples/benchmarks/amortized_memory.py STACK OUT [--counts 10000 1000000]
 
-STACK/blind.star is repeated until it has as many rows as asked for, so that the disk holds any
-number; images are read from disk. Tells what the process holds once the table is read and what
-measuring the noise and training on 20,000 images add to it, the peak, and the training's rate.
+The images of STACK/blind.star are repeated, each row with a defocus, coordinates and micrograph of
+its own, so that the disk holds any number; images are read from disk. Tells what the process holds
+once the table is read, what measuring the noise and training on 20,000 images add to it, the peak,
+and the training's rate.
 """
 
 import argparse
@@ -56,12 +57,12 @@ def main() -> None:
     if args.output is None:
         trained(args.stack)
         return
-    from memory import repeated
+    from memory import distinct
 
     print("| particles | table, s | table, MB | training, MB | peak MB | ms an image |")
     print("|---|---|---|---|---|---|")
     for count in args.counts:
-        command = [sys.executable, __file__, str(repeated(args.stack, count))]
+        command = [sys.executable, __file__, str(distinct(args.stack, count))]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         found = json.loads(done.stdout.splitlines()[-1])
         print(

@@ -2,28 +2,44 @@
 
     python examples/benchmarks/memory.py STACK OUT [--counts 2000 20000]
 
-STACK/blind.star is repeated until it has as many rows as asked for, so that the disk holds any
-number; each count runs with `--images disk` and `--images memory`, one start and two rounds.
+The images of STACK/blind.star are repeated, each row with a defocus, coordinates and micrograph of
+its own, so that the disk holds any number; each count runs with `--images disk` and
+`--images memory`, one start and two rounds.
 """
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from measure import timed
 
 from cryorecon.io.star import read_star, write_star
 
 
-def repeated(stack: Path, count: int) -> Path:
-    """A STAR file of `count` rows beside the stack."""
-    path = stack / f"blind_{count}.star"
+def distinct(stack: Path, count: int) -> Path:
+    """A STAR file of `count` rows beside the stack: images repeat, their metadata do not."""
+    path = stack / f"distinct_{count}.star"
     tables = read_star(stack / "blind.star")
     particles = tables["particles"]
-    copies = -(-count // len(particles))
-    tables["particles"] = pd.concat([particles] * copies, ignore_index=True)[:count]
-    write_star(path, tables)
+    random = np.random.default_rng(0)
+
+    def pieces() -> Iterator[pd.DataFrame]:
+        for start in range(0, count, len(particles)):
+            piece = particles[: count - start].copy()
+            for column in ("rlnDefocusU", "rlnDefocusV"):
+                nearby = particles[column].astype(float)[: len(piece)]
+                piece[column] = nearby + random.uniform(-100, 100, len(piece))
+            piece["rlnDefocusAngle"] = random.uniform(0, 180, len(piece))
+            for axis in "XY":
+                piece[f"rlnCoordinate{axis}"] = random.uniform(0, 4096, len(piece))
+            row = np.arange(start, start + len(piece))
+            piece["rlnMicrographName"] = [f"MotionCorr/job002/mic_{i // 200:06d}.mrc" for i in row]
+            yield piece
+
+    write_star(path, {**tables, "particles": pieces()})
     return path
 
 
@@ -35,7 +51,7 @@ def main() -> None:
     args = parser.parse_args()
     print("| particles | images | wall s | CPU s | peak MB |\n|---|---|---|---|---|")
     for count in args.counts:
-        star = repeated(args.stack, count)
+        star = distinct(args.stack, count)
         for images in ("disk", "memory"):
             name = f"{count}_{images}"
             command = [sys.executable, "-m", "cryorecon", "abinitio", str(star), "--overwrite"]
