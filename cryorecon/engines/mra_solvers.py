@@ -1,0 +1,300 @@
+"""Signals and densities of shifts from moments, without training: spectral, and by least squares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cryorecon.engines.mra import Moments, circulant, moment_arrays
+
+# Largest Jacobian held at once, in numbers.
+_JACOBIAN_NUMBERS = 2**25
+# Relative error down to which exact moments are fitted.
+_EXACT = 1e-6
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Estimates for b problems.
+
+    Attributes
+    ----------
+    signal, density : Tensor, shape (b, n)
+    misfit : Tensor, shape (b,)
+        Mean of both moments' squared errors over what the noise is expected to make of them: 1 at
+        the truth.
+    """
+
+    signal: Tensor
+    density: Tensor
+    misfit: Tensor
+
+
+def noise_floors(target: Moments) -> tuple[Tensor, Tensor]:
+    """Expected errors of both moments, no less than rounding makes of exact ones; shape (b,)."""
+    first, second = target.first.norm(dim=-1), target.second.norm(dim=(-2, -1))
+    return (
+        target.first_noise.maximum(_EXACT * first),
+        target.second_noise.maximum(_EXACT * second),
+    )
+
+
+def misfit(signal: Tensor, density: Tensor, target: Moments) -> Tensor:
+    """See `Solution`; shape (b,)."""
+    floor_first, floor_second = noise_floors(target)
+    first, second = moment_arrays(signal, density)
+    one = (first - target.first).square().sum(-1) / floor_first.square()
+    two = (second - target.second).square().sum((-2, -1)) / floor_second.square()
+    return (one + two) / 2
+
+
+def solve_spectral(target: Moments, threshold: float = 1e-2) -> Solution:
+    """Signal from an eigenvector of the second moment (Abbe et al. 2018).
+
+    Divided by the modulus of the signal's transform on both sides, the second moment is circulant
+    up to the signal's phases: its eigenvalues are the density and each eigenvector of a simple
+    eigenvalue is the signal's phases times a wave. The one best set apart from its neighbours is
+    taken. Exact for exact moments, a density without repeated values, and a signal with power at
+    every frequency.
+
+    Parameters
+    ----------
+    target : Moments, float64
+        Single precision is not enough for the eigenvectors.
+    threshold : float
+        Frequencies with less than this part of the largest power are left out; so are those with
+        less than four times the noise of the power.
+    """
+    first, second = target.fourier()
+    n = first.shape[-1]
+    power = second.diagonal(dim1=-2, dim2=-1).real
+    least = power.amax(-1) * threshold
+    exact = target.second_noise == 0
+    least = torch.where(exact, power.amax(-1) * 1e-13, least.maximum(4 * target.second_noise / n))
+    kept = power > least[:, None]
+    modulus = power.clamp(min=1e-300).sqrt() * kept
+    inverse = torch.where(kept, 1 / modulus.clamp(min=1e-150), torch.zeros_like(modulus))
+    phases = _set_apart(second * inverse[:, :, None] * inverse[:, None, :])
+    spectrum = _real_signal(modulus * phases * n**0.5, first)
+    signal = torch.fft.ifft(spectrum, norm="ortho").real
+    # The moments' trace is the signal's energy, which the eigenvector only has over frequencies.
+    density = _density_of(spectrum, second, kept, least)
+    return Solution(signal, density, misfit(signal, density, target))
+
+
+def _set_apart(matrix: Tensor) -> Tensor:
+    """The unit eigenvector whose eigenvalue lies furthest from its nearest, shape (b, n)."""
+    values, vectors = torch.linalg.eigh(matrix)
+    gaps = values.diff(dim=-1)
+    wide = torch.full_like(values[:, :1], torch.inf)
+    apart = torch.cat([wide, gaps], -1).minimum(torch.cat([gaps, wide], -1))
+    best = apart.argmax(-1)
+    return vectors[torch.arange(len(best)), :, best]
+
+
+def _real_signal(spectrum: Tensor, first: Tensor) -> Tensor:
+    """Turn by the one phase that makes the signal real, with the sign of the mean observation."""
+    mate = spectrum.flip(-1).roll(1, -1)
+    phase = (spectrum * mate).sum(-1).angle() / 2
+    spectrum = spectrum * torch.polar(torch.ones_like(phase), -phase)[:, None]
+    spectrum = (spectrum + spectrum.flip(-1).roll(1, -1).conj()) / 2
+    sign = (spectrum[:, 0].real * first[:, 0].real).sign()
+    return spectrum * torch.where(sign == 0, torch.ones_like(sign), sign)[:, None]
+
+
+def _density_of(spectrum: Tensor, second: Tensor, kept: Tensor, least: Tensor) -> Tensor:
+    """Probabilities of shifts that explain the second moment best, one frequency at a time."""
+    n = spectrum.shape[-1]
+    frequency = torch.arange(n, device=spectrum.device)
+    lag = (frequency[:, None] - frequency) % n
+    outer = spectrum[:, :, None] * spectrum.conj()[:, None, :]
+    outer = outer * (kept[:, :, None] & kept[:, None, :])
+    index = lag.flatten().expand(len(spectrum), -1)
+    zero = torch.zeros_like(spectrum)
+    above = zero.scatter_add(1, index, (second * outer.conj()).flatten(1))
+    below = zero.scatter_add(1, index, (outer * outer.conj()).flatten(1)).real
+    transform = above / (below + least[:, None].square())
+    density = torch.fft.ifft(transform).real.clamp(min=0)
+    return density / density.sum(-1, keepdim=True).clamp(min=1e-300)
+
+
+@dataclass(frozen=True)
+class DirectConfig:
+    """Least squares over signal and density.
+
+    Attributes
+    ----------
+    starts : int
+        Random starts besides the spectral one.
+    stages : int
+        How often the weight of smoothness may fall before a start is given up.
+    steps : int
+        Levenberg-Marquardt steps a stage.
+    fall : float
+        The weight's factor from stage to stage.
+    """
+
+    starts: int = 8
+    stages: int = 40
+    steps: int = 3
+    fall: float = 0.3
+
+    def __post_init__(self) -> None:
+        if self.starts < 0 or self.stages < 1 or self.steps < 1 or not 0 < self.fall < 1:
+            raise ValueError(f"needs counts of 1 or more and a fall in (0, 1), got {self}")
+
+
+def solve_direct(
+    target: Moments,
+    generator: torch.Generator,
+    config: DirectConfig | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Solution:
+    """The smoothest signal and density that explain the moments to within their noise.
+
+    Levenberg-Marquardt over the samples v and over p, with density ``p^2 / sum p^2``. Smoothness,
+    the energy of both derivatives, begins with a large weight, which falls until the squared errors
+    of the moments are what noise is expected to make of them (the discrepancy principle): nothing
+    is gained by fitting noise. Of all starts the smoothest counts that came so far, else the one
+    that came nearest.
+
+    Parameters
+    ----------
+    target : Moments, float64
+    progress : callable
+        Told of starts done and their number.
+    """
+    config = config or DirectConfig()
+    signals, densities = _starts(target, generator, config.starts)
+    n_starts, b, n = signals.shape
+    tiled = Moments(
+        target.first.repeat(n_starts, 1),
+        target.second.repeat(n_starts, 1, 1),
+        target.first_noise.repeat(n_starts),
+        target.second_noise.repeat(n_starts),
+    )
+    flat = signals.flatten(0, 1), densities.flatten(0, 1)
+    chunk = max(1, _JACOBIAN_NUMBERS // (2 * n**3))
+    parts = []
+    for begin in range(0, n_starts * b, chunk):
+        rows = slice(begin, begin + chunk)
+        parts.append(_Descent(tiled.take(rows), flat[0][rows], flat[1][rows]).run(config))
+        progress(min(begin + chunk, n_starts * b), n_starts * b)
+    signal, density, errors, rough = (torch.cat(column) for column in zip(*parts, strict=True))
+    reached = errors <= 1.0 + 1e-9
+    score = torch.where(reached, rough / rough.amax(), 2 + errors).reshape(n_starts, b)
+    best = score.argmin(0) * b + torch.arange(b)
+    return Solution(signal[best], density[best], errors[best])
+
+
+def _starts(target: Moments, generator: torch.Generator, count: int) -> tuple[Tensor, Tensor]:
+    """Spectral and smooth random signals with near-uniform densities, (count + 1, b, n) each."""
+    spectral = solve_spectral(target)
+    b, n = spectral.signal.shape
+    k = torch.arange(n // 2 + 1)
+    falling = (1 / (1 + k.double())).to(target.first)
+
+    def smooth() -> Tensor:
+        noise = torch.randn(
+            count, b, n, generator=generator, dtype=torch.float64, device=generator.device
+        )
+        return torch.fft.irfft(torch.fft.rfft(noise.to(target.first)) * falling, n=n)
+
+    energy = target.second.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=1e-300)
+    signal = smooth()
+    signal = signal / signal.norm(dim=-1, keepdim=True) * energy.sqrt()[:, None]
+    density = smooth().div(0.5).exp()
+    signals = torch.cat([spectral.signal[None], signal])
+    # A density of exactly 0 could not grow again: p enters squared.
+    floored = torch.cat([spectral.density[None] + 0.1 / n, density])
+    return signals, floored / floored.sum(-1, keepdim=True)
+
+
+class _Descent:
+    """Many problems at once, each with its own damping and weight of smoothness."""
+
+    def __init__(self, target: Moments, signal: Tensor, density: Tensor) -> None:
+        self.target = target
+        self.floors = noise_floors(target)
+        n = signal.shape[-1]
+        energy = target.second.diagonal(dim1=-2, dim2=-1).sum(-1)
+        self.scale = energy.clamp(min=1e-300).sqrt()
+        self.values = torch.cat([signal / self.scale[:, None], density.sqrt()], -1)
+        k = torch.fft.fftfreq(n, 1 / n, dtype=signal.dtype, device=signal.device)
+        wave = torch.fft.fft(torch.eye(n, dtype=signal.dtype, device=signal.device), norm="ortho")
+        derivative = (wave.conj().mT * k.square() @ wave).real
+        self.roughness = torch.block_diag(derivative, derivative)
+        self.damping = torch.full_like(energy, 1e-2)
+
+    def parts(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Signal and density of a table of values, shape (b, 2 n)."""
+        v, p = values.chunk(2, -1)
+        square = p.square()
+        return v * self.scale[:, None], square / square.sum(-1, keepdim=True)
+
+    def residual(self, values: Tensor) -> Tensor:
+        """Errors of both moments over their floors, shape (b, n + n^2); squared sum 2 at truth."""
+        first, second = moment_arrays(*self.parts(values))
+        one = (first - self.target.first) / self.floors[0][:, None]
+        two = (second - self.target.second).flatten(1) / self.floors[1][:, None]
+        return torch.cat([one, two], -1)
+
+    def rough(self, values: Tensor) -> Tensor:
+        """Energy of the derivatives, shape (b,)."""
+        return ((values @ self.roughness) * values).sum(-1)
+
+    def jacobian(self, values: Tensor) -> Tensor:
+        """Derivatives of the residual, shape (b, n + n^2, 2 n)."""
+        signal, density = self.parts(values)
+        p = values.chunk(2, -1)[1]
+        n = signal.shape[-1]
+        copies, weights = circulant(signal), circulant(density)
+        index = torch.arange(n, device=signal.device)
+        offset = (index[None, :, None] - index[:, None, None] + index) % n
+        half = weights[:, :, None, :] * signal[:, offset]
+        by_signal = torch.cat([weights, (half + half.transpose(1, 2)).flatten(1, 2)], 1)
+        outer = (copies[:, :, None, :] * copies[:, None, :, :]).flatten(1, 2)
+        by_density = torch.cat([copies, outer], 1)
+        mean = by_density @ density[..., None]
+        by_p = (by_density - mean) * (2 * p)[:, None, :]
+        jacobian = torch.cat([by_signal * self.scale[:, None, None], by_p], -1)
+        jacobian[:, :n] /= self.floors[0][:, None, None]
+        jacobian[:, n:] /= self.floors[1][:, None, None]
+        return jacobian
+
+    def step(self, values: Tensor, weight: Tensor) -> Tensor:
+        """One damped step for every problem; those it would worsen stay and are damped more."""
+        residual, jacobian = self.residual(values), self.jacobian(values)
+        normal = jacobian.mT @ jacobian + weight[:, None, None] * self.roughness
+        gradient = (jacobian.mT @ residual[..., None])[..., 0]
+        gradient = gradient + weight[:, None] * (values @ self.roughness)
+        size = normal.diagonal(dim1=-2, dim2=-1)
+        ridge = self.damping[:, None] * size + 1e-12 * size.amax(-1, keepdim=True)
+        move = torch.linalg.solve(normal + torch.diag_embed(ridge), -gradient)
+        trial = values + move
+        v, p = trial.chunk(2, -1)
+        trial = torch.cat([v, p / p.norm(dim=-1, keepdim=True)], -1)
+        before = residual.square().sum(-1) + weight * self.rough(values)
+        after = self.residual(trial).square().sum(-1) + weight * self.rough(trial)
+        better = after < before
+        self.damping = torch.where(better, self.damping / 5, self.damping * 4).clamp(1e-9, 1e6)
+        return torch.where(better[:, None], trial, values)
+
+    def run(self, config: DirectConfig) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Signal, density, misfit and roughness of every problem."""
+        values = self.values
+        misfits = self.residual(values).square().sum(-1) / 2
+        weight = 2 * misfits / self.rough(values).clamp(min=1e-12)
+        for _ in range(config.stages):
+            going = misfits > 1
+            if not bool(going.any()):
+                break
+            for _ in range(config.steps):
+                stepped = self.step(values, weight)
+                values = torch.where(going[:, None], stepped, values)
+            misfits = self.residual(values).square().sum(-1) / 2
+            weight = weight * config.fall
+        return (*self.parts(values), misfits, self.rough(values))
