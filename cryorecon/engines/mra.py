@@ -1,4 +1,4 @@
-"""Multireference alignment in one dimension: the model, its moments, and how far off an estimate is.
+"""Multireference alignment in one dimension: the model, its moments, errors of estimates.
 
 Observations are circularly shifted copies of one signal with white noise (Khoo, Paul, Sharon 2024,
 equations 2 and 23). Moments are kept over samples rather than frequencies: the unitary Fourier
@@ -79,9 +79,7 @@ def shifted(signal: Tensor, by: Tensor) -> Tensor:
     n = signal.shape[-1]
     k = torch.arange(n // 2 + 1, device=signal.device)
     angle = (-2 * math.pi / n) * k * by[..., None].to(signal)
-    return torch.fft.irfft(
-        torch.fft.rfft(signal) * torch.polar(torch.ones_like(angle), angle), n=n
-    )
+    return torch.fft.irfft(torch.fft.rfft(signal) * torch.polar(torch.ones_like(angle), angle), n=n)
 
 
 def circulant(signal: Tensor) -> Tensor:
@@ -200,7 +198,7 @@ def estimate_noise_std(raw_second: Tensor, count: int) -> tuple[float, int]:
     edge = (1 + ratio.sqrt()).square() + 3 * ratio.sqrt() * sizes.pow(-2 / 3)
     noise = (values <= means * edge).long().cumprod(0)
     dimensions = int(noise.sum())
-    if dimensions < max(3, n // 8) or dimensions > 0 and float(means[dimensions - 1]) <= 0:
+    if dimensions < max(3, n // 8) or float(means[dimensions - 1]) <= 0:
         return 0.0, 0
     # What the run hides of eigenvalues is lost to the signal's dimensions, not to the mean.
     lost = 1 - (n - dimensions) / count

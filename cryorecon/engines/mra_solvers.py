@@ -1,7 +1,8 @@
-"""Signals and densities of shifts from moments, without training: spectral, and by least squares."""
+"""Signals and densities of shifts from moments without training: spectral and least squares."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -77,22 +78,28 @@ def solve_spectral(target: Moments, threshold: float = 1e-2) -> Solution:
     kept = power > least[:, None]
     modulus = power.clamp(min=1e-300).sqrt() * kept
     inverse = torch.where(kept, 1 / modulus.clamp(min=1e-150), torch.zeros_like(modulus))
-    phases = _set_apart(second * inverse[:, :, None] * inverse[:, None, :])
-    spectrum = _real_signal(modulus * phases * n**0.5, first)
-    signal = torch.fft.ifft(spectrum, norm="ortho").real
-    # The moments' trace is the signal's energy, which the eigenvector only has over frequencies.
-    density = _density_of(spectrum, second, kept, least)
-    return Solution(signal, density, misfit(signal, density, target))
+    _, vectors = torch.linalg.eigh(second * inverse[:, :, None] * inverse[:, None, :])
+    best: Solution | None = None
+    for number in range(n):
+        spectrum = _real_signal(modulus * vectors[:, :, number] * n**0.5, first)
+        # Where frequencies are left out an eigenvector is no pure wave: moduli are known, though.
+        spectrum = modulus * torch.polar(torch.ones_like(modulus), spectrum.angle())
+        signal = torch.fft.ifft(spectrum, norm="ortho").real
+        density = _density_of(torch.fft.fft(signal, norm="ortho"), second, kept, least)
+        found = Solution(signal, density, misfit(signal, density, target))
+        best = found if best is None else _better(best, found)
+    assert best is not None
+    return best
 
 
-def _set_apart(matrix: Tensor) -> Tensor:
-    """The unit eigenvector whose eigenvalue lies furthest from its nearest, shape (b, n)."""
-    values, vectors = torch.linalg.eigh(matrix)
-    gaps = values.diff(dim=-1)
-    wide = torch.full_like(values[:, :1], torch.inf)
-    apart = torch.cat([wide, gaps], -1).minimum(torch.cat([gaps, wide], -1))
-    best = apart.argmax(-1)
-    return vectors[torch.arange(len(best)), :, best]
+def _better(one: Solution, other: Solution) -> Solution:
+    """Problem by problem the one with the smaller misfit."""
+    first = (one.misfit <= other.misfit)[:, None]
+    return Solution(
+        torch.where(first, one.signal, other.signal),
+        torch.where(first, one.density, other.density),
+        one.misfit.minimum(other.misfit),
+    )
 
 
 def _real_signal(spectrum: Tensor, first: Tensor) -> Tensor:
@@ -137,7 +144,7 @@ class DirectConfig:
         The weight's factor from stage to stage.
     """
 
-    starts: int = 8
+    starts: int = 4
     stages: int = 40
     steps: int = 3
     fall: float = 0.3
@@ -151,7 +158,7 @@ def solve_direct(
     target: Moments,
     generator: torch.Generator,
     config: DirectConfig | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Solution:
     """The smoothest signal and density that explain the moments to within their noise.
 
@@ -182,7 +189,8 @@ def solve_direct(
     for begin in range(0, n_starts * b, chunk):
         rows = slice(begin, begin + chunk)
         parts.append(_Descent(tiled.take(rows), flat[0][rows], flat[1][rows]).run(config))
-        progress(min(begin + chunk, n_starts * b), n_starts * b)
+        if progress is not None:
+            progress(min(begin + chunk, n_starts * b), n_starts * b)
     signal, density, errors, rough = (torch.cat(column) for column in zip(*parts, strict=True))
     reached = errors <= 1.0 + 1e-9
     score = torch.where(reached, rough / rough.amax(), 2 + errors).reshape(n_starts, b)
@@ -201,6 +209,8 @@ def _starts(target: Moments, generator: torch.Generator, count: int) -> tuple[Te
         noise = torch.randn(
             count, b, n, generator=generator, dtype=torch.float64, device=generator.device
         )
+        if count == 0:
+            return noise.to(target.first)
         return torch.fft.irfft(torch.fft.rfft(noise.to(target.first)) * falling, n=n)
 
     energy = target.second.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=1e-300)
@@ -223,6 +233,13 @@ class _Descent:
         energy = target.second.diagonal(dim1=-2, dim2=-1).sum(-1)
         self.scale = energy.clamp(min=1e-300).sqrt()
         self.values = torch.cat([signal / self.scale[:, None], density.sqrt()], -1)
+        index = torch.arange(n, device=signal.device)
+        row, column = torch.triu_indices(n, n, device=signal.device)
+        self.pairs = row, column
+        # Of a symmetric moment half is enough; entries off the diagonal count twice.
+        self.counts = torch.where(row == column, 1.0, 2.0**0.5).to(signal)
+        self.ahead = ((column - row)[:, None] + index) % n
+        self.behind = ((row - column)[:, None] + index) % n
         k = torch.fft.fftfreq(n, 1 / n, dtype=signal.dtype, device=signal.device)
         wave = torch.fft.fft(torch.eye(n, dtype=signal.dtype, device=signal.device), norm="ortho")
         derivative = (wave.conj().mT * k.square() @ wave).real
@@ -236,33 +253,37 @@ class _Descent:
         return v * self.scale[:, None], square / square.sum(-1, keepdim=True)
 
     def residual(self, values: Tensor) -> Tensor:
-        """Errors of both moments over their floors, shape (b, n + n^2); squared sum 2 at truth."""
+        """Errors of both moments over their floors; the squared norm is 2 at the truth.
+
+        Returns
+        -------
+        Tensor, shape (b, n + n (n + 1) / 2)
+        """
         first, second = moment_arrays(*self.parts(values))
         one = (first - self.target.first) / self.floors[0][:, None]
-        two = (second - self.target.second).flatten(1) / self.floors[1][:, None]
-        return torch.cat([one, two], -1)
+        two = (second - self.target.second)[:, self.pairs[0], self.pairs[1]]
+        return torch.cat([one, two * (self.counts / self.floors[1][:, None])], -1)
 
     def rough(self, values: Tensor) -> Tensor:
         """Energy of the derivatives, shape (b,)."""
         return ((values @ self.roughness) * values).sum(-1)
 
     def jacobian(self, values: Tensor) -> Tensor:
-        """Derivatives of the residual, shape (b, n + n^2, 2 n)."""
+        """Derivatives of the residual, shape (b, n + n (n + 1) / 2, 2 n)."""
         signal, density = self.parts(values)
         p = values.chunk(2, -1)[1]
         n = signal.shape[-1]
+        row, column = self.pairs
         copies, weights = circulant(signal), circulant(density)
-        index = torch.arange(n, device=signal.device)
-        offset = (index[None, :, None] - index[:, None, None] + index) % n
-        half = weights[:, :, None, :] * signal[:, offset]
-        by_signal = torch.cat([weights, (half + half.transpose(1, 2)).flatten(1, 2)], 1)
-        outer = (copies[:, :, None, :] * copies[:, None, :, :]).flatten(1, 2)
-        by_density = torch.cat([copies, outer], 1)
-        mean = by_density @ density[..., None]
-        by_p = (by_density - mean) * (2 * p)[:, None, :]
+        # d M2[a, c] / d v_j = rho[a - j] v[c - a + j] + rho[c - j] v[a - c + j].
+        ahead, behind = signal[:, self.ahead], signal[:, self.behind]
+        by_second = weights[:, row] * ahead + weights[:, column] * behind
+        by_signal = torch.cat([weights, by_second], 1)
+        by_density = torch.cat([copies, copies[:, row] * copies[:, column]], 1)
+        by_p = (by_density - by_density @ density[..., None]) * (2 * p)[:, None, :]
         jacobian = torch.cat([by_signal * self.scale[:, None, None], by_p], -1)
         jacobian[:, :n] /= self.floors[0][:, None, None]
-        jacobian[:, n:] /= self.floors[1][:, None, None]
+        jacobian[:, n:] *= self.counts[:, None] / self.floors[1][:, None, None]
         return jacobian
 
     def step(self, values: Tensor, weight: Tensor) -> Tensor:
@@ -285,16 +306,30 @@ class _Descent:
 
     def run(self, config: DirectConfig) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Signal, density, misfit and roughness of every problem."""
-        values = self.values
-        misfits = self.residual(values).square().sum(-1) / 2
-        weight = 2 * misfits / self.rough(values).clamp(min=1e-12)
+        found = self.values.clone()
+        misfits = self.misfits(found)
+        weight = 2 * misfits / self.rough(found).clamp(min=1e-12)
         for _ in range(config.stages):
-            going = misfits > 1
-            if not bool(going.any()):
+            going = (misfits > 1).nonzero()[:, 0]
+            if not len(going):
                 break
+            self.values = found
+            part = self.taken(going)
             for _ in range(config.steps):
-                stepped = self.step(values, weight)
-                values = torch.where(going[:, None], stepped, values)
-            misfits = self.residual(values).square().sum(-1) / 2
+                part.values = part.step(part.values, weight[going])
+            found[going], self.damping[going] = part.values, part.damping
+            misfits[going] = part.misfits(part.values)
             weight = weight * config.fall
-        return (*self.parts(values), misfits, self.rough(values))
+        return (*self.parts(found), misfits, self.rough(found))
+
+    def misfits(self, values: Tensor) -> Tensor:
+        """See `Solution`; shape (b,)."""
+        return self.residual(values).square().sum(-1) / 2
+
+    def taken(self, rows: Tensor) -> _Descent:
+        """Some of the problems."""
+        part = copy.copy(self)
+        part.target, part.scale = self.target.take(rows), self.scale[rows]
+        part.floors = self.floors[0][rows], self.floors[1][rows]
+        part.values, part.damping = self.values[rows], self.damping[rows]
+        return part

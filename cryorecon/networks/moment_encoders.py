@@ -1,11 +1,12 @@
 """Networks from moments to a signal or a density of shifts (Khoo, Paul, Sharon 2024, figure A.11).
 
-Two branches of periodic one-dimensional convolutions, one for each moment, are stacked to a field of
-six channels, go through more convolutions, and end in fully connected layers.
+Two branches of periodic one-dimensional convolutions, one for each moment, are stacked to one
+field, which goes through more convolutions and ends in fully connected layers.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -43,12 +44,12 @@ class MomentEncoderConfig:
     """
 
     n: int = 32
-    domain: Literal["fourier", "samples"] = "samples"
-    layout: Layout = "diagonals"
-    branch: tuple[int, ...] = (64, 32, 16)
-    merged: tuple[int, ...] = (16,)
-    hidden: tuple[int, ...] = (256,)
-    kernel: int = 5
+    domain: Literal["fourier", "samples"] = "fourier"
+    layout: Layout = "rows"
+    branch: tuple[int, ...] = (16, 8)
+    merged: tuple[int, ...] = (8,)
+    hidden: tuple[int, ...] = (512, 512)
+    kernel: int = 3
     output: Literal["signal", "density"] = "signal"
 
     def __post_init__(self) -> None:
@@ -97,7 +98,9 @@ class MomentEncoder(nn.Module):
         self.dense = _dense((width, *config.hidden, n))
         index = torch.arange(n)
         self._columns: Tensor
-        columns = (index[:, None] + index) % n if config.layout == "diagonals" else index.expand(n, n)
+        columns = (
+            (index[:, None] + index) % n if config.layout == "diagonals" else index.expand(n, n)
+        )
         self.register_buffer("_columns", columns.contiguous(), persistent=False)
         self._draw(generator)
 
@@ -107,7 +110,7 @@ class MomentEncoder(nn.Module):
                 nn.init.kaiming_normal_(module.weight, _SLOPE, generator=generator)
                 nn.init.zeros_(module.bias)
         with torch.no_grad():
-            self.dense[-1].weight.mul_(0.3)  # type: ignore[union-attr, operator]
+            self.dense[-1].weight.mul_(0.3)  # type: ignore[operator]
 
     def field(self, first: Tensor, second: Tensor) -> Tensor:
         """The field before the fully connected layers, shape (b, n, channels).
@@ -137,13 +140,13 @@ def _channels(values: Tensor) -> Tensor:
 
 def _convolutions(channels: tuple[int, ...], kernel: int) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for n_in, n_out in zip(channels, channels[1:], strict=False):
+    for n_in, n_out in itertools.pairwise(channels):
         layers += [PeriodicConvolution(n_in, n_out, kernel), nn.LeakyReLU(_SLOPE)]
     return nn.Sequential(*layers)
 
 
 def _dense(widths: tuple[int, ...]) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for n_in, n_out in zip(widths, widths[1:], strict=False):
+    for n_in, n_out in itertools.pairwise(widths):
         layers += [nn.Linear(n_in, n_out), nn.LeakyReLU(_SLOPE)]
     return nn.Sequential(*layers[:-1])
