@@ -108,10 +108,10 @@ def train_command(
     gaussians: Annotated[int, typer.Option(min=1, max=10, help="In a mixture.")] = 2,
     points: Annotated[int, typer.Option(min=8, max=512, help="Of a signal.")] = 32,
     pairs: Annotated[int, typer.Option(min=1, help="Signals and densities an epoch.")] = 50_000,
-    epochs: Annotated[int, typer.Option(min=1)] = 20,
+    epochs: Annotated[int, typer.Option(min=1)] = 24,
     batch: Annotated[int, typer.Option(min=1)] = 256,
     learning_rate: Annotated[
-        float | None, typer.Option(help="Of Adam; default 4e-3, of the paper's recipe 1e-4.")
+        float | None, typer.Option(help="Of Adam; default 6e-3, of the paper's recipe 1e-4.")
     ] = None,
     recipe: Recipe = "ours",
     seed: Seed = 0,
@@ -158,7 +158,7 @@ def reproduce_command(
         Literal["ours", "paper"] | None, typer.Option(help="Default ours; paper with --full.")
     ] = None,
     pairs: Annotated[int | None, typer.Option(min=1, help="An epoch; default 50,000.")] = None,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Default 16.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Default 24.")] = None,
     iterations: Annotated[int | None, typer.Option(min=1, help="Default 1,000; 3,000.")] = None,
     instances: Annotated[int, typer.Option(min=1, help="Problems that are averaged.")] = 20,
     observations: Annotated[int, typer.Option(min=10, help="Of each problem.")] = 1_000_000,
@@ -171,7 +171,7 @@ def reproduce_command(
     from cryorecon.run.mra_reproduce import ReproduceConfig, figure_4, rivals, table_1
 
     recipe = recipe or ("paper" if full else "ours")
-    pairs, epochs = pairs or (1_750_000 if full else 50_000), epochs or (30_000 if full else 16)
+    pairs, epochs = pairs or (1_750_000 if full else 50_000), epochs or (30_000 if full else 24)
     output.mkdir(parents=True, exist_ok=True)
     trainings = {g: _training(recipe, g, 32, pairs, epochs, seed) for g in (1, 2, 3)}
     config = ReproduceConfig(

@@ -95,7 +95,7 @@ def solve_encoder(
         name: value.detach().expand(len(first), *value.shape).clone().requires_grad_()
         for name, value in pair.named_parameters()
     }
-    optimiser = torch.optim.Adam(list(weights.values()), lr=config.learning_rate)
+    optimiser = torch.optim.Adam(list(weights.values()), lr=config.learning_rate, fused=True)
 
     def output() -> tuple[Tensor, Tensor]:
         def one(own: dict[str, Tensor], a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -59,13 +59,13 @@ class TrainingConfig:
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
     encoder: MomentEncoderConfig = field(default_factory=MomentEncoderConfig)
     pairs: int = 50_000
-    epochs: int = 40
+    epochs: int = 24
     fresh: bool = True
     batch: int = 256
     frame: bool = True
     loss: Literal["orbit", "squared"] = "orbit"
     schedule: Literal["cosine", "steps"] = "cosine"
-    learning_rate: float = 4e-3
+    learning_rate: float = 6e-3
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -194,7 +194,9 @@ class Training:
     def __init__(self, config: TrainingConfig) -> None:
         self.config = config
         self.pair = EncoderPair(config)
-        self.optimiser = torch.optim.Adam(self.pair.parameters(), lr=config.learning_rate)
+        self.optimiser = torch.optim.Adam(
+            self.pair.parameters(), lr=config.learning_rate, fused=True
+        )
         self.step = 0
         self._fixed: tuple[Tensor, Tensor] | None = None
 

@@ -48,7 +48,7 @@ class MomentEncoderConfig:
     layout: Layout = "rows"
     branch: tuple[int, ...] = (16, 8)
     merged: tuple[int, ...] = (8,)
-    hidden: tuple[int, ...] = (512, 512)
+    hidden: tuple[int, ...] = (256, 256)
     kernel: int = 3
     output: Literal["signal", "density"] = "signal"
 

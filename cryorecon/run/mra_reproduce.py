@@ -165,9 +165,7 @@ def _solutions(
     }
     if noisy:
         refine = RefineConfig(config.iterations)
-        found["encoder, refined to the noise"] = both(solve_encoder(pair, target, refine))
-        refine = replace(refine, stop_at_noise=False)
-        found["encoder, refined to the end"] = both(solve_encoder(pair, target, refine))
+        found["encoder, refined"] = both(solve_encoder(pair, target, refine))
     return found
 
 
