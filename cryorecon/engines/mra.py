@@ -77,7 +77,7 @@ def shifted(signal: Tensor, by: Tensor) -> Tensor:
         In samples, positive towards larger indices.
     """
     n = signal.shape[-1]
-    k = torch.arange(n // 2 + 1, device=signal.device)
+    k = torch.arange(n // 2 + 1, dtype=signal.dtype, device=signal.device)
     angle = (-2 * math.pi / n) * k * by[..., None].to(signal)
     return torch.fft.irfft(torch.fft.rfft(signal) * torch.polar(torch.ones_like(angle), angle), n=n)
 
@@ -258,7 +258,9 @@ def first_phase(values: Tensor) -> Tensor:
 def canonical(signal: Tensor, density: Tensor) -> tuple[Tensor, Tensor]:
     """The member of the orbit whose signal has its first harmonic's crest at sample 0.
 
-    The density moves the other way, so that the moments stay: a regression needs one target.
+    The density moves the other way, so that the moments stay: a regression needs one target. By
+    fractions of a sample they stay for signals of up to n / 4 cycles; beyond that the density's
+    frequencies alias.
     """
     crest = first_phase(signal)
     return shifted(signal, -crest), shifted(density, crest)
