@@ -106,7 +106,7 @@ def solve_command(
 def train_command(
     output: Output,
     gaussians: Annotated[int, typer.Option(min=1, max=10, help="In a mixture.")] = 2,
-    points: Annotated[int, typer.Option(min=8, max=512, help="Of a signal.")] = 32,
+    points: Annotated[int, typer.Option(min=8, max=256, help="Of a signal.")] = 32,
     pairs: Annotated[int, typer.Option(min=1, help="Signals and densities an epoch.")] = 50_000,
     epochs: Annotated[int, typer.Option(min=1)] = 24,
     batch: Annotated[int, typer.Option(min=1)] = 256,

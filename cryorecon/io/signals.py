@@ -12,8 +12,8 @@ from cryorecon.errors import CryoreconError, require_file
 from cryorecon.io.files import replacing
 
 _BLOCK_NUMBERS = 2**21
-# Beyond this the second moment's n^2 entries and the solvers' n^3 are no longer small.
-_MOST_POINTS = 512
+# Beyond this the n^3 numbers of the solver's derivatives no longer fit.
+_MOST_POINTS = 256
 
 
 class ObservationFile:
