@@ -123,6 +123,8 @@ def bad_files(folder):
     yield folder / "archive.npz", "cannot be read"
     yield folder / "missing.npy", "does not exist"
     yield folder, "is a directory"
+    np.save(folder / "huge.npy", 1e150 * good)
+    yield folder / "huge.npy", "overflow"
     np.save(folder / "noise.npy", good)
     yield folder / "noise.npy", "no signal"
 

@@ -194,7 +194,7 @@ def solve_direct(
     signal, density, errors, rough = (torch.cat(column) for column in zip(*parts, strict=True))
     reached = errors <= 1.0 + 1e-9
     score = torch.where(reached, rough / rough.amax(), 2 + errors).reshape(n_starts, b)
-    best = score.argmin(0) * b + torch.arange(b)
+    best = score.argmin(0) * b + torch.arange(b, device=score.device)
     return Solution(signal[best], density[best], errors[best])
 
 

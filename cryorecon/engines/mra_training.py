@@ -199,6 +199,7 @@ class Training:
         )
         self.step = 0
         self._fixed: tuple[Tensor, Tensor] | None = None
+        self._order: tuple[int, Tensor] | None = None
 
     @property
     def epoch(self) -> int:
@@ -216,8 +217,10 @@ class Training:
             return draw_pairs(config.mixture, count, n, drawn)
         if self._fixed is None:
             self._fixed = draw_pairs(config.mixture, config.pairs, n, self._generator(0))
-        order = torch.randperm(config.pairs, generator=self._generator(1 + epoch))
-        rows = order[number * config.batch :][:count]
+        if self._order is None or self._order[0] != epoch:
+            generator = self._generator(1 + epoch)
+            self._order = epoch, torch.randperm(config.pairs, generator=generator)
+        rows = self._order[1][number * config.batch :][:count]
         return self._fixed[0][rows], self._fixed[1][rows]
 
     def _generator(self, number: int) -> torch.Generator:

@@ -157,6 +157,11 @@ def solve_file(
 
 
 def _require_signal(target: Moments, path: Path) -> None:
+    if not math.isfinite(float(target.second_noise)):
+        raise CryoreconError(
+            f"{path} holds values so large that their fourth powers overflow",
+            "Divide all observations by one large number",
+        )
     energy = float(target.second[0].diagonal().sum())
     if energy <= 0 or float(target.second_noise) > float(target.second.norm()):
         raise CryoreconError(
