@@ -6,14 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.table import Table
 
 from cryorecon.cli.console import console, count_progress, prepare_folder
 from cryorecon.errors import CryoreconError
 
 if TYPE_CHECKING:
     from cryorecon.engines.mra_training import TrainingConfig
-    from cryorecon.run.fit_image import Row
 
 mra_app = typer.Typer(
     name="mra",
@@ -182,13 +180,10 @@ def reproduce_command(
         seed=seed,
     )
     with count_progress("Table 1", "batches") as bar:
-        table = table_1(trainings, output, config, bar, console.print)
-    compared = rivals(trainings, output, config, console.print)
+        table_1(trainings, output, config, bar, console.print)
+    rivals(trainings, output, config, console.print)
     with count_progress("Figure 4", "iterations") as bar:
-        curves = figure_4(trainings[2], output, config, bar, console.print)
-    console.print(_shown("Table 1: mean error on unseen pairs", table))
-    console.print(_shown("The same noisy moments", compared))
-    console.print(_shown("Figure 4: iterations to reach a signal error", curves))
+        figure_4(trainings[2], output, config, bar, console.print)
     console.print(f"{output / 'table1.csv'}  {output / 'rivals.csv'}  {output / 'figure4.png'}")
 
 
@@ -204,12 +199,3 @@ def _training(
     return TrainingConfig(
         MixtureConfig(gaussians), MomentEncoderConfig(points), pairs, epochs, seed=seed
     )
-
-
-def _shown(title: str, rows: list[Row]) -> Table:
-    table = Table(title=title, title_justify="left")
-    for name in rows[0]:
-        table.add_column(name.replace("_", " "))
-    for row in rows:
-        table.add_row(*(f"{v:.4f}" if isinstance(v, float) else str(v) for v in row.values()))
-    return table

@@ -23,7 +23,7 @@ from cryorecon.engines.mra import (
 )
 from cryorecon.engines.mra_encoding import RefineConfig, solve_encoder
 from cryorecon.engines.mra_solvers import Solution, solve_direct, solve_spectral
-from cryorecon.engines.mra_training import EncoderPair, TrainingConfig, draw_pairs
+from cryorecon.engines.mra_training import EncoderPair, TrainingConfig, draw_pairs, held_out_errors
 from cryorecon.run.fit_image import Row, write_table
 from cryorecon.run.mra import load_encoders, train_encoders
 from cryorecon.run.plots import save_figure
@@ -75,8 +75,6 @@ def table_1(
     say: Say,
 ) -> list[Row]:
     """Train for each number of Gaussians and tell test errors; finished trainings are kept."""
-    from cryorecon.engines.mra_training import held_out_errors
-
     rows: list[Row] = []
     for gaussians, training in trainings.items():
         place = _model_folder(folder, gaussians)
@@ -201,7 +199,8 @@ def figure_4(
     rows = [_reached(name, points) for name, points in curves.items()]
     write_table(folder / "figure4.csv", rows)
     for row in rows:
-        say("  ".join(f"{key} {value}" for key, value in row.items()))
+        reached = ", ".join(f"{level:g} after {row[f'signal_{level:g}']}" for level in _LEVELS)
+        say(f"{row['run']}: signal error {reached} iterations, {row['last_signal']} at the end")
     return rows
 
 
