@@ -1,0 +1,152 @@
+"""Networks from moments to a signal or a density of shifts (Khoo, Paul, Sharon 2024, figure A.11).
+
+Two branches of periodic one-dimensional convolutions, one for each moment, are stacked to one
+field, which goes through more convolutions and ends in fully connected layers.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+Layout = Literal["rows", "diagonals"]
+_SLOPE = 0.02
+
+
+@dataclass(frozen=True)
+class MomentEncoderConfig:
+    """Shape of an encoder.
+
+    Attributes
+    ----------
+    n : int
+        Points of the signal.
+    domain : "fourier" or "samples"
+        Moments over frequencies, real and imaginary parts as channels of their own, as in the
+        paper; or over samples.
+    layout : "rows" or "diagonals"
+        Channel c at position k is entry (k, c) of the second moment, as in the paper; or entry
+        (k, k + c), with which shifted observations move the field along its positions.
+    branch : tuple of int
+        Channels of each branch's convolutions.
+    merged : tuple of int
+        Channels of the convolutions after stacking.
+    hidden : tuple of int
+        Units of the fully connected layers before the output.
+    kernel : int
+        Window of the convolutions, odd.
+    output : "signal" or "density"
+        A density is a softmax: positive, sum 1.
+    """
+
+    n: int = 32
+    domain: Literal["fourier", "samples"] = "fourier"
+    layout: Layout = "rows"
+    branch: tuple[int, ...] = (16, 8)
+    merged: tuple[int, ...] = (8,)
+    hidden: tuple[int, ...] = (256, 256)
+    kernel: int = 3
+    output: Literal["signal", "density"] = "signal"
+
+    def __post_init__(self) -> None:
+        if self.kernel % 2 == 0 or self.kernel > self.n or self.n < 4:
+            raise ValueError(f"needs an odd kernel no wider than n, and n of 4 or more, got {self}")
+
+
+class PeriodicConvolution(nn.Module):
+    """One-dimensional convolution of a periodic field, channels last.
+
+    One matrix product over the windows of all positions: on such short fields several times faster
+    than torch's own convolution.
+    """
+
+    def __init__(self, n_in: int, n_out: int, kernel: int) -> None:
+        super().__init__()
+        self.reach = kernel // 2
+        self.linear = nn.Linear(n_in * kernel, n_out)
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Shape (b, n, n_in) to (b, n, n_out)."""
+        offsets = range(self.reach, -self.reach - 1, -1)
+        windows = torch.cat([values.roll(offset, 1) for offset in offsets], -1)
+        return self.linear(windows)
+
+
+class MomentEncoder(nn.Module):
+    """Moments in, n numbers out.
+
+    Parameters
+    ----------
+    config : MomentEncoderConfig
+    generator : torch.Generator
+        Draws the weights.
+    """
+
+    def __init__(self, config: MomentEncoderConfig, generator: torch.Generator) -> None:
+        super().__init__()
+        self.config = config
+        n, parts = config.n, 2 if config.domain == "fourier" else 1
+        self.upper = _convolutions((parts, *config.branch), config.kernel)
+        self.lower = _convolutions((parts * n, *config.branch), config.kernel)
+        stacked = 2 * config.branch[-1]
+        self.merged = _convolutions((stacked, *config.merged), config.kernel)
+        width = n * (stacked, *config.merged)[-1]
+        self.dense = _dense((width, *config.hidden, n))
+        index = torch.arange(n)
+        self._columns: Tensor
+        columns = (
+            (index[:, None] + index) % n if config.layout == "diagonals" else index.expand(n, n)
+        )
+        self.register_buffer("_columns", columns.contiguous(), persistent=False)
+        self._draw(generator)
+
+    def _draw(self, generator: torch.Generator) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.kaiming_normal_(module.weight, _SLOPE, generator=generator)
+                nn.init.zeros_(module.bias)
+        with torch.no_grad():
+            self.dense[-1].weight.mul_(0.3)  # type: ignore[operator]
+
+    def field(self, first: Tensor, second: Tensor) -> Tensor:
+        """The field before the fully connected layers, shape (b, n, channels).
+
+        With layout "diagonals" over samples it follows shifts of the observations.
+
+        Parameters
+        ----------
+        first, second : Tensor, shapes (b, n) and (b, n, n)
+            Complex over frequencies, real over samples, as the domain asks.
+        """
+        columns = self._columns.expand(len(second), -1, -1)
+        upper = self.upper(_channels(first[:, :, None]))
+        lower = self.lower(_channels(second.gather(2, columns)))
+        return self.merged(torch.cat([upper, lower], -1))
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        """Values of the signal or probabilities of the shifts, shape (b, n)."""
+        values: Tensor = self.dense(self.field(first, second).flatten(1))
+        return values.softmax(-1) if self.config.output == "density" else values
+
+
+def _channels(values: Tensor) -> Tensor:
+    """Shape (b, n, c), real or complex, to real channels, shape (b, n, c or 2 c)."""
+    return torch.cat([values.real, values.imag], -1) if values.is_complex() else values
+
+
+def _convolutions(channels: tuple[int, ...], kernel: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for n_in, n_out in itertools.pairwise(channels):
+        layers += [PeriodicConvolution(n_in, n_out, kernel), nn.LeakyReLU(_SLOPE)]
+    return nn.Sequential(*layers)
+
+
+def _dense(widths: tuple[int, ...]) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for n_in, n_out in itertools.pairwise(widths):
+        layers += [nn.Linear(n_in, n_out), nn.LeakyReLU(_SLOPE)]
+    return nn.Sequential(*layers[:-1])
