@@ -16,6 +16,7 @@ from cryorecon.cli.console import error_console
 from cryorecon.cli.demo import demo_command
 from cryorecon.cli.fit_image import fit_image_command
 from cryorecon.cli.fsc import fsc
+from cryorecon.cli.moments import moments_app
 from cryorecon.cli.reconstruct import reconstruct_command
 from cryorecon.cli.simulate import simulate_command
 from cryorecon.errors import CryoreconError
@@ -35,6 +36,7 @@ app.command("reconstruct")(reconstruct_command)
 app.command("fsc")(fsc)
 app.command("compare-poses")(compare_poses)
 app.command("fit-image")(fit_image_command)
+app.add_typer(moments_app, name="moments")
 app.command("demo")(demo_command)
 
 

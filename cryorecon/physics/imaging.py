@@ -91,14 +91,25 @@ def noise_power_outside(images: Tensor, radius_px: float, plane: HalfPlane) -> T
     Tensor, shape (n_shells,)
         Expected ``|noise_k|^2`` of the unnormalised transform of a whole image.
     """
+    spectrum = shell_means(_power_outside(images, radius_px, plane).mean(0), plane)
+    spectrum[0] = spectrum[min(1, len(spectrum) - 1)]
+    return spectrum
+
+
+def noise_powers_outside(images: Tensor, radius_px: float, plane: HalfPlane) -> Tensor:
+    """The same for each image by itself, shape (b, n_shells)."""
+    spectra = shell_means(_power_outside(images, radius_px, plane), plane)
+    spectra[:, 0] = spectra[:, min(1, plane.n_shells - 1)]
+    return spectra
+
+
+def _power_outside(images: Tensor, radius_px: float, plane: HalfPlane) -> Tensor:
+    """``|transform|^2`` outside a circle, scaled to the whole image; shape (b, m)."""
     box = images.shape[-1]
     outside = 1 - soft_ball(box, radius_px, 2.0, 2, images.dtype, images.device)
     level = (images * outside).sum((-2, -1), keepdim=True) / outside.sum()
     power = to_coefficients((images - level) * outside, plane).abs() ** 2
-    scale = box**2 / (outside**2).sum()
-    spectrum = shell_means((power * scale).mean(0), plane)
-    spectrum[0] = spectrum[min(1, len(spectrum) - 1)]
-    return spectrum
+    return power * (box**2 / (outside**2).sum())
 
 
 def shell_means(values: Tensor, plane: HalfPlane) -> Tensor:
