@@ -17,6 +17,7 @@ from cryorecon.engines.moment_sums import (
 from cryorecon.engines.moments import FullMoments, MomentsGeometry
 from cryorecon.errors import CryoreconError
 from cryorecon.physics.fourier import half_plane, to_coefficients
+from cryorecon.physics.masks import soft_ball
 
 # Five float64 matrices of sums, and as many while they are finished.
 _BYTES_A_PAIR = 80
@@ -65,6 +66,7 @@ class FullSums:
     second_square    (h, h)     sum (a^2 + b^2)(a'^2 + b'^2)
     weight           (h, h)     sum C^2 C'^2
     spread           (h,)       sum C^2 P
+    spread_origin    (h,)       sum C(0) C P
     noise_power      (S,)       sum P(s)
     ================ ========== ==================================================
     """
@@ -83,6 +85,7 @@ class FullSums:
             "second_square": (h, h),
             "weight": (h, h),
             "spread": (h,),
+            "spread_origin": (h,),
             "noise_power": (n_shells,),
         }
         self.arrays: dict[str, Tensor] = {
@@ -118,7 +121,9 @@ class FullSums:
         ):
             sums[name].addmm_(left.T, right)
         noise_power = batch.noise_power.to(gain)
-        sums["spread"] += (squared * noise_power[:, self._plane.shell]).sum(0)
+        by_pixel = gain * noise_power[:, self._plane.shell]
+        sums["spread"] += (gain * by_pixel).sum(0)
+        sums["spread_origin"] += (gain[:, :1] * by_pixel).sum(0)
         sums["noise_power"] += noise_power.sum(0)
         self.n_images += len(batch)
 
@@ -129,10 +134,9 @@ class FullSums:
         measured = is_measured(weight)
         second = torch.complex(sums["aa"] + sums["bb"], ab.T - ab)
         error = standard_error(sums["second_square"], second, weight, self.n_images)
-        second -= torch.diag(sums["spread"])
         pseudo = torch.complex(sums["aa"] - sums["bb"], ab + ab.T)
-        # The origin is its own Friedel mate.
-        pseudo[0, 0] -= sums["spread"][0]
+        second -= torch.diag(sums["spread"])
+        self._clear_origin(second, pseudo, sums)
         first_weight = sums["first_weight"]
         total = torch.complex(*sums["first"])
         first = divided(total, first_weight, is_measured(first_weight))
@@ -160,3 +164,24 @@ class FullSums:
             measured,
             torch.tensor(ratio, dtype=torch.float64),
         )
+
+    def _clear_origin(self, second: Tensor, pseudo: Tensor, sums: dict[str, Tensor]) -> None:
+        """Take the rest of the noise out of the origin's row and column, in place.
+
+        The origin is its own Friedel mate; and the mean outside the particle that was subtracted
+        from an image is noise that the origin shares with all other pixels.
+        """
+        pseudo[0, 0] -= sums["spread"][0]
+        geometry = self.geometry
+        if not geometry.normalised:
+            return
+        outside = 1 - soft_ball(
+            geometry.box, geometry.diameter / 2 * geometry.box, 2.0, 2, torch.float64
+        )
+        level = outside / outside.sum()
+        shared = sums["spread_origin"] * to_coefficients(level, self._plane)
+        shared[0] = sums["spread"][0] * (2 - geometry.box**2 * (level**2).sum())
+        second[0, :] += shared.conj()
+        second[1:, 0] += shared[1:]
+        pseudo[0, :] += shared
+        pseudo[1:, 0] += shared[1:]

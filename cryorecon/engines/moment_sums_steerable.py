@@ -164,10 +164,13 @@ class SteerableSums:
 
     def _floor(self, second: Tensor, weight: Tensor) -> Tensor:
         """Error of the interpolation, which rules where an order is too high for its radius."""
-        by_order = second.diagonal(dim1=1, dim2=2).real
-        power = 2 * by_order.sum(0) - by_order[0]
-        level = _INTERPOLATION_ERROR**2 * (power[:, None] * power).clamp(min=0).sqrt()
-        return divided(level, weight, is_measured(weight))
+        by_order = second.diagonal(dim1=1, dim2=2).real.clamp(min=0)
+        own = by_order.sqrt()
+        whole = _INTERPOLATION_ERROR * (2 * by_order.sum(0) - by_order[0]).sqrt()
+        cross = own[:, :, None] * whole
+        level = cross + cross.mT + whole[:, None] * whole
+        measured = is_measured(weight).expand_as(level)
+        return divided(level, weight.expand_as(level), measured)
 
     def _noise(self, spread: Tensor) -> Tensor:
         """What the noise adds to ``second``, shape (M + 1, K, K)."""

@@ -14,7 +14,6 @@ standard deviation 1 has the power N^2 in every coefficient.
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, fields
 from typing import Literal
 
@@ -96,10 +95,13 @@ class MomentsGeometry:
         radii = self.radii_per_angst * self.image_side_angst
         return PolarGrid(radii, angles_needed(float(radii[-1]), self.max_order), self.max_order)
 
-    def map_grid(self) -> PolarGrid:
-        """The circles in cycles per L, for maps of side L; as few angles as a map there needs."""
-        radii = torch.arange(1, self.max_radius + 1).double()
-        reach = math.pi * self.max_radius + 10
+    def map_grid(self, map_side_angst: float | None = None) -> PolarGrid:
+        """The circles in cycles per box of a map, of side L unless told otherwise.
+
+        With as few angles as a map inside that box needs.
+        """
+        radii = self.radii_per_angst * (map_side_angst or self.side_angst)
+        reach = torch.pi * float(radii[-1]) + 10
         return PolarGrid(radii, 2 * -(-int(self.max_order + reach) // 2), self.max_order)
 
     def plane(self) -> HalfPlane:
@@ -273,6 +275,13 @@ def exact_moments(
     first : Tensor, shape (K,), real
     second : Tensor, shape (M + 1, K, K), complex
     """
-    rotations = frames(directions)
-    slices = PolarSlices(volume.shape[-1], grid, rotations, volume.dtype, volume.device, kernel)
+    slices = PolarSlices(
+        volume.shape[-1],
+        grid,
+        frames(directions),
+        volume.dtype,
+        volume.device,
+        kernel,
+        gradients=volume.requires_grad,
+    )
     return steerable_moments(slices.harmonics(volume), weights.to(volume))

@@ -142,8 +142,10 @@ class SparseMap:
 
     def __call__(self, table: Tensor) -> Tensor:
         """Matrix times a table of shape (n_columns, c): shape (r, c)."""
-        if self.adjoint_of is None or not table.requires_grad:
+        if not table.requires_grad:
             return self.product(table)
+        if self.adjoint_of is None:
+            raise ValueError("gradients need the adjoint: see with_adjoint")
         return _Product.apply(table, self)
 
 

@@ -182,6 +182,8 @@ class PolarSlices:
         Radii in cycles per the map's box, at most ``N / 2 - 1``.
     rotations : Tensor, shape (q, 3, 3)
         A, reference to image coordinates: rows e1, e2 and the viewing direction.
+    gradients : bool
+        Keep the transposed matrix too, which gradients in the map need.
     """
 
     def __init__(
@@ -192,6 +194,7 @@ class PolarSlices:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         kernel: Kernel | None = None,
+        gradients: bool = True,
     ) -> None:
         kernel = kernel or Kernel()
         self.box, self.grid, self.n_views = box, grid, len(rotations)
@@ -204,7 +207,8 @@ class PolarSlices:
         points = (grid.points @ rotations[:, :2].double()).flatten(0, 1) * OVERSAMPLING
         origin = torch.tensor([reach] * 3)
         matrix = neighbours(points.flip(-1), origin, (self._side,) * 3, kernel)
-        self._sparse = matrix.with_adjoint().to(dtype, device)
+        matrix = matrix.with_adjoint() if gradients else matrix
+        self._sparse = matrix.to(dtype, device)
 
     def samples(self, volume: Tensor) -> Tensor:
         """Polar samples of all views, shape (N, N, N) to (q, K, T / 2), complex."""

@@ -97,8 +97,9 @@ def product_rule(degree: int) -> SphereRule:
 def spherical_design(degree: int) -> SphereRule:
     """A symmetric spherical design: equal weights, found by Gauss-Newton from a spiral.
 
-    Of odd degree t, with ``2 ceil((t^2 + t + 4) / 4)`` points (Womersley 2018): antipodal pairs
-    sum odd harmonics to 0, so that only even degrees are left to solve for. Seconds for degree 21.
+    Of odd degree t, with ``2 ceil((t^2 + t + 4) / 4)`` points (Womersley 2018) or a few more:
+    antipodal pairs sum odd harmonics to 0, so that only even degrees are left to solve for.
+    Seconds for degree 21.
 
     Raises
     ------
@@ -107,16 +108,26 @@ def spherical_design(degree: int) -> SphereRule:
     """
     degree += 1 - degree % 2
     pairs = -(-(degree**2 + degree + 4) // 4)
+    for extra in range(4):
+        half, residual = _design(degree, pairs + extra)
+        if residual < 1e-12:
+            weights = torch.full((2 * len(half),), 0.5 / len(half), dtype=torch.float64)
+            return SphereRule(torch.cat([half, -half]), weights, degree)
+    raise ValueError(f"no design of degree {degree} found: sums of {residual:.1e} are left")
+
+
+def _design(degree: int, pairs: int) -> tuple[Tensor, float]:
+    """One of each pair, shape (pairs, 3), and the largest sum that is left."""
     index = np.arange(pairs) + 0.5
     start = np.concatenate([np.arccos(1 - index / pairs), np.pi * (1 + 5**0.5) * index])
+    even = range(2, degree, 2)
 
     def sums(angles: NDArray[np.float64]) -> NDArray[np.float64]:
-        return _harmonics(angles[:pairs], angles[pairs:], range(2, degree, 2)).mean(0)
+        return _harmonics(angles[:pairs], angles[pairs:], even).mean(0)
 
     def slopes(angles: NDArray[np.float64]) -> NDArray[np.float64]:
         # Each pair's angles move its own terms alone: two differences give all derivatives.
         tilt, rot, step = angles[:pairs], angles[pairs:], 1e-5
-        even = range(2, degree, 2)
         by_tilt = _harmonics(tilt + step, rot, even) - _harmonics(tilt - step, rot, even)
         by_rot = _harmonics(tilt, rot + step, even) - _harmonics(tilt, rot - step, even)
         return np.concatenate([by_tilt, by_rot]).T / (2 * step * pairs)
@@ -124,15 +135,10 @@ def spherical_design(degree: int) -> SphereRule:
     # An underdetermined system: more angles than sums. The spiral is near a solution.
     exact = 1e-15
     solved = least_squares(sums, start, jac=slopes, xtol=exact, ftol=exact, gtol=exact)
-    residual = float(np.abs(solved.fun).max())
-    if residual > 1e-12:
-        raise ValueError(f"no design of degree {degree} found: sums of {residual:.1e} are left")
     tilt, rot = torch.from_numpy(solved.x).view(2, -1)
     flat = torch.stack([torch.cos(rot), torch.sin(rot)], -1) * torch.sin(tilt)[:, None]
     half = torch.cat([flat, torch.cos(tilt)[:, None]], -1)
-    directions = torch.cat([half, -half])
-    weights = torch.full((2 * pairs,), 1 / (2 * pairs), dtype=torch.float64)
-    return SphereRule(directions, weights, degree)
+    return half, float(np.abs(solved.fun).max())
 
 
 def real_harmonics(degree: int, directions: Tensor) -> Tensor:
