@@ -90,9 +90,10 @@ def angles_needed(radius_cycles: float, max_order: int) -> int:
     """Samples of a circle that keep all of a square image, corners too, out of orders to M.
 
     At radius k a pixel at distance r from the centre carries orders up to about ``2 pi k r / N``.
+    Ten more orders have their place, which a factor such as an astigmatic CTF may add.
     """
     reach = 2 * torch.pi * radius_cycles * 0.5**0.5 + 10
-    return 2 * -(-int(max_order + reach) // 2)
+    return 2 * -(-max(int(max_order + reach), 2 * max_order + 20) // 2)
 
 
 class PolarTransform:
