@@ -18,7 +18,7 @@ from cryorecon.errors import CryoreconError
 from cryorecon.io.mrc import read_map
 from cryorecon.physics.ctf import CtfParameters, ctf
 from cryorecon.physics.fourier import half_plane, max_band, to_images
-from cryorecon.physics.imaging import noise_powers_outside
+from cryorecon.physics.imaging import noise_powers_outside, noise_unmixing
 from cryorecon.physics.masks import soft_ball
 from cryorecon.physics.polar import PolarSlices, PolarTransform
 from cryorecon.physics.sphere import frames, lebedev
@@ -56,6 +56,8 @@ def test_pure_noise_leaves_nothing_but_its_standard_error(box, noise, generator)
     plane = half_plane(box)
     outside = 1 - soft_ball(box, steerable.diameter / 2 * box, 2.0, 2)
     gain = noise_gain(box, 4.0, 6.0)
+    radius_px = steerable.diameter / 2 * box
+    unmixing = noise_unmixing(radius_px, plane)
     norms = []
     for n in (500, 8000):
         sums = [SteerableSums(steerable), FullSums(full)]
@@ -64,14 +66,13 @@ def test_pure_noise_leaves_nothing_but_its_standard_error(box, noise, generator)
             if noise == "coloured":
                 images = torch.fft.irfft2(torch.fft.rfft2(images) * gain, s=(box, box))
             images = normalised(images, outside)
-            power = noise_powers_outside(images, steerable.diameter / 2 * box, plane)
+            power = noise_powers_outside(images, radius_px, plane, unmixing)
             for part in sums:
                 part.add(MomentBatch(images, None, None, power))
         found = [part.finalise() for part in sums]
         for moments in found:
-            # Few pixels lie outside: the windowed spectrum of coloured noise is off by percents.
             chi2 = (moments.second[..., 1:, 1:].abs() / moments.second_error[..., 1:, 1:]) ** 2
-            assert chi2.mean() < (1.5 if noise == "white" else 2)
+            assert chi2.mean() < 1.5
             first = (moments.first[1:].abs() / moments.first_error[1:]) ** 2
             assert 0.1 < first.mean() < 3
         norms.append([float(moments.second.norm()) for moments in found])

@@ -24,7 +24,7 @@ from cryorecon.errors import CryoreconError
 from cryorecon.io.particles import Particles, read_particles
 from cryorecon.physics.ctf import CtfParameters, ctf
 from cryorecon.physics.fourier import HalfPlane, half_plane, max_band
-from cryorecon.physics.imaging import noise_powers_outside
+from cryorecon.physics.imaging import noise_powers_outside, noise_unmixing
 from cryorecon.physics.masks import soft_ball
 from cryorecon.run.load import normalised, refuse_blank
 from cryorecon.run.moments_store import Progress, load_progress, new_sums, save_progress
@@ -139,18 +139,20 @@ class _Reader:
     offsets_px: Tensor
     plane: HalfPlane
     outside: Tensor
+    unmixing: Tensor
 
     @staticmethod
     def of(particles: Particles, geometry: MomentsGeometry) -> _Reader:
         origins = torch.from_numpy(particles.origins_angst() / particles.pixel_size_angst)
-        radius_px = geometry.diameter / 2 * geometry.box
+        radius_px, plane = geometry.diameter / 2 * geometry.box, half_plane(geometry.box)
         return _Reader(
             particles,
             geometry,
             particles.ctf_parameters() if geometry.ctf else None,
             origins,
-            half_plane(geometry.box),
+            plane,
             1 - soft_ball(geometry.box, radius_px, 2.0, 2),
+            noise_unmixing(radius_px, plane),
         )
 
     def read(self, rows: Tensor, frequencies: Tensor) -> MomentBatch:
@@ -160,7 +162,8 @@ class _Reader:
         refuse_blank(self.particles, rows, images)
         if geometry.normalised:
             images = normalised(images, self.outside)
-            power = noise_powers_outside(images, geometry.diameter / 2 * box, self.plane)
+            radius_px = geometry.diameter / 2 * box
+            power = noise_powers_outside(images, radius_px, self.plane, self.unmixing)
         else:
             level = (geometry.noise_std * box) ** 2
             power = torch.full((len(rows), self.plane.n_shells), level)
