@@ -101,7 +101,6 @@ def resolve_geometry(options: MomentsOptions, box: int, pixel_size_angst: float)
         )
     steerable = options.form == "steerable"
     side = min(_BOX_OVER_DIAMETER * diameter, image_side) if steerable else image_side
-    # One radius short of the last whole circle, where interpolation needs neighbours.
     largest = int(max_band(box) * side / image_side + 1e-9)
     radius = options.max_radius or min(_DEFAULT_RADIUS, largest)
     if options.max_radius is None and options.resolution_angst is not None:
