@@ -88,3 +88,21 @@ def test_likelihood_is_that_of_the_pixels(generator):
     pixels = to_images(observed - predicted, plane)
     expected = -(pixels**2).sum((-2, -1)) / (2 * sigma**2)
     assert torch.allclose(found, expected)
+
+
+@pytest.mark.parametrize("box", [16, 17])
+def test_noise_outside_a_circle_is_unmixed_to_the_whole_image_s_spectrum(box, generator):
+    plane = half_plane(box)
+    axis = torch.fft.fftfreq(box, 1 / box).double()
+    radius = (axis[: box // 2 + 1] ** 2 + axis[:, None] ** 2).sqrt()
+    shells = (radius.abs() + 0.5).long().clamp(1, plane.n_shells - 1)
+    power = 1 + 50 / (1 + shells**2)
+    noise = torch.randn(20_000, box, box, generator=generator)
+    noise = torch.fft.irfft2(torch.fft.rfft2(noise) * power.sqrt().float(), s=(box, box)) + 3
+    wanted = box**2 * (1 + 50 / (1 + torch.arange(plane.n_shells) ** 2))[1:]
+    unmixing = imaging.noise_unmixing(0.35 * box, plane)
+    found = imaging.noise_powers_outside(noise, 0.35 * box, plane, unmixing).mean(0)
+    smoothed = imaging.noise_power_outside(noise, 0.35 * box, plane)
+    assert (found[1:] / wanted - 1).abs().max() < 0.03
+    assert (smoothed[1:] / wanted - 1).abs().max() > 0.1
+    assert found[0] == found[1]

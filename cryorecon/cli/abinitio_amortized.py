@@ -30,20 +30,7 @@ from cryorecon.cli.abinitio_options import (
     Subset,
     Symmetry,
 )
-from cryorecon.cli.console import console, prepare_folder
-from cryorecon.errors import CryoreconError
-
-
-def _device(name: str) -> str:
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise CryoreconError(f"--device {name} cannot be used: {error}", "Give cpu") from error
-    return name
+from cryorecon.cli.console import console, prepare_folder, usable_device
 
 
 def abinitio_amortized_command(
@@ -93,7 +80,7 @@ def abinitio_amortized_command(
         finish=finish,
     )
     engine = with_settings(given, config, settings or [])
-    place = _device(device)
+    place = usable_device(device)
     prepare_folder(output, overwrite)
     options = AbinitioOptions(
         diameter_angst=diameter,

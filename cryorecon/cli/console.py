@@ -37,6 +37,26 @@ def prepare_folder(folder: Path, overwrite: bool) -> None:
         raise CryoreconError(f"{folder} is not empty", "Choose another folder or add --overwrite")
 
 
+def usable_device(name: str) -> str:
+    """A torch device by name; auto is a GPU where there is one.
+
+    Raises
+    ------
+    CryoreconError
+        If it cannot be used.
+    """
+    # torch takes seconds to load: only when a command runs.
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise CryoreconError(f"--device {name} cannot be used: {error}", "Give cpu") from error
+    return name
+
+
 @contextmanager
 def count_progress(title: str, unit: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar driven by calls of (done, total); nothing where the output is no terminal."""

@@ -17,6 +17,7 @@ from cryorecon.cli.demo import demo_command
 from cryorecon.cli.fit_image import fit_image_command
 from cryorecon.cli.fsc import fsc
 from cryorecon.cli.mra import mra_app
+from cryorecon.cli.moments import moments_app
 from cryorecon.cli.reconstruct import reconstruct_command
 from cryorecon.cli.simulate import simulate_command
 from cryorecon.errors import CryoreconError
@@ -36,6 +37,7 @@ app.command("reconstruct")(reconstruct_command)
 app.command("fsc")(fsc)
 app.command("compare-poses")(compare_poses)
 app.command("fit-image")(fit_image_command)
+app.add_typer(moments_app, name="moments")
 app.command("demo")(demo_command)
 app.add_typer(mra_app)
 

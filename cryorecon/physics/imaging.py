@@ -91,14 +91,68 @@ def noise_power_outside(images: Tensor, radius_px: float, plane: HalfPlane) -> T
     Tensor, shape (n_shells,)
         Expected ``|noise_k|^2`` of the unnormalised transform of a whole image.
     """
+    spectrum = shell_means(_power_outside(images, radius_px, plane).mean(0), plane)
+    spectrum[0] = spectrum[min(1, len(spectrum) - 1)]
+    return spectrum
+
+
+def noise_powers_outside(
+    images: Tensor, radius_px: float, plane: HalfPlane, unmixing: Tensor
+) -> Tensor:
+    """The same for each image by itself, without the smoothing of the window; (b, n_shells).
+
+    Parameters
+    ----------
+    images, radius_px, plane
+        As in :func:`noise_power_outside`.
+    unmixing : Tensor, shape (n_shells, n_shells)
+        From :func:`noise_unmixing`. Single images may get negative values; their mean is unbiased.
+    """
+    return shell_means(_power_outside(images, radius_px, plane), plane) @ unmixing.to(images).T
+
+
+def noise_unmixing(radius_px: float, plane: HalfPlane) -> Tensor:
+    """Takes the spectrum seen outside a circle to that of the noise; shape (S, S), float64.
+
+    Cutting out a part of an image mixes neighbouring shells, and subtracting its mean takes from
+    the lowest. Both are linear in the noise's power; this is the inverse. Shell 0 is taken to have
+    the power of shell 1, which it cannot be told from.
+    """
+    box, n_shells = plane.box, plane.n_shells
+    outside = 1 - soft_ball(box, radius_px, 2.0, 2, torch.float64)
+    window = torch.fft.fft2(torch.fft.ifftshift(outside))
+    level = window.conj() / window[0, 0]
+    axis = torch.fft.fftfreq(box, 1 / box).double()
+    radius = (axis**2 + axis[:, None] ** 2).sqrt()
+    shells = (radius + 0.5).long().clamp(max=n_shells - 1)
+    kx, ky = plane.frequencies.unbind(-1)
+    as_image, as_power = torch.fft.ifft2(window), torch.fft.ifft2(window.abs() ** 2)
+
+    def convolved(kernel_image: Tensor, values: Tensor) -> Tensor:
+        return torch.fft.fft2(kernel_image * torch.fft.ifft2(values)) * box**2
+
+    columns = []
+    for shell in range(n_shells):
+        mine = (shells == shell).double()
+        cross = convolved(as_image, mine * level) * window.conj()
+        seen = convolved(as_power, mine.to(cross)).real - 2 * cross.real
+        seen = seen + window.abs() ** 2 * (mine * level.abs() ** 2).sum()
+        columns.append(shell_means(seen[ky % box, kx % box], plane))
+    mixing = torch.stack(columns, 1) / (box**2 * (outside**2).sum())
+    mixing[:, 1] += mixing[:, 0]
+    inverse = torch.zeros(n_shells, n_shells, dtype=torch.float64)
+    inverse[1:, 1:] = torch.linalg.inv(mixing[1:, 1:])
+    inverse[0] = inverse[1]
+    return inverse
+
+
+def _power_outside(images: Tensor, radius_px: float, plane: HalfPlane) -> Tensor:
+    """``|transform|^2`` outside a circle, scaled to the whole image; shape (b, m)."""
     box = images.shape[-1]
     outside = 1 - soft_ball(box, radius_px, 2.0, 2, images.dtype, images.device)
     level = (images * outside).sum((-2, -1), keepdim=True) / outside.sum()
     power = to_coefficients((images - level) * outside, plane).abs() ** 2
-    scale = box**2 / (outside**2).sum()
-    spectrum = shell_means((power * scale).mean(0), plane)
-    spectrum[0] = spectrum[min(1, len(spectrum) - 1)]
-    return spectrum
+    return power * (box**2 / (outside**2).sum())
 
 
 def shell_means(values: Tensor, plane: HalfPlane) -> Tensor:

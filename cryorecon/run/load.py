@@ -29,7 +29,7 @@ _SHARE_OF_MEMORY = 0.5
 _NOISE_IMAGES = 20_000
 
 
-def _normalised(images: Tensor, outside: Tensor) -> Tensor:
+def normalised(images: Tensor, outside: Tensor) -> Tensor:
     """Images with zero mean and unit standard deviation outside the particle."""
     area = outside.sum()
     level = (images * outside).sum((-2, -1), keepdim=True) / area
@@ -54,8 +54,8 @@ class _FromDisk:
     def images(self, rows: Tensor) -> Tensor:
         """Normalised images of some rows, shape (b, N, N)."""
         raw = torch.from_numpy(self.particles.images(rows.numpy()))
-        _refuse_blank(self.particles, rows, raw)
-        return _normalised(raw, self.outside)
+        refuse_blank(self.particles, rows, raw)
+        return normalised(raw, self.outside)
 
     def ctf(self, rows: Tensor, count: int) -> Tensor:
         """CTF of some images at the first coefficients."""
@@ -155,7 +155,8 @@ def _spread(group: Tensor) -> Tensor:
     return heard
 
 
-def _refuse_blank(particles: Particles, rows: Tensor, images: Tensor) -> None:
+def refuse_blank(particles: Particles, rows: Tensor, images: Tensor) -> None:
+    """Stop at an image without contrast, naming its row."""
     spread = images.flatten(1).std(-1)
     blank = torch.nonzero(spread == 0)
     if len(blank):

@@ -1,0 +1,111 @@
+"""Moments on disk: named arrays with units in one HDF5 file, written whole or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from cryorecon import __version__
+from cryorecon.errors import CryoreconError, require_file
+from cryorecon.io.files import replacing
+
+FORMAT = "cryorecon-moments"
+VERSION = 1
+
+Attribute = str | int | float | bool
+
+
+@dataclass(frozen=True)
+class MomentsData:
+    """What a moments file holds, without knowing what it means.
+
+    Attributes
+    ----------
+    attributes : dict
+        Text and numbers about the whole file.
+    arrays : dict of arrays
+        By path inside the file, such as ``sums/second`` or ``moments/second``.
+    about : dict of str
+        What each array is, with its unit; arrays without an entry are described by their name.
+    """
+
+    attributes: Mapping[str, Attribute]
+    arrays: Mapping[str, NDArray[Any]]
+    about: Mapping[str, str] = field(default_factory=dict)
+
+    def group(self, name: str) -> dict[str, NDArray[Any]]:
+        """Arrays below one path, by the rest of their name."""
+        start = name + "/"
+        return {k[len(start) :]: v for k, v in self.arrays.items() if k.startswith(start)}
+
+
+def write_moments(path: str | Path, data: MomentsData) -> None:
+    """Write a moments file under a temporary name and rename it.
+
+    Raises
+    ------
+    CryoreconError
+        If it cannot be written.
+    """
+    with replacing(path) as temporary, h5py.File(temporary, "w") as file:
+        file.attrs["format"] = FORMAT
+        file.attrs["version"] = VERSION
+        file.attrs["program"] = f"cryorecon {__version__}"
+        for key, value in data.attributes.items():
+            file.attrs[key] = value
+        for name, array in data.arrays.items():
+            dataset = file.create_dataset(name, data=array)
+            dataset.attrs["about"] = data.about.get(name, name)
+
+
+def read_moments_data(path: str | Path) -> MomentsData:
+    """Read a moments file.
+
+    Raises
+    ------
+    CryoreconError
+        If it is no HDF5 file, is damaged, is not of this program or is of a newer version.
+    """
+    path = require_file(path, "moments file")
+    remedy = "Give a file that `cryorecon moments estimate` wrote"
+    try:
+        with h5py.File(path, "r") as file:
+            if _text(file.attrs.get("format")) != FORMAT:
+                raise CryoreconError(f"{path} is an HDF5 file but holds no moments", remedy)
+            version = int(file.attrs.get("version", 0))
+            if version != VERSION:
+                raise CryoreconError(
+                    f"{path} is a moments file of version {version}; this program knows {VERSION}",
+                    "Estimate the moments again or use the program that wrote it",
+                )
+            attributes = {key: _plain(value) for key, value in file.attrs.items()}
+            arrays: dict[str, NDArray[Any]] = {}
+            about: dict[str, str] = {}
+
+            def visit(name: str, item: Any) -> None:
+                if isinstance(item, h5py.Dataset):
+                    arrays[name] = np.asarray(item[()])
+                    about[name] = _text(item.attrs.get("about"))
+
+            file.visititems(visit)
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
+        raise CryoreconError(
+            f"{path} cannot be read as a moments file ({error})", remedy
+        ) from error
+    return MomentsData(attributes, arrays, about)
+
+
+def _text(value: Any) -> str:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+
+
+def _plain(value: Any) -> Attribute:
+    if isinstance(value, np.generic):
+        value = value.item()
+    return value if isinstance(value, (int, float, bool)) else _text(value)
