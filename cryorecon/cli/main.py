@@ -16,8 +16,8 @@ from cryorecon.cli.console import error_console
 from cryorecon.cli.demo import demo_command
 from cryorecon.cli.fit_image import fit_image_command
 from cryorecon.cli.fsc import fsc
-from cryorecon.cli.mra import mra_app
 from cryorecon.cli.moments import moments_app
+from cryorecon.cli.mra import mra_app
 from cryorecon.cli.reconstruct import reconstruct_command
 from cryorecon.cli.simulate import simulate_command
 from cryorecon.errors import CryoreconError

@@ -11,6 +11,7 @@ import typer
 
 from cryorecon.cli.abinitio_options import Contrast, Diameter, Project
 from cryorecon.cli.console import console, count_progress, error_console, usable_device
+from cryorecon.cli.moments_reconstruct import reconstruct_command
 from cryorecon.errors import CryoreconError
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ moments_app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
 )
+moments_app.command("reconstruct")(reconstruct_command)
 
 
 @moments_app.command("estimate")

@@ -179,6 +179,19 @@ def viewing_direction_figure(rotations: Tensor, title: str = "") -> Figure:
     nside = int(np.clip(np.sqrt(len(z) / 120), 1, 16))
     cells = healpix.ang2pix(nside, np.arccos(z.clip(-1, 1)), np.arctan2(y, x))
     density = np.bincount(cells, minlength=12 * nside**2) * (12 * nside**2 / len(z))
+    count = f"{len(z):,} images"
+    return view_density_figure(density, f"{title}\n{count}" if title else count)
+
+
+def view_density_figure(density: NDArray[np.floating], title: str = "") -> Figure:
+    """A density of viewing directions relative to uniform, in HEALPix cells (ring order).
+
+    Parameters
+    ----------
+    density : array, shape (12 nside^2,)
+        1 is uniform.
+    """
+    nside = round((len(density) / 12) ** 0.5)
     longitude, latitude = np.linspace(-np.pi, np.pi, 361), np.linspace(-np.pi / 2, np.pi / 2, 181)
     tilt, rot = np.meshgrid(
         np.pi / 2 - (latitude[1:] + latitude[:-1]) / 2,
@@ -197,6 +210,5 @@ def viewing_direction_figure(rotations: Tensor, title: str = "") -> Figure:
     axes.set_xlabel("longitude: rlnAngleRot; latitude: rlnAngleTilt (degrees)", fontsize=9)
     bar = figure.colorbar(mesh, ax=axes, shrink=0.7)
     bar.set_label("density of views over uniform")
-    count = f"{len(z):,} images"
-    axes.set_title(f"{title}\n{count}" if title else count, fontsize=10)
+    axes.set_title(title, fontsize=10)
     return figure

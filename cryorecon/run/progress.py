@@ -18,7 +18,7 @@ class Update(Protocol):
 
 
 @contextmanager
-def stage_bar(console: Console, title: str, total: int) -> Iterator[Update]:
+def stage_bar(console: Console, title: str, total: int, unit: str = "images") -> Iterator[Update]:
     """A bar with rate, time left and a note; nothing where the output is no terminal."""
     columns = (
         SpinnerColumn(),
@@ -35,6 +35,6 @@ def stage_bar(console: Console, title: str, total: int) -> Iterator[Update]:
 
         def update(done: int, note: str = "") -> None:
             seconds = progress.tasks[0].elapsed or 1e-9
-            progress.update(task, completed=done, rate=f"{done / seconds:.0f} images/s", note=note)
+            progress.update(task, completed=done, rate=f"{done / seconds:.0f} {unit}/s", note=note)
 
         yield update

@@ -57,7 +57,12 @@ def _replaced(config: Settings, path: list[str], value: Any, full_key: str) -> S
         new = _replaced(current, path[1:], value, full_key)
     else:
         new = _converted(current, value, full_key)
-    return dataclasses.replace(config, **{name: new})  # type: ignore[type-var]
+    try:
+        return dataclasses.replace(config, **{name: new})  # type: ignore[type-var]
+    except ValueError as error:
+        raise CryoreconError(
+            f"Setting {full_key} cannot be {value!r}: {error}", "Correct it"
+        ) from (error)
 
 
 def _converted(current: Any, value: Any, key: str) -> Any:

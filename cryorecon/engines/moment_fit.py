@@ -1,0 +1,317 @@
+"""Maps and view densities from moments: random starts, coarse to fine (Khoo, Paul, Sharon 2024).
+
+Equation 28 of the paper with two changes: entries weigh by their standard errors and by the power
+of their radii, so that high frequencies count, and the moments are those of in-plane averaged
+images. Moments at this order do not always determine the map; only agreement between fits from
+different starts tells how far they do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from cryorecon.engines.moment_models import (
+    DensityKind,
+    ViewDensity,
+    Views,
+    VolumeKind,
+    VolumeModel,
+    grid_size,
+    new_volume,
+)
+from cryorecon.engines.moments import SteerableMoments, steerable_moments
+from cryorecon.physics.polar import PolarGrid
+
+# Radii of the coarse stages; the last stage has all.
+_STAGES = (3, 4, 6, 9, 13, 19, 28)
+# A radius is used if its power is this many standard errors above 0.
+_VISIBLE = 3.0
+
+
+@dataclass(frozen=True)
+class MomentFitConfig:
+    """How moments are fitted.
+
+    Attributes
+    ----------
+    volume : "beads", "grid", "rmfn" or "fouriernet"
+    beads : int
+        Gaussians of the map.
+    width : int
+        Hidden units of networks.
+    density : "harmonics" or "free"
+        Of viewing directions: smooth, or with a weight for each direction in the last stage.
+    density_degree : int
+        Of the harmonics of its logarithm.
+    starts : int
+        Random starts; the best are compared with each other.
+    first_iterations : int
+        Adam steps on the first moment alone, before all others.
+    iterations : int
+        Adam steps of the last stage; earlier ones take half as many.
+    rate : float
+        Of Adam; falls to a hundredth in each stage.
+    radius : int
+        Largest radius used, in cycles per particle box.
+    model_error : float
+        Expected misfit of an entry beside its standard error, relative to the power of its radii.
+    """
+
+    volume: VolumeKind = "beads"
+    beads: int = 40
+    width: int = 96
+    density: DensityKind = "harmonics"
+    density_degree: int = 6
+    starts: int = 6
+    first_iterations: int = 50
+    iterations: int = 500
+    rate: float = 0.05
+    radius: int = 8
+    model_error: float = 0.003
+
+    def __post_init__(self) -> None:
+        counts = (self.beads, self.starts, self.iterations, self.radius, self.density_degree)
+        if min(counts) < 1 or self.rate <= 0 or self.model_error <= 0:
+            raise ValueError("counts, rate and model error must be positive")
+
+
+@dataclass(frozen=True)
+class Target:
+    """Moments up to a radius, with the weight of each entry.
+
+    Attributes
+    ----------
+    grid : PolarGrid
+        Circles in cycles per particle box.
+    first, second : Tensor, shape (K,) and (M + 1, K, K)
+    first_weight, second_weight : Tensor, real, same shapes
+        Inverse variances; orders above 0 count twice.
+    power : Tensor, shape (K,)
+        Of each radius, over all orders.
+    """
+
+    grid: PolarGrid
+    first: Tensor
+    second: Tensor
+    first_weight: Tensor
+    second_weight: Tensor
+    power: Tensor
+
+    @staticmethod
+    def of(moments: SteerableMoments, radius: int, model_error: float) -> Target:
+        """Moments of radii 1 to `radius`, of the angular orders that they hold."""
+        whole, k = moments.geometry, radius
+        share = whole.diameter_angst / whole.side_angst
+        order = min(int(math.pi * k * share) + 2, whole.max_order)
+        grid = replace(whole, max_radius=k, max_order=order).map_grid()
+        second = moments.second[: order + 1, :k, :k]
+        error = moments.second_error[: order + 1, :k, :k]
+        twice = torch.full((order + 1, 1, 1), 2.0, dtype=torch.float64)
+        twice[0] = 1
+        diagonal = (twice * second).diagonal(dim1=-2, dim2=-1).real.sum(0)
+        noise = (twice * error).diagonal(dim1=-2, dim2=-1).square().sum(0).sqrt()
+        power = torch.maximum(diagonal, noise.nan_to_num(posinf=0.0)).clamp(min=1e-30)
+        floor = model_error**2
+        by_first = 1 / (moments.first_error[:k] ** 2 + floor * power)
+        by_second = twice / (error**2 + floor * power[:, None] * power)
+        return Target(grid, moments.first[:k], second, by_first, by_second, power)
+
+    def to(self, device: str) -> Target:
+        """Single precision on a device."""
+        parts = (self.first, self.second, self.first_weight, self.second_weight, self.power)
+        single = [p.to(device, torch.complex64 if p.is_complex() else torch.float32) for p in parts]
+        return Target(self.grid, *single)
+
+    def misfit(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        """Weighted squares of what is left, of either moment; and how many entries count."""
+        one = (self.first_weight * (first - self.first) ** 2).sum()
+        two = (self.second_weight * (second - self.second).abs().square()).sum()
+        return one, two
+
+    @property
+    def count(self) -> float:
+        """Real numbers in both moments that were measured."""
+        return len(self.first) + 2 * float((self.second_weight > 0).sum())
+
+    def relative(self, first: Tensor, second: Tensor, *, white: bool) -> tuple[float, float]:
+        """Relative Frobenius errors of both moments, every radius of equal power or by area."""
+        radii = self.grid.radii.to(self.power)
+        by = 1 / self.power.sqrt() if white else radii.sqrt()
+        pair = (self.second_weight > 0) * (by[:, None] * by) ** 2
+        pair = (
+            pair * torch.where(torch.arange(len(pair), device=by.device) > 0, 2, 1)[:, None, None]
+        )
+        one = (by**2 * (first - self.first) ** 2).sum() / (by**2 * self.first**2).sum()
+        left = (pair * (second - self.second).abs() ** 2).sum()
+        two = left / (pair * self.second.abs() ** 2).sum()
+        return float(one) ** 0.5, float(two) ** 0.5
+
+
+@dataclass(frozen=True)
+class MomentFit:
+    """Where one start ended.
+
+    Attributes
+    ----------
+    volume : VolumeModel
+    density : ViewDensity
+    misfit : float
+        Weighted squares left, by entry; about 1 where standard errors explain all.
+    white, frobenius : tuple of two float
+        Relative errors of the first and the second moment: radii of equal power, or weighing by
+        their circles as in the paper's loss.
+    """
+
+    volume: VolumeModel
+    density: ViewDensity
+    misfit: float
+    white: tuple[float, float]
+    frobenius: tuple[float, float]
+
+
+def visible_radius(moments: SteerableMoments) -> int:
+    """Largest radius up to which the power stands above its standard error."""
+    twice = torch.full((len(moments.second), 1), 2.0, dtype=torch.float64)
+    twice[0] = 1
+    power = (twice * moments.second.diagonal(dim1=-2, dim2=-1).real).sum(0)
+    errors = moments.second_error.diagonal(dim1=-2, dim2=-1)
+    seen = power > _VISIBLE * (twice * errors).square().sum(0).sqrt()
+    return int(seen.long().cumprod(0).sum())
+
+
+def stages(radius: int) -> list[int]:
+    """Largest radius of each stage, coarse to fine."""
+    return [*(r for r in _STAGES if r < radius), radius]
+
+
+@dataclass(frozen=True)
+class Fitter:
+    """Everything that the starts share.
+
+    Attributes
+    ----------
+    config : MomentFitConfig
+    targets : list of Target
+        One a stage.
+    views : list of Views
+    particle_radius : float
+        In sides of the particle box.
+    device : str
+    """
+
+    config: MomentFitConfig
+    targets: list[Target]
+    views: list[Views]
+    particle_radius: float
+    device: str = "cpu"
+
+    @staticmethod
+    def of(
+        moments: SteerableMoments, config: MomentFitConfig, radius: int, device: str = "cpu"
+    ) -> Fitter:
+        """Targets and slices of all stages.
+
+        Parameters
+        ----------
+        radius : int
+            Largest radius fitted, in cycles per particle box.
+        """
+        targets = [
+            Target.of(moments, stage, config.model_error).to(device) for stage in stages(radius)
+        ]
+        size = grid_size(radius)
+        views = [Views.of(t.grid, size, config.density_degree, device) for t in targets]
+        share = moments.geometry.diameter_angst / moments.geometry.side_angst / 2
+        return Fitter(config, targets, views, share, device)
+
+    @property
+    def steps(self) -> int:
+        """Of one start."""
+        early = (len(self.targets) - 1) * (self.config.iterations // 2)
+        return self.config.first_iterations + early + self.config.iterations
+
+    def fit(
+        self, generator: torch.Generator, progress: Callable[[int], None] | None = None
+    ) -> MomentFit:
+        """One random start, from the radii of the first stage to all.
+
+        Parameters
+        ----------
+        generator : torch.Generator
+            On the CPU.
+        progress : callable, optional
+            Called with 1 after each step.
+
+        Raises
+        ------
+        FloatingPointError
+            If the misfit is not finite.
+        """
+        config = self.config
+        reach = int(self.targets[-1].grid.radii[-1])
+        volume = new_volume(
+            config.volume, reach, self.particle_radius, config.beads, config.width, generator
+        ).to(self.device)
+        density = ViewDensity(config.density_degree).to(self.device)
+        self._match_power(volume)
+        alone = replace(
+            self.targets[0], second_weight=torch.zeros_like(self.targets[0].second_weight)
+        )
+        count = config.first_iterations
+        self._descend(volume, density, alone, self.views[0], count, progress)
+        last = len(self.targets) - 1
+        for number, (target, views) in enumerate(zip(self.targets, self.views, strict=True)):
+            if number == last and config.density == "free":
+                density.free(views)
+            count = config.iterations if number == last else config.iterations // 2
+            self._descend(volume, density, target, views, count, progress)
+        return self._judged(volume, density)
+
+    def _match_power(self, volume: VolumeModel) -> None:
+        with torch.no_grad():
+            harmonics = volume.harmonics(self.views[0])
+            mean = self.views[0].log_weights.exp().chunk(2)
+            _, second = steerable_moments(harmonics, *mean)
+            seen, wanted = (m[0].diagonal().real.sum() for m in (second, self.targets[0].second))
+            volume.log_scale.add_(0.5 * torch.log(wanted.clamp(min=1e-30) / seen))
+
+    def _descend(
+        self,
+        volume: VolumeModel,
+        density: ViewDensity,
+        target: Target,
+        views: Views,
+        count: int,
+        progress: Callable[[int], None] | None,
+    ) -> None:
+        groups = volume.rates(self.config.rate)
+        groups.append({"params": list(density.parameters()), "lr": 0.5 * self.config.rate})
+        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
+        fall = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda i: 0.01 + 0.5 * (1 + math.cos(math.pi * i / count))
+        )
+        for _ in range(count):
+            moments = steerable_moments(volume.harmonics(views), *density.probabilities(views))
+            one, two = target.misfit(*moments)
+            loss = (one + two) / target.count + volume.penalty()
+            if not bool(loss.isfinite()):
+                raise FloatingPointError(f"misfit {float(loss.detach())}")
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            fall.step()
+            if progress is not None:
+                progress(1)
+
+    def _judged(self, volume: VolumeModel, density: ViewDensity) -> MomentFit:
+        target, views = self.targets[-1], self.views[-1]
+        with torch.no_grad():
+            found = steerable_moments(volume.harmonics(views), *density.probabilities(views))
+            one, two = target.misfit(*found)
+        white, frobenius = (target.relative(*found, white=w) for w in (True, False))
+        return MomentFit(volume, density, float(one + two) / target.count, white, frobenius)

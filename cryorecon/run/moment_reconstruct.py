@@ -1,0 +1,271 @@
+"""From a moments file to a map, or to the statement that the moments do not determine one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import healpix
+import numpy as np
+import pandas as pd
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from cryorecon.engines.moment_fit import Fitter, MomentFit, MomentFitConfig, visible_radius
+from cryorecon.engines.moment_models import grid_size
+from cryorecon.engines.moments import MomentsGeometry, SteerableMoments
+from cryorecon.errors import CryoreconError
+from cryorecon.io.mrc import Map, read_map, write_map
+from cryorecon.io.star import write_star
+from cryorecon.maps.align import align_maps, apply_alignment
+from cryorecon.maps.fsc import crossing_shell, fsc_curve
+from cryorecon.physics.fourier import crop_or_pad_centred, lowpass
+from cryorecon.run.curves import FscCurve, write_fsc_star
+from cryorecon.run.job import Job, open_job, write_output_nodes
+from cryorecon.run.moments_store import read_moments
+from cryorecon.run.plots import fsc_figure, map_figure, save_figure, view_density_figure
+from cryorecon.run.progress import stage_bar
+from cryorecon.run.specimen import at_pixel_size
+
+# Starts whose misfit is within this factor of the best one's fit the moments as well.
+_AS_GOOD = 2.0
+# Cells of the picture of viewing directions.
+_NSIDE = 16
+_LEAST_RADIUS = 3
+# Moments are explained up to this misfit; 1 is expected of standard errors.
+_EXPLAINED = 2.0
+
+
+@dataclass(frozen=True)
+class MomentReconstructOptions:
+    """What a user chooses.
+
+    Attributes
+    ----------
+    engine : MomentFitConfig
+    reference : Path, optional
+        A map of the images' box and pixel size to align the result to.
+    allow_ambiguous : bool
+        Write the best map even if starts that fit equally well disagree.
+    seed : int
+    device : str
+    """
+
+    engine: MomentFitConfig = field(default_factory=MomentFitConfig)
+    reference: Path | None = None
+    allow_ambiguous: bool = False
+    seed: int = 0
+    device: str = "cpu"
+
+
+def reconstruct_moments(
+    path: Path, output: Path, options: MomentReconstructOptions, console: Console
+) -> None:
+    """Fit a map and a view density to a moments file and write what can be trusted.
+
+    Parameters
+    ----------
+    path : Path
+        From ``cryorecon moments estimate``, steerable form.
+    output : Path
+        Job directory.
+
+    Raises
+    ------
+    CryoreconError
+        If the file does not fit, shows no signal, or does not determine a map.
+    """
+    moments = _steerable(path)
+    reference = None if options.reference is None else _reference(options.reference, moments)
+    with open_job(output, console, path, moments.n_images, options, options.seed) as job:
+        radius = _radius(path, moments, options.engine, job)
+        fits = _all_starts(moments, options, radius, job)
+        maps = [_on_images(fit, moments.geometry, radius) for fit in fits]
+        agreement = _agreement(fits, maps, moments.geometry, radius, job)
+        _write_starts(job, fits, agreement)
+        doubt = _doubt(fits[0], agreement, moments.geometry, radius)
+        if doubt is not None and not options.allow_ambiguous:
+            raise CryoreconError(
+                doubt,
+                "See starts.star; average more particles, raise --starts or --set iterations, fit "
+                "fewer radii, or write the best map all the same with --allow-ambiguous",
+            )
+        if doubt is not None:
+            job.say(f"AMBIGUOUS: {doubt}")
+        _write_result(job, fits[0], maps, moments.geometry, radius, doubt is None)
+        if reference is not None:
+            _compare(job, maps[0], reference, str(options.reference))
+
+
+def _steerable(path: Path) -> SteerableMoments:
+    moments = read_moments(path)
+    if not isinstance(moments, SteerableMoments):
+        raise CryoreconError(
+            f"{path} holds moments over all Fourier pixels, which are not fitted",
+            "Estimate them again with --form steerable",
+        )
+    return moments
+
+
+def _reference(path: Path, moments: SteerableMoments) -> Map:
+    found, geometry = read_map(path), moments.geometry
+    same = abs(found.pixel_size_angst / geometry.pixel_size_angst - 1) < 0.01
+    if len(found.data) != geometry.box or not same:
+        raise CryoreconError(
+            f"The reference {path} has {len(found.data)} px at {found.pixel_size_angst:g} A, the "
+            f"images {geometry.box} px at {geometry.pixel_size_angst:g} A",
+            "Resample it to the images' box and pixel size",
+        )
+    return found
+
+
+def _radius(path: Path, moments: SteerableMoments, config: MomentFitConfig, job: Job) -> int:
+    """How far the moments are fitted: as asked, while they stand above their errors."""
+    visible, side = visible_radius(moments), moments.geometry.side_angst
+    if visible < _LEAST_RADIUS:
+        raise CryoreconError(
+            f"No signal found: the second moment of {path} stands above its error only up to "
+            f"radius {visible}",
+            "Average more particles, check --diameter and the CTF, or use abinitio-rmfn",
+        )
+    radius = min(config.radius, visible)
+    why = "as asked" if radius == config.radius else "beyond that, errors exceed the signal"
+    job.say(f"{moments.n_images} images; radii to {radius}, {side / radius:.1f} A ({why})")
+    return radius
+
+
+def _all_starts(
+    moments: SteerableMoments, options: MomentReconstructOptions, radius: int, job: Job
+) -> list[MomentFit]:
+    """All fits, the best first."""
+    fitter = Fitter.of(moments, options.engine, radius, options.device)
+    starts, fits = options.engine.starts, []
+    with stage_bar(job.console, "Fitting", starts * fitter.steps, unit="steps") as bar:
+        done = 0
+
+        def progress(steps: int) -> None:
+            nonlocal done
+            done += steps
+            bar(done, f"start {1 + done // fitter.steps} of {starts}")
+
+        for start in range(starts):
+            generator = torch.Generator().manual_seed(options.seed * 1000 + start)
+            fits.append(fitter.fit(generator, progress))
+            one, two = fits[-1].frobenius
+            job.say(
+                f"start {start + 1}: misfit {fits[-1].misfit:.3g}, errors of the moments "
+                f"{one:.4f} and {two:.4f}"
+            )
+    return sorted(fits, key=lambda fit: fit.misfit)
+
+
+def _on_images(fit: MomentFit, geometry: MomentsGeometry, radius: int) -> Tensor:
+    """The map on the images' grid, low-passed to the radii that were fitted."""
+    size = 2 * grid_size(radius)
+    with torch.no_grad():
+        dense = fit.volume.density(size).cpu()
+    pixel = geometry.side_angst / size
+    volume, _ = at_pixel_size(dense / dense.abs().max(), pixel, geometry.pixel_size_angst)
+    volume = crop_or_pad_centred(volume, geometry.box, 3)
+    band = radius * geometry.image_side_angst / geometry.side_angst
+    return lowpass(volume, min(band, (geometry.box - 1) / 2), 3)
+
+
+def _agreement(
+    fits: list[MomentFit], maps: list[Tensor], geometry: MomentsGeometry, radius: int, job: Job
+) -> list[float | None]:
+    """Radius to which each start agrees with the best (FSC 0.5); None where it fits worse.
+
+    The maps are turned onto the best one, so that they can be looked at together.
+    """
+    found: list[float | None] = [None]
+    limit = _AS_GOOD * fits[0].misfit
+    per_shell = geometry.side_angst / geometry.image_side_angst
+    for number in range(1, len(fits)):
+        maps[number] = _aligned(maps[number], maps[0], geometry, radius)
+        if fits[number].misfit > limit:
+            found.append(None)
+            continue
+        shell = crossing_shell(fsc_curve(maps[number], maps[0]), 0.5) * per_shell
+        found.append(min(shell, float(radius)) if shell >= radius - 0.5 else shell)
+    good = sum(a is not None for a in found[1:])
+    job.say(f"{good} of {len(fits) - 1} other starts fit the moments as well as the best")
+    return found
+
+
+def _aligned(moving: Tensor, fixed: Tensor, geometry: MomentsGeometry, radius: int) -> Tensor:
+    finest = geometry.side_angst / (radius + 1)
+    found = align_maps(moving, fixed, geometry.pixel_size_angst, finest_angst=finest)
+    return apply_alignment(moving, found)
+
+
+def _doubt(
+    best: MomentFit, agreement: list[float | None], geometry: MomentsGeometry, radius: int
+) -> str | None:
+    """Why the map cannot be trusted at every radius that was fitted, if so."""
+    if best.misfit > _EXPLAINED:
+        return f"No start explains the moments: misfit {best.misfit:.3g}, 1 within their errors"
+    known = [a for a in agreement[1:] if a is not None]
+    if not known:
+        return "No second start fits the moments as well as the best: it cannot be checked"
+    least = min(known)
+    if least >= radius:
+        return None
+    reach = f"{geometry.side_angst / least:.0f} A" if least > 0 else "no resolution"
+    return (
+        "The moments do not determine the map: starts that fit them equally well agree to "
+        f"{reach}, not to the {geometry.side_angst / radius:.0f} A that were fitted"
+    )
+
+
+def _write_starts(job: Job, fits: list[MomentFit], agreement: list[float | None]) -> None:
+    rows = [
+        {
+            "cryoreconStart": number + 1,
+            "cryoreconMisfit": fit.misfit,
+            "cryoreconFirstMomentError": fit.frobenius[0],
+            "cryoreconSecondMomentError": fit.frobenius[1],
+            "cryoreconFirstMomentErrorWhitened": fit.white[0],
+            "cryoreconSecondMomentErrorWhitened": fit.white[1],
+            "cryoreconAgreementRadius": -1.0 if agreed is None else agreed,
+        }
+        for number, (fit, agreed) in enumerate(zip(fits, agreement, strict=True))
+    ]
+    write_star(job.path("starts.star"), {"starts": pd.DataFrame(rows)})
+
+
+def _write_result(
+    job: Job, fit: MomentFit, maps: list[Tensor], geometry: MomentsGeometry, radius: int, sure: bool
+) -> None:
+    pixel = geometry.pixel_size_angst
+    write_map(job.path("initial_model.mrc"), maps[0].numpy(), pixel)
+    label = "" if sure else "AMBIGUOUS: starts disagree; "
+    title = f"{label}map from moments, {geometry.side_angst / radius:.1f} A; hand unknown"
+    save_figure(map_figure(maps[0].numpy(), pixel, title), job.path("map.png"))
+    cells = np.arange(12 * _NSIDE**2)
+    tilt, rot = healpix.pix2ang(_NSIDE, cells)
+    flat = np.stack([np.sin(tilt) * np.cos(rot), np.sin(tilt) * np.sin(rot), np.cos(tilt)], -1)
+    density = fit.density.over_uniform(torch.from_numpy(flat)).numpy()
+    save_figure(view_density_figure(density, "views, from moments"), job.path("views.png"))
+    columns = {"rlnAngleRot": np.rad2deg(rot), "rlnAngleTilt": np.rad2deg(tilt)}
+    table = pd.DataFrame({**columns, "cryoreconViewDensity": density})
+    write_star(job.path("view_density.star"), {"view_density": table})
+    if len(maps) > 1:
+        values = fsc_curve(maps[1], maps[0])
+        what = f"{label}the two best starts, no half maps"
+        curve = FscCurve(values, geometry.box, pixel, what, aligned=True)
+        write_fsc_star(job.path("fsc.star"), curve, 0.5)
+        save_figure(fsc_figure({what: curve}, [0.5]), job.path("fsc.png"))
+    write_output_nodes(job.folder, {"initial_model.mrc": 6})
+    job.say(f"{job.path('initial_model.mrc')}  refine it: abinitio-rmfn --init-map")
+
+
+def _compare(job: Job, volume: Tensor, reference: Map, name: str) -> None:
+    target, pixel = torch.from_numpy(reference.data).float(), reference.pixel_size_angst
+    found = align_maps(volume, target, pixel)
+    moved = apply_alignment(volume, found)
+    write_map(job.path("initial_model.mrc"), moved.numpy(), pixel)
+    curve = FscCurve(fsc_curve(moved, target), len(target), pixel, f"map and {name}", aligned=True)
+    hand = "mirrored" if found.flipped else "same hand"
+    job.say(f"against {name}: {curve.resolution_text(0.5)} ({hand}; the map lies on it now)")

@@ -1,0 +1,262 @@
+"""Maps from moments: models, fits, and what is said when moments do not determine a map."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from cryorecon.cli.main import app
+from cryorecon.engines.moment_fit import Fitter, MomentFitConfig, stages, visible_radius
+from cryorecon.engines.moment_models import Beads, ViewDensity, Views, new_volume
+from cryorecon.engines.moment_sums_steerable import SteerableSums
+from cryorecon.engines.moments import MomentsGeometry, SteerableMoments, exact_moments
+from cryorecon.errors import CryoreconError
+from cryorecon.io.mrc import read_map, write_map
+from cryorecon.io.star import read_star
+from cryorecon.maps.align import align_maps, apply_alignment
+from cryorecon.maps.fsc import fsc_curve
+from cryorecon.physics.sphere import lebedev
+from cryorecon.run.moment_reconstruct import _doubt
+from cryorecon.run.moments_store import Progress, read_moments, save_progress
+
+RADIUS = 4
+GEOMETRY = MomentsGeometry("steerable", 24, 1.0, 18.0, 24.0, RADIUS, 11)
+
+
+def run(*arguments):
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    if isinstance(result.exception, CryoreconError):
+        raise result.exception
+    return result
+
+
+def three_gaussians(size=24, side_angst=24.0):
+    axis = (torch.arange(size) - size // 2) * (side_angst / size)
+    z, y, x = torch.meshgrid(axis, axis, axis, indexing="ij")
+    volume = torch.zeros(size, size, size)
+    centres = ((4.0, 0.0, 1.0), (-3.0, 2.5, 0.0), (0.0, -3.0, -3.0))
+    for mass, centre in zip((1.0, 1.5, 2.0), centres, strict=True):
+        squares = sum((a - c) ** 2 for a, c in zip((x, y, z), centre, strict=True))
+        volume += mass * torch.exp(-squares / (2 * 1.8**2))
+    return volume / volume.norm()
+
+
+@pytest.fixture(scope="module")
+def exact():
+    """Moments of three Gaussians seen mostly from one side."""
+    rule = lebedev(41)
+    weights = rule.weights * torch.exp(1.5 * rule.directions[:, 0] + rule.directions[:, 1] ** 2)
+    volume = three_gaussians().double()
+    grid = GEOMETRY.map_grid()
+    first, second = exact_moments(volume, rule.directions, weights / weights.sum(), grid)
+    nothing = torch.zeros_like(second)
+    kept = torch.ones(RADIUS, RADIUS, dtype=torch.bool)
+    return SteerableMoments(
+        GEOMETRY, 1000, first, second, 1e-9 + 0 * first, 1e-9 + nothing.real, nothing, kept,
+        torch.ones(RADIUS),
+    )  # fmt: skip
+
+
+def test_a_start_from_nothing_finds_three_gaussians(exact):
+    config = MomentFitConfig(beads=12, iterations=200, density_degree=4, radius=RADIUS)
+    fitter = Fitter.of(exact, config, RADIUS)
+    steps = []
+    found = fitter.fit(torch.Generator().manual_seed(0), steps.append)
+    assert sum(steps) == fitter.steps
+    assert max(found.frobenius) < 0.01
+    truth = three_gaussians()
+    with torch.no_grad():
+        volume = found.volume.density(24)
+    moved = apply_alignment(volume, align_maps(volume, truth, 1.0, finest_angst=5.0))
+    assert float(fsc_curve(moved, truth)[1 : RADIUS + 1].min()) > 0.8
+
+
+def test_one_seed_is_one_result(exact):
+    config = MomentFitConfig(beads=5, iterations=6, first_iterations=2, radius=RADIUS)
+    fitter = Fitter.of(exact, config, RADIUS)
+    one, same, other = (fitter.fit(torch.Generator().manual_seed(s)).misfit for s in (3, 3, 4))
+    assert one == same != other
+
+
+@pytest.mark.parametrize("kind", ["beads", "grid", "rmfn", "fouriernet"])
+@pytest.mark.parametrize("density", ["harmonics", "free"])
+def test_every_parameter_of_every_model_moves(exact, kind, density):
+    config = MomentFitConfig(
+        volume=kind, density=density, beads=6, width=16, iterations=2, first_iterations=1,
+        radius=RADIUS,
+    )  # fmt: skip
+    fitter = Fitter.of(exact, config, RADIUS)
+    generator = torch.Generator().manual_seed(1)
+    fresh = new_volume(kind, RADIUS, fitter.particle_radius, 6, 16, generator)
+    found = fitter.fit(torch.Generator().manual_seed(1))
+    assert math.isfinite(found.misfit)
+    for (name, before), after in zip(
+        fresh.named_parameters(), found.volume.parameters(), strict=True
+    ):
+        assert not torch.equal(before, after.detach()), name
+    parts = list(found.density.parameters())
+    assert len(parts) == 1 + (density == "free")
+    assert all(float(p.detach().abs().max()) > 0 for p in parts)
+
+
+@pytest.mark.parametrize("kind", ["beads", "grid", "rmfn"])
+def test_maps_are_the_same_on_any_grid(kind, generator):
+    model = new_volume(kind, 4, 0.4, 8, 16, generator)
+    with torch.no_grad():
+        sums = [float(model.density(size).sum()) for size in (24, 33, 40)]
+    assert sums == pytest.approx([sums[0]] * 3, rel=1e-3)
+
+
+def test_beads_have_the_transform_of_gaussians(generator):
+    model = Beads(4, 0.4, generator)
+    grid = GEOMETRY.map_grid()
+    views = Views.of(grid, 24, 2)
+    with torch.no_grad():
+        found = model.harmonics(views)
+        along = views.rotations[:, :2].float() @ model.centres.T
+        angle = grid.angles.float()
+        direction = torch.stack([angle.cos(), angle.sin()], -1)
+        distance = torch.einsum("td,qdb->qtb", direction, along)
+        radii = grid.radii.float()[:, None, None]
+        phase = -2 * math.pi * radii * distance[:, None]
+        fall = torch.exp(-2 * (math.pi * radii * model.log_width.exp()) ** 2)
+        samples = (model.log_mass.exp() * torch.polar(fall.expand_as(phase), phase)).sum(-1)
+        expected = grid.harmonics(samples)
+    assert float((found - expected).norm() / expected.norm()) < 2e-3
+
+
+def test_densities_of_views_are_probabilities(generator):
+    density, views = ViewDensity(4), Views.of(GEOMETRY.map_grid(), 24, 4)
+    with torch.no_grad():
+        density.coefficients.copy_(0.3 * torch.randn(24, generator=generator))
+    one, other = density.probabilities(views)
+    assert float((one.sum() + other.sum()).detach()) == pytest.approx(1, abs=1e-6)
+    rule = lebedev(35)
+    over = density.over_uniform(rule.directions)
+    assert float((over * rule.weights).sum()) == pytest.approx(1, abs=1e-3)
+    assert float(over.min()) > 0
+
+
+def test_stages_rise_to_the_radius():
+    assert stages(3) == [3]
+    assert stages(8) == [3, 4, 6, 8]
+
+
+def test_radii_in_the_noise_are_left_out(exact):
+    noisy = exact.second_error.clone()
+    noisy[:, 2:, 2:] = float(exact.second.abs().max())
+    assert visible_radius(exact) == RADIUS
+    assert visible_radius(replace(exact, second_error=noisy)) == 2
+
+
+def _file(path, stack):
+    result = run("moments", "estimate", stack / "particles.star", "-o", path,
+                 "--diameter", 50, "--max-radius", 6)  # fmt: skip
+    assert result.exit_code == 0, result.output
+    return path
+
+
+FEW = ["--starts", 2, "--radius", 4, "--set", "iterations=4", "--set", "first_iterations=2"]
+
+
+def test_moments_that_no_start_explains_give_no_map(tmp_path, stack_32):
+    """Two blobs after a few steps agree with each other, and say nothing of the molecule."""
+    moments = _file(tmp_path / "m.h5", stack_32)
+    job = tmp_path / "job"
+    with pytest.raises(CryoreconError, match="No start explains"):
+        run("moments", "reconstruct", moments, "-o", job, *FEW)
+    assert not (job / "initial_model.mrc").exists()
+    assert (job / "RELION_JOB_EXIT_FAILURE").exists()
+    assert len(read_star(job / "starts.star")["starts"]) == 2
+    result = run("moments", "reconstruct", moments, "-o", job, *FEW, "--allow-ambiguous",
+                 "--overwrite", "--reference", stack_32 / "map.mrc")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    log = (job / "run.log").read_text()
+    assert "AMBIGUOUS" in log
+    assert "against" in log
+    given, found = read_map(stack_32 / "map.mrc"), read_map(job / "initial_model.mrc")
+    assert found.data.shape == given.data.shape
+    assert found.pixel_size_angst == pytest.approx(given.pixel_size_angst, rel=1e-4)
+    for name in ("map.png", "views.png", "fsc.png", "fsc.star", "view_density.star"):
+        assert (job / name).stat().st_size > 0
+    density = read_star(job / "view_density.star")["view_density"]["cryoreconViewDensity"]
+    assert density.astype(float).mean() == pytest.approx(1, abs=0.05)
+
+
+def test_starts_that_disagree_are_told(exact):
+    fitter = Fitter.of(exact, MomentFitConfig(beads=2, iterations=2, first_iterations=1), RADIUS)
+    best = replace(fitter.fit(torch.Generator().manual_seed(0)), misfit=0.5)
+    assert _doubt(best, [None, 4.0, None, 4.0], GEOMETRY, RADIUS) is None
+    assert "agree to 10 A, not to the 6 A" in _doubt(best, [None, 4.0, 2.4], GEOMETRY, RADIUS)
+    assert "cannot be checked" in _doubt(best, [None, None], GEOMETRY, RADIUS)
+    assert "misfit 3" in _doubt(replace(best, misfit=3.0), [None, 4.0], GEOMETRY, RADIUS)
+
+
+def test_noise_has_no_signal(tmp_path, generator):
+    sums = SteerableSums(GEOMETRY)
+    noise = torch.randn(RADIUS, RADIUS, generator=generator).double()
+    values = {"second": torch.zeros(12, RADIUS, RADIUS, dtype=torch.complex128)}
+    flat = SteerableMoments(
+        GEOMETRY, 10, torch.zeros(RADIUS).double(), values["second"] + noise @ noise.T * 1e-3,
+        torch.ones(RADIUS).double(), torch.ones(12, RADIUS, RADIUS).double(), values["second"],
+        torch.ones(RADIUS, RADIUS, dtype=torch.bool), torch.ones(RADIUS).double(),
+    )  # fmt: skip
+    save_progress(tmp_path / "noise.h5", Progress(sums, 10, 10, ("x",)), flat)
+    assert visible_radius(read_moments(tmp_path / "noise.h5")) == 0
+    with pytest.raises(CryoreconError, match="No signal found"):
+        run("moments", "reconstruct", tmp_path / "noise.h5", "-o", tmp_path / "job")
+    assert not (tmp_path / "job" / "initial_model.mrc").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        (["--set", "beds=3"], "beads"),
+        (["--set", "beads=0"], "positive"),
+        (["--reference", "odd.mrc"], "odd.mrc"),
+    ],
+)
+def test_bad_options_are_told(tmp_path, exact, monkeypatch, words, match):
+    monkeypatch.chdir(tmp_path)
+    write_map("odd.mrc", np.zeros((9, 9, 9), np.float32), 1.0)
+    save_progress(tmp_path / "m.h5", Progress(SteerableSums(GEOMETRY), 10, 10, ("x",)), exact)
+    with pytest.raises(CryoreconError, match=match):
+        run("moments", "reconstruct", "m.h5", "-o", "job", *words)
+
+
+def test_full_moments_are_not_fitted(tmp_path, stack_32):
+    run("moments", "estimate", stack_32 / "particles.star", "-o", tmp_path / "f.h5",
+        "--form", "full", "--max-radius", 4)  # fmt: skip
+    with pytest.raises(CryoreconError, match="--form steerable"):
+        run("moments", "reconstruct", tmp_path / "f.h5", "-o", tmp_path / "job")
+
+
+def test_both_steps_in_one_command(tmp_path, stack_32):
+    few = [str(word) for word in FEW if word not in ("--radius", 4)]
+    result = run("abinitio", stack_32 / "particles.star", "-o", tmp_path / "job", "--method",
+                 "moments", "--diameter", 50, *few, "--set", "radius=4",
+                 "--allow-ambiguous")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "job" / "moments.h5").exists()
+    assert (tmp_path / "job" / "initial_model.mrc").exists()
+    refused = run("abinitio", stack_32 / "particles.star", "-o", tmp_path / "job2", "--method",
+                  "moments", "--symmetry", "C3")  # fmt: skip
+    assert refused.exit_code == 2
+
+
+@pytest.mark.slow
+def test_engine_rmfn_takes_the_map_on(tmp_path, stack_32):
+    """The chain: moments, a coarse map whatever its worth, poses and map by engine rmfn."""
+    moments = _file(tmp_path / "m.h5", stack_32)
+    run("moments", "reconstruct", moments, "-o", tmp_path / "job", "--starts", 2, "--radius", 4,
+        "--allow-ambiguous")  # fmt: skip
+    result = run("abinitio-rmfn", stack_32 / "particles.star", "-o", tmp_path / "refined",
+                 "--init-map", tmp_path / "job" / "initial_model.mrc")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "starting from" in (tmp_path / "refined" / "run.log").read_text()
+    assert (tmp_path / "refined" / "run_data.star").exists()
