@@ -11,7 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from cryorecon.cli.main import app
-from cryorecon.engines.moment_fit import Fitter, MomentFitConfig, stages, visible_radius
+from cryorecon.engines.moment_fit import Fitter, MomentFit, MomentFitConfig, stages, visible_radius
 from cryorecon.engines.moment_models import Beads, ViewDensity, Views, new_volume
 from cryorecon.engines.moment_sums_steerable import SteerableSums
 from cryorecon.engines.moments import MomentsGeometry, SteerableMoments, exact_moments
@@ -21,7 +21,7 @@ from cryorecon.io.star import read_star
 from cryorecon.maps.align import align_maps, apply_alignment
 from cryorecon.maps.fsc import fsc_curve
 from cryorecon.physics.sphere import lebedev
-from cryorecon.run.moment_reconstruct import _doubt
+from cryorecon.run.moment_reconstruct import _doubt, _on_images
 from cryorecon.run.moments_store import Progress, read_moments, save_progress
 
 RADIUS = 4
@@ -227,6 +227,20 @@ def test_bad_options_are_told(tmp_path, exact, monkeypatch, words, match):
     save_progress(tmp_path / "m.h5", Progress(SteerableSums(GEOMETRY), 10, 10, ("x",)), exact)
     with pytest.raises(CryoreconError, match=match):
         run("moments", "reconstruct", "m.h5", "-o", "job", *words)
+
+
+@pytest.mark.parametrize(("box", "pixel"), [(50, 1.0), (51, 0.9), (64, 1.7)])
+def test_the_map_on_the_images_grid_has_the_projections_of_the_fit(box, pixel):
+    """Wherever the images' pixels lie: same centre, same mass, same size in angstrom."""
+    fit = MomentFit(Beads(3, 0.4, torch.Generator().manual_seed(2)), ViewDensity(2), 0, (), ())
+    geometry = replace(GEOMETRY, box=box, pixel_size_angst=pixel)
+    volume = _on_images(fit, geometry, 8)
+    mass = fit.volume.log_mass.detach().exp()
+    assert float(volume.sum()) == pytest.approx(float(mass.sum()), rel=0.01)
+    axis = (torch.arange(box) - box // 2) * pixel
+    found = torch.stack([(volume.sum((0, 1)) * axis).sum(), (volume.sum((1, 2)) * axis).sum()])
+    x, _, z = (fit.volume.centres.detach() * 24.0 * mass[:, None]).sum(0)
+    assert torch.allclose(found, torch.stack([x, z]), atol=0.02)
 
 
 def test_full_moments_are_not_fitted(tmp_path, stack_32):

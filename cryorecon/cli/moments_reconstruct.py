@@ -8,7 +8,13 @@ from typing import Annotated, Literal
 import typer
 
 from cryorecon.cli.abinitio_options import Config, Contrast, Overwrite, Seed, Settings
-from cryorecon.cli.console import console, count_progress, prepare_folder, usable_device
+from cryorecon.cli.console import (
+    console,
+    count_progress,
+    error_console,
+    prepare_folder,
+    usable_device,
+)
 
 VolumeOption = Annotated[
     Literal["beads", "grid", "rmfn", "fouriernet"],
@@ -81,7 +87,7 @@ def abinitio_moments(
     # torch takes seconds to load: only when the command runs.
     from cryorecon.engines.moment_fit import MomentFitConfig
     from cryorecon.run.moment_reconstruct import MomentReconstructOptions, reconstruct_moments
-    from cryorecon.run.moments import MomentsOptions, estimate_moments
+    from cryorecon.run.moments import MomentsOptions, StoppedError, estimate_moments
     from cryorecon.run.settings import with_settings
 
     engine = with_settings(MomentFitConfig(starts=starts), config, settings or [])
@@ -89,7 +95,12 @@ def abinitio_moments(
     output.mkdir(parents=True, exist_ok=True)
     wanted = MomentsOptions(diameter_angst=diameter, contrast=contrast, project=project)
     moments = output / "moments.h5"
-    with count_progress("Averaging", "images") as progress:
-        estimate_moments(particles, moments, wanted, progress=progress)
+    try:
+        with count_progress("Averaging", "images") as progress:
+            estimate_moments(particles, moments, wanted, progress=progress)
+    except StoppedError as stop:
+        again = f"cryorecon moments estimate {particles} -o {moments} --continue"
+        error_console.print(f"{stop}. Go on, with the same options, with:\n{again}", markup=False)
+        raise KeyboardInterrupt from stop
     options = MomentReconstructOptions(engine, None, allow_ambiguous, seed)
     reconstruct_moments(moments, output, options, console)

@@ -161,13 +161,13 @@ def _all_starts(
 
 
 def _on_images(fit: MomentFit, geometry: MomentsGeometry, radius: int) -> Tensor:
-    """The map on the images' grid, low-passed to the radii that were fitted."""
+    """The map on the images' grid, low-passed to the radii that were fitted; voxel sums."""
     size = 2 * grid_size(radius)
     with torch.no_grad():
         dense = fit.volume.density(size).cpu()
     pixel = geometry.side_angst / size
-    volume, _ = at_pixel_size(dense / dense.abs().max(), pixel, geometry.pixel_size_angst)
-    volume = crop_or_pad_centred(volume, geometry.box, 3)
+    volume, reached = at_pixel_size(dense, pixel, geometry.pixel_size_angst)
+    volume = crop_or_pad_centred(volume, geometry.box, 3) * (reached / pixel) ** 3
     band = radius * geometry.image_side_angst / geometry.side_angst
     return lowpass(volume, min(band, (geometry.box - 1) / 2), 3)
 
