@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from cryorecon.cli.main import app
 from cryorecon.engines.moment_fit import Fitter, MomentFit, MomentFitConfig, stages, visible_radius
+from cryorecon.engines.moment_information import expected_fsc
 from cryorecon.engines.moment_models import Beads, ViewDensity, Views, new_volume
 from cryorecon.engines.moment_sums_steerable import SteerableSums
 from cryorecon.engines.moments import MomentsGeometry, SteerableMoments, exact_moments
@@ -74,6 +75,32 @@ def test_a_start_from_nothing_finds_three_gaussians(exact):
         volume = found.volume.density(24)
     moved = apply_alignment(volume, align_maps(volume, truth, 1.0, finest_angst=5.0))
     assert float(fsc_curve(moved, truth)[1 : RADIUS + 1].min()) > 0.8
+
+
+def test_information_falls_as_errors_rise(exact):
+    """Errors ten times as large: less is determined; and nothing by a moment without weight."""
+    config = MomentFitConfig(
+        beads=3, iterations=60, density_degree=2, radius=RADIUS, model_error=1e-6
+    )
+    curves = []
+    for share in (1e-4, 1e-2, 1e3):
+        error = share * exact.second.abs().max()
+        first = share * exact.first.abs().max() + 0 * exact.first_error
+        given = replace(exact, second_error=error + 0 * exact.second_error, first_error=first)
+        fitter = Fitter.of(given, config, RADIUS)
+        if not curves:
+            found = Fitter.of(exact, MomentFitConfig(**vars(config)), RADIUS).fit(
+                torch.Generator().manual_seed(0)
+            )
+        before = [p.detach().clone() for p in found.volume.parameters()]
+        curves.append(expected_fsc(fitter, found))
+        after = list(found.volume.parameters())
+        assert all(torch.equal(a, b.detach()) for a, b in zip(before, after, strict=True))
+    sharp, dull, blind = (curve[1:] for curve in curves)
+    assert float(sharp.min()) > 0.99
+    assert bool((dull < sharp).all())
+    assert bool((blind < dull).all())
+    assert float(blind[-1]) < 0.5
 
 
 def test_one_seed_is_one_result(exact):

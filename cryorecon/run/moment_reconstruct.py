@@ -13,7 +13,8 @@ from rich.console import Console
 from torch import Tensor
 
 from cryorecon.engines.moment_fit import Fitter, MomentFit, MomentFitConfig, visible_radius
-from cryorecon.engines.moment_models import grid_size
+from cryorecon.engines.moment_information import expected_fsc
+from cryorecon.engines.moment_models import Beads, grid_size
 from cryorecon.engines.moments import MomentsGeometry, SteerableMoments
 from cryorecon.errors import CryoreconError
 from cryorecon.io.mrc import Map, read_map, write_map
@@ -80,7 +81,9 @@ def reconstruct_moments(
     reference = None if options.reference is None else _reference(options.reference, moments)
     with open_job(output, console, path, moments.n_images, options, options.seed) as job:
         radius = _radius(path, moments, options.engine, job)
-        fits = _all_starts(moments, options, radius, job)
+        fitter = Fitter.of(moments, options.engine, radius, options.device)
+        fits = _all_starts(fitter, options, job)
+        _tell_information(fitter, fits[0], moments.geometry, job)
         maps = [_on_images(fit, moments.geometry, radius) for fit in fits]
         agreement = _agreement(fits, maps, moments.geometry, radius, job)
         _write_starts(job, fits, agreement)
@@ -135,11 +138,8 @@ def _radius(path: Path, moments: SteerableMoments, config: MomentFitConfig, job:
     return radius
 
 
-def _all_starts(
-    moments: SteerableMoments, options: MomentReconstructOptions, radius: int, job: Job
-) -> list[MomentFit]:
+def _all_starts(fitter: Fitter, options: MomentReconstructOptions, job: Job) -> list[MomentFit]:
     """All fits, the best first."""
-    fitter = Fitter.of(moments, options.engine, radius, options.device)
     starts, fits = options.engine.starts, []
     with stage_bar(job.console, "Fitting", starts * fitter.steps, unit="steps") as bar:
         done = 0
@@ -158,6 +158,25 @@ def _all_starts(
                 f"{one:.4f} and {two:.4f}"
             )
     return sorted(fits, key=lambda fit: fit.misfit)
+
+
+def _tell_information(fitter: Fitter, best: MomentFit, geometry: MomentsGeometry, job: Job) -> None:
+    """How far the moments determine the map near the best start."""
+    if not isinstance(best.volume, Beads):
+        return
+    curve = expected_fsc(fitter, best)
+    radii = np.arange(1, len(curve))
+    table = pd.DataFrame(
+        {
+            "cryoreconRadius": radii,
+            "rlnAngstromResolution": geometry.side_angst / radii,
+            "cryoreconExpectedFsc": curve[1:].numpy(),
+        }
+    )
+    write_star(job.path("information.star"), {"information": table})
+    shell = crossing_shell(curve, 0.5)
+    reach = f"to {geometry.side_angst / shell:.1f} A" if shell > 0 else "to no radius"
+    job.say(f"near the best start the moments determine the map {reach} (expected FSC 0.5)")
 
 
 def _on_images(fit: MomentFit, geometry: MomentsGeometry, radius: int) -> Tensor:
