@@ -181,6 +181,15 @@ def test_radii_in_the_noise_are_left_out(exact):
     assert visible_radius(replace(exact, second_error=noisy)) == 2
 
 
+def test_orders_that_a_particle_has_not_do_not_hide_it(exact):
+    """Noise in high orders of a small particle says nothing of its power."""
+    small = replace(GEOMETRY, diameter_angst=6.0)
+    noisy = exact.second_error.clone()
+    noisy[8:] = 100 * float(exact.second.abs().max())
+    assert visible_radius(replace(exact, geometry=small, second_error=noisy)) == RADIUS
+    assert visible_radius(replace(exact, second_error=noisy)) < RADIUS
+
+
 def _file(path, stack):
     result = run("moments", "estimate", stack / "particles.star", "-o", path,
                  "--diameter", 50, "--max-radius", 6)  # fmt: skip

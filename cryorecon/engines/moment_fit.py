@@ -24,7 +24,7 @@ from cryorecon.engines.moment_models import (
     grid_size,
     new_volume,
 )
-from cryorecon.engines.moments import SteerableMoments, steerable_moments
+from cryorecon.engines.moments import MomentsGeometry, SteerableMoments, steerable_moments
 from cryorecon.physics.polar import PolarGrid
 
 # Radii of the coarse stages; the last stage has all.
@@ -106,8 +106,7 @@ class Target:
     def of(moments: SteerableMoments, radius: int, model_error: float) -> Target:
         """Moments of radii 1 to `radius`, of the angular orders that they hold."""
         whole, k = moments.geometry, radius
-        share = whole.diameter_angst / whole.side_angst
-        order = min(int(math.pi * k * share) + 2, whole.max_order)
+        order = min(_largest_order(whole, k), whole.max_order)
         grid = replace(whole, max_radius=k, max_order=order).map_grid()
         second = moments.second[: order + 1, :k, :k]
         error = moments.second_error[: order + 1, :k, :k]
@@ -174,14 +173,21 @@ class MomentFit:
     frobenius: tuple[float, float]
 
 
+def _largest_order(geometry: MomentsGeometry, radius: int) -> int:
+    """Angular orders that a particle of this diameter has at a radius."""
+    return int(math.pi * radius * geometry.diameter_angst / geometry.side_angst) + 2
+
+
 def visible_radius(moments: SteerableMoments) -> int:
-    """Largest radius up to which the power stands above its standard error."""
-    twice = torch.full((len(moments.second), 1), 2.0, dtype=torch.float64)
-    twice[0] = 1
-    power = (twice * moments.second.diagonal(dim1=-2, dim2=-1).real).sum(0)
+    """Largest radius up to which the power, over a particle's orders, stands above its error."""
+    radii = range(1, len(moments.first) + 1)
+    largest = torch.tensor([_largest_order(moments.geometry, k) for k in radii])
+    orders = torch.arange(len(moments.second))[:, None]
+    counts = torch.where(orders > 0, 2.0, 1.0).double() * (orders <= largest)
+    power = (counts * moments.second.diagonal(dim1=-2, dim2=-1).real).sum(0)
     errors = moments.second_error.diagonal(dim1=-2, dim2=-1)
-    seen = power > _VISIBLE * (twice * errors).square().sum(0).sqrt()
-    return int(seen.long().cumprod(0).sum())
+    noise = torch.where(counts > 0, counts * errors, 0.0).square().sum(0).sqrt()
+    return int((power > _VISIBLE * noise).long().cumprod(0).sum())
 
 
 def stages(radius: int) -> list[int]:

@@ -39,6 +39,9 @@ _OUTPUTS = (
     "map.png",
     "views.png",
     "pose_errors.png",
+    "starts.star",
+    "information.star",
+    "view_density.star",
     "RELION_OUTPUT_NODES.star",
 )
 
