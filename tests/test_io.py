@@ -384,3 +384,37 @@ def test_damage_far_down_a_table_is_named(tmp_path):
     (tmp_path / "p.star").write_text("\n".join(lines))
     with pytest.raises(CryoreconError, match=f"row {PIECE_ROWS + 5}: fewer values"):
         read_star(tmp_path / "p.star")
+
+
+AWKWARD = ["O'Neil/mic.mrc", "it's/st#ck.mrcs", 'a"b', "data_2/m.mrc", "#5", "two words", "", "_x"]
+
+
+def test_values_come_back_as_they_are(tmp_path):
+    """Quotes, hashes and keywords within values, in every column."""
+    plain = [v for v in AWKWARD if v not in ("#5",)]
+    table = pd.DataFrame({"rlnA": plain, "rlnB": plain[::-1], "rlnC": "1.0"}, dtype=object)
+    lines = ["data_particles", "", "loop_", "_rlnA #1", "_rlnB #2", "_rlnC #3"]
+    quoted = table.map(lambda v: f'"{v}"' if " " in v or not v else v)
+    lines += [" ".join(row) for row in quoted.itertuples(index=False)]
+    (tmp_path / "a.star").write_text("\n".join([*lines, "x y z # a remark", ""]))
+    found = read_star(tmp_path / "a.star")["particles"]
+    assert found[:-1].to_numpy().tolist() == table.to_numpy().tolist()
+    assert found.iloc[-1].tolist() == ["x", "y", "z"]
+    write_star(tmp_path / "b.star", {"particles": found})
+    again = read_star(tmp_path / "b.star")["particles"]
+    pd.testing.assert_frame_equal(again, found)
+
+
+def test_rows_without_labels_are_no_table(tmp_path):
+    (tmp_path / "a.star").write_text("data_x\n\nloop_\n_rlnA #1\n1\ndata_y\n1 2 3\n")
+    with pytest.raises(CryoreconError, match="data_y"):
+        read_star(tmp_path / "a.star")
+
+
+def test_the_row_of_the_file_is_named_in_a_subset(folder):
+    table = rows()
+    table["rlnDefocusU"] = ["10000.0", "bad", "10000.0"]
+    write_star(folder / "bad.star", {"optics": optics(), "particles": table})
+    some = read_particles(folder / "bad.star").subset(np.array([2, 1]))
+    with pytest.raises(CryoreconError, match="row 2, column rlnDefocusU"):
+        some.ctf_parameters()

@@ -114,7 +114,7 @@ class Particles:
         return np.lexsort((self._section, self._stack_of))
 
     def _column(self, name: str) -> NDArray[np.float64]:
-        return numbers(self.path, self.table, name)
+        return numbers(self.path, self.table, name, rows=self.rows)
 
     def euler_deg(self) -> NDArray[np.float64]:
         """(rot, tilt, psi) in degrees, shape (n, 3)."""

@@ -6,7 +6,8 @@ they came in, and a column that is never asked for is never parsed.
 
 from __future__ import annotations
 
-import shlex
+import csv
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from io import StringIO
 from itertools import groupby
@@ -22,6 +23,10 @@ from cryorecon.io.files import replacing
 from cryorecon.io.text_table import PIECE_ROWS, TextTable
 
 Tables = dict[str, pd.DataFrame]
+
+# A value: quoted from a blank to a blank, or anything without one.
+_VALUE = re.compile(r"""'(.*?)'(?=\s|$)|"(.*?)"(?=\s|$)|(\S+)""")
+_ONE_VALUE_A_COLUMN = "Check that each row has one value per column"
 
 
 def read_star(path: str | Path) -> Tables:
@@ -80,7 +85,7 @@ def _blocks(lines: Iterable[str]) -> Iterator[tuple[str, list[str] | None, int, 
     first = 0
     for line in lines:
         text = line.strip()
-        if text.startswith("data_"):
+        if text.startswith("data_") and (not labels or len(text.split()) == 1):
             if name is not None and (rows or not first):
                 yield name, labels, first, rows
             name, labels, rows, first = text[5:], None, [], 0
@@ -104,42 +109,68 @@ def _as_table(
 ) -> pd.DataFrame:
     try:
         if labels is None:
-            pairs = [shlex.split(row) for row in rows if row.startswith("_")]
-            return pd.DataFrame({key[1:]: [value] for key, value in pairs}, dtype=object)
+            return _pairs(rows)
         if not rows:
             return pd.DataFrame(columns=labels, dtype=object)
-        table = pd.read_csv(
-            StringIO("\n".join(rows).replace("'", '"')),
-            sep=r"\s+",
-            header=None,
-            dtype=str,
-            comment="#",
-            keep_default_na=False,
-        )
-    except Exception as error:
-        # pandas and shlex report damage by exceptions of several kinds.
+        text = "\n".join(rows)
+        awkward = "'" in text or '"' in text or "#" in text
+        if awkward:
+            table = pd.DataFrame([_values(row) for row in rows], dtype=object)
+        else:
+            table = pd.read_csv(
+                StringIO(text),
+                sep=r"\s+",
+                header=None,
+                dtype=str,
+                quoting=csv.QUOTE_NONE,
+                keep_default_na=False,
+            )
+    except (ValueError, pd.errors.ParserError, OverflowError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "damaged table"
         raise CryoreconError(
             f"{path}, block data_{name}, from row {first + 1} on, cannot be parsed as a STAR "
             f"file: {reason}",
-            "Check that each row has one value per column",
+            _ONE_VALUE_A_COLUMN,
         ) from error
-    _check_width(path, name, table, labels, first)
+    last = table.iloc[:, -1]
+    # pandas fills short rows with nothing, which no unquoted value can be.
+    short = last.isna() if awkward else last == ""
+    _check_width(path, name, labels, first, short.to_numpy(), table.shape[1])
     return table.set_axis(labels, axis="columns").astype(object)
 
 
-def _check_width(path: Path, name: str, table: pd.DataFrame, labels: list[str], first: int) -> None:
-    remedy = "Check that each row has one value per column"
-    if table.shape[1] > len(labels):
+def _pairs(rows: list[str]) -> pd.DataFrame:
+    """A block of labels with one value each."""
+    pairs = [_values(row) for row in rows]
+    bad = next((row for row, pair in zip(rows, pairs, strict=True) if len(pair) != 2), None)
+    if bad is not None or any(not key.startswith("_") for key, _ in pairs):
+        raise ValueError(f"{bad or 'a row'!r} is no label with a value")
+    return pd.DataFrame({key[1:]: [value] for key, value in pairs}, dtype=object)
+
+
+def _values(row: str) -> list[str]:
+    """Values of a row; quotes and ``#`` count only where a value begins."""
+    found = []
+    for match in _VALUE.finditer(row):
+        if match.group().startswith("#"):
+            break
+        found.append(match.group(match.lastindex or 0))
+    return found
+
+
+def _check_width(
+    path: Path, name: str, labels: list[str], first: int, short: NDArray[np.bool_], width: int
+) -> None:
+    if width > len(labels):
         raise CryoreconError(
-            f"{path}, block data_{name}: rows have more values than the table has columns", remedy
+            f"{path}, block data_{name}: rows have more values than the table has columns",
+            _ONE_VALUE_A_COLUMN,
         )
-    last = table.iloc[:, -1]
-    short = np.flatnonzero(last.isna() | (last == "") | (table.shape[1] < len(labels)))
-    if len(short):
+    rows = np.flatnonzero(short | (width < len(labels)))
+    if len(rows):
         raise CryoreconError(
-            f"{path}, block data_{name}, row {first + short[0] + 1}: fewer values than columns",
-            remedy,
+            f"{path}, block data_{name}, row {first + rows[0] + 1}: fewer values than columns",
+            _ONE_VALUE_A_COLUMN,
         )
 
 
@@ -164,9 +195,19 @@ def write_star(
 
 
 def numbers(
-    path: str | Path, table: pd.DataFrame | TextTable, column: str, *, finite: bool = True
+    path: str | Path,
+    table: pd.DataFrame | TextTable,
+    column: str,
+    *,
+    finite: bool = True,
+    rows: NDArray[np.integer] | None = None,
 ) -> NDArray[np.float64]:
     """A column as float64.
+
+    Parameters
+    ----------
+    rows : array of int, optional
+        Row of each value in the file, 0-based, where the table is a part of it.
 
     Raises
     ------
@@ -180,8 +221,9 @@ def numbers(
     bad = np.flatnonzero(~np.isfinite(values)) if finite else np.array([], dtype=int)
     if len(bad):
         row = int(bad[0])
+        told = row if rows is None else int(rows[row])
         raise CryoreconError(
-            f"{path}, row {row + 1}, column {column}: {table[column].iloc[row]!r} is not a finite "
+            f"{path}, row {told + 1}, column {column}: {table[column].iloc[row]!r} is not a finite "
             f"number ({len(bad)} such rows)",
             "Correct or remove these rows",
         )

@@ -74,13 +74,12 @@ class TextTable:
 
     def numbers(self, name: str) -> NDArray[np.float64]:
         """A column as float64; NaN where a value is no number."""
-        found = np.empty(len(self))
-        done = 0
-        for rows in self._blocks():
-            values = pd.to_numeric(pd.Series(self._strings(name, rows), dtype=object), "coerce")
-            found[done : done + len(rows)] = values.to_numpy(np.float64)
-            done += len(rows)
-        return found
+        found = np.empty(int(self._starts[-1]))
+        for piece, start, end in zip(self._pieces, self._starts, self._starts[1:], strict=False):
+            if end > start:
+                values = pd.Series(_unpacked(piece[name]), dtype=object)
+                found[start:end] = pd.to_numeric(values, "coerce").to_numpy(np.float64)
+        return found if self._rows is None else found[self._rows]
 
     def frames(
         self, new: Mapping[str, NDArray[np.generic]] | None = None
