@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from cryorecon.cli.main import app
+from cryorecon.cli.main import app, main
 from cryorecon.engines.moment_fit import Fitter, MomentFit, MomentFitConfig, stages, visible_radius
 from cryorecon.engines.moment_information import expected_fsc
 from cryorecon.engines.moment_models import Beads, ViewDensity, Views, new_volume
@@ -22,6 +23,7 @@ from cryorecon.io.star import read_star
 from cryorecon.maps.align import align_maps, apply_alignment
 from cryorecon.maps.fsc import fsc_curve
 from cryorecon.physics.sphere import lebedev
+from cryorecon.run import moments as moments_run
 from cryorecon.run.moment_reconstruct import _doubt, _on_images
 from cryorecon.run.moments_store import Progress, read_moments, save_progress
 
@@ -214,10 +216,11 @@ def test_moments_that_no_start_explains_give_no_map(tmp_path, stack_32):
     assert result.exit_code == 0, result.output
     log = (job / "run.log").read_text()
     assert "AMBIGUOUS" in log
-    assert "against" in log
-    given, found = read_map(stack_32 / "map.mrc"), read_map(job / "initial_model.mrc")
-    assert found.data.shape == given.data.shape
-    assert found.pixel_size_angst == pytest.approx(given.pixel_size_angst, rel=1e-4)
+    given = read_map(stack_32 / "map.mrc")
+    for name in ("initial_model.mrc", "initial_model_aligned.mrc"):
+        found = read_map(job / name)
+        assert found.data.shape == given.data.shape
+        assert found.pixel_size_angst == pytest.approx(given.pixel_size_angst, rel=1e-4)
     for name in ("map.png", "views.png", "fsc.png", "fsc.star", "view_density.star"):
         assert (job / name).stat().st_size > 0
     density = read_star(job / "view_density.star")["view_density"]["cryoreconViewDensity"]
@@ -254,6 +257,9 @@ def test_noise_has_no_signal(tmp_path, generator):
     [
         (["--set", "beds=3"], "beads"),
         (["--set", "beads=0"], "positive"),
+        (["--set", "width=0"], "positive"),
+        (["--set", "rate=.nan"], "rate"),
+        (["--set", "rate=1e29"], "diverged"),
         (["--reference", "odd.mrc"], "odd.mrc"),
     ],
 )
@@ -294,9 +300,39 @@ def test_both_steps_in_one_command(tmp_path, stack_32):
     assert result.exit_code == 0, result.output
     assert (tmp_path / "job" / "moments.h5").exists()
     assert (tmp_path / "job" / "initial_model.mrc").exists()
+    with pytest.raises(CryoreconError, match="does not exist"):
+        run("abinitio", tmp_path / "none.star", "-o", tmp_path / "new", "--method", "moments")
+    assert not (tmp_path / "new").exists()
+    bad = [*few, "--diameter", 50, "--set", "radius=4"]
+    with pytest.raises(CryoreconError, match="No start explains"):
+        run("abinitio", stack_32 / "particles.star", "-o", tmp_path / "job", "--method",
+            "moments", "--overwrite", *bad)  # fmt: skip
+    assert (tmp_path / "job" / "RELION_JOB_EXIT_FAILURE").exists()
+    assert not (tmp_path / "job" / "initial_model.mrc").exists()
     refused = run("abinitio", stack_32 / "particles.star", "-o", tmp_path / "job2", "--method",
                   "moments", "--symmetry", "C3")  # fmt: skip
     assert refused.exit_code == 2
+
+
+def test_an_interrupted_job_is_marked_and_told_how_to_go_on(
+    tmp_path, stack_32, monkeypatch, capsys
+):
+    def stop(self, rows, frequencies):
+        signal.raise_signal(signal.SIGINT)
+        return read(self, rows, frequencies)
+
+    read = moments_run._Reader.read
+    monkeypatch.setattr(moments_run._Reader, "read", stop)
+    job = tmp_path / "a job"
+    words = ["abinitio", stack_32 / "particles.star", "-o", job, "--method", "moments"]
+    monkeypatch.setattr("sys.argv", ["cryorecon", *map(str, words), "--diameter", "50"])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert exit_.value.code == 3
+    told = capsys.readouterr().err
+    assert "--diameter 50.0" in told
+    assert f"'{job / 'moments.h5'}'" in told
+    assert (job / "RELION_JOB_EXIT_ABORTED").exists()
 
 
 @pytest.mark.slow

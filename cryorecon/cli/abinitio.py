@@ -30,7 +30,7 @@ from cryorecon.cli.abinitio_options import (
     Symmetry,
 )
 from cryorecon.cli.abinitio_rmfn import abinitio_rmfn_command
-from cryorecon.cli.moments_reconstruct import Ambiguous, abinitio_moments
+from cryorecon.cli.moments_reconstruct import Ambiguous, moments_command
 
 
 class Method(StrEnum):
@@ -93,7 +93,7 @@ def abinitio_command(
         changed = {name: v for name, v in more.items() if v != _PLAIN.get(name)}
         _refuse({**given, **changed}, method)
         count = {} if starts_given is None else {"starts": starts_given}
-        abinitio_moments(**taken, **count, allow_ambiguous=allow_ambiguous)
+        moments_command(**taken, **count, allow_ambiguous=allow_ambiguous)
         return
     if allow_ambiguous:
         raise typer.BadParameter("--allow-ambiguous belongs to engine moments")

@@ -69,6 +69,13 @@ def main() -> None:
     except CryoreconError as error:
         error_console.print(f"Error: {error}", style="bold red", markup=False)
         sys.exit(1)
+    except OSError as error:
+        error_console.print(
+            f"Error: {error}. Check the disk and the folder's permissions.",
+            style="bold red",
+            markup=False,
+        )
+        sys.exit(1)
     except SystemExit as stop:
         if stop.code != _INTERRUPTED:
             raise

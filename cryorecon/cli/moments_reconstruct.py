@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,7 +11,6 @@ import typer
 from cryorecon.cli.abinitio_options import Config, Contrast, Overwrite, Seed, Settings
 from cryorecon.cli.console import (
     console,
-    count_progress,
     error_console,
     prepare_folder,
     usable_device,
@@ -69,7 +69,7 @@ def reconstruct_command(
     reconstruct_moments(moments, output, options, console)
 
 
-def abinitio_moments(
+def moments_command(
     particles: Path,
     output: Path,
     *,
@@ -86,21 +86,27 @@ def abinitio_moments(
     """Both steps, `moments estimate` and `moments reconstruct`, in one folder."""
     # torch takes seconds to load: only when the command runs.
     from cryorecon.engines.moment_fit import MomentFitConfig
-    from cryorecon.run.moment_reconstruct import MomentReconstructOptions, reconstruct_moments
-    from cryorecon.run.moments import MomentsOptions, StoppedError, estimate_moments
+    from cryorecon.run.moment_reconstruct import MomentReconstructOptions, abinitio_moments
+    from cryorecon.run.moments import MomentsOptions, StoppedError
     from cryorecon.run.settings import with_settings
 
+    if starts < 2:
+        raise typer.BadParameter("engine moments compares starts: give --starts 2 or more")
     engine = with_settings(MomentFitConfig(starts=starts), config, settings or [])
     prepare_folder(output, overwrite)
-    output.mkdir(parents=True, exist_ok=True)
     wanted = MomentsOptions(diameter_angst=diameter, contrast=contrast, project=project)
-    moments = output / "moments.h5"
-    try:
-        with count_progress("Averaging", "images") as progress:
-            estimate_moments(particles, moments, wanted, progress=progress)
-    except StoppedError as stop:
-        again = f"cryorecon moments estimate {particles} -o {moments} --continue"
-        error_console.print(f"{stop}. Go on, with the same options, with:\n{again}", markup=False)
-        raise KeyboardInterrupt from stop
     options = MomentReconstructOptions(engine, None, allow_ambiguous, seed)
-    reconstruct_moments(moments, output, options, console)
+    try:
+        abinitio_moments(particles, output, wanted, options, console)
+    except StoppedError as stop:
+        words = ["cryorecon", "moments", "estimate", particles, "-o", output / "moments.h5"]
+        words += [] if diameter is None else ["--diameter", diameter]
+        words += [] if project is None else ["--project", project]
+        first = shlex.join(map(str, [*words, "--contrast", contrast, "--continue"]))
+        words = ["cryorecon", "moments", "reconstruct", output / "moments.h5", "-o", output]
+        words += [f"--set={pair}" for pair in settings or []]
+        words += ["--allow-ambiguous"] if allow_ambiguous else []
+        words += ["--starts", starts, "--seed", seed, "--overwrite"]
+        second = shlex.join(map(str, words))
+        error_console.print(f"{stop}. Go on with:\n{first}\n{second}", markup=False)
+        raise KeyboardInterrupt from stop

@@ -9,6 +9,7 @@ import typer
 
 from cryorecon.cli.console import console, count_progress, prepare_folder
 from cryorecon.errors import CryoreconError
+from cryorecon.io.files import make_folder
 
 if TYPE_CHECKING:
     from cryorecon.engines.mra_training import TrainingConfig
@@ -170,7 +171,7 @@ def reproduce_command(
 
     recipe = recipe or ("paper" if full else "ours")
     pairs, epochs = pairs or (1_750_000 if full else 50_000), epochs or (30_000 if full else 24)
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     trainings = {g: _training(recipe, g, 32, pairs, epochs, seed) for g in (1, 2, 3)}
     config = ReproduceConfig(
         test_pairs=250_000 if full else 10_000,

@@ -90,6 +90,11 @@ class AmortizedConfig(RefineConfig):
     offset_spread: float = 0.5
     finish: bool = True
 
+    def __post_init__(self) -> None:
+        for name in ("heads", "width", "images_seen", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive")
+
     def band(self, box: int, progress: float) -> float:
         """Radius, in cycles per box, at some share of the training."""
         first, last = (c / self.diameter for c in (self.first_cycles, self.last_cycles))

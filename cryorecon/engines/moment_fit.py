@@ -75,9 +75,13 @@ class MomentFitConfig:
     model_error: float = 0.003
 
     def __post_init__(self) -> None:
-        counts = (self.beads, self.starts, self.iterations, self.radius, self.density_degree)
-        if min(counts) < 1 or self.rate <= 0 or self.model_error <= 0:
-            raise ValueError("counts, rate and model error must be positive")
+        counts = (self.beads, self.width, self.iterations, self.first_iterations)
+        if min(*counts, self.density_degree) < 1:
+            raise ValueError("beads, width, iterations and degree must be positive")
+        if self.starts < 2 or self.radius < 3:
+            raise ValueError("needs two starts to compare, and radius 3 or more")
+        if not (0 < self.rate < 1e30 and 0 < self.model_error < 1e30):
+            raise ValueError("rate and model error must be positive")
 
 
 @dataclass(frozen=True)
@@ -127,14 +131,14 @@ class Target:
         return Target(self.grid, *single)
 
     def misfit(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-        """Weighted squares of what is left, of either moment; and how many entries count."""
+        """Weighted squares of what is left of either moment."""
         one = (self.first_weight * (first - self.first) ** 2).sum()
         two = (self.second_weight * (second - self.second).abs().square()).sum()
         return one, two
 
     @property
     def count(self) -> float:
-        """Real numbers in both moments that were measured."""
+        """Real and imaginary parts of all measured entries: the scale of a misfit."""
         return len(self.first) + 2 * float((self.second_weight > 0).sum())
 
     def relative(self, first: Tensor, second: Tensor, *, white: bool) -> tuple[float, float]:

@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from cryorecon.errors import CryoreconError
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it.
+
+    Raises
+    ------
+    CryoreconError
+        If that is not possible.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CryoreconError(
+            f"The folder {folder} cannot be made: {_reason(error)}", "Choose another folder"
+        ) from error
+
+
+def _reason(error: OSError) -> str:
+    # HDF5 fills its text with lines of its own.
+    return os.strerror(error.errno) if error.errno else str(error).splitlines()[0]
 
 
 @contextmanager
@@ -29,9 +51,11 @@ def replacing(path: str | Path) -> Iterator[Path]:
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
+        full = error.errno in (None, errno.ENOSPC, errno.EDQUOT)
+        remedy = "Free some space or choose another folder" if full else "Choose another folder"
         raise CryoreconError(
-            f"{path} could not be written: {error.strerror or error}",
-            "Free some space or choose another folder; nothing was left half-written",
+            f"{path} could not be written: {_reason(error)}",
+            f"{remedy}; nothing was left half-written",
         ) from error
     finally:
         temporary.unlink(missing_ok=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cryorecon.engines.image_fit import ImageFit, ImageFitConfig, Method, fit_image
 from cryorecon.errors import CryoreconError, require_file
-from cryorecon.io.files import replacing
+from cryorecon.io.files import make_folder, replacing
 from cryorecon.networks.mfn import paper_bands
 
 Row = dict[str, str | float]
@@ -106,7 +106,7 @@ def fit_picture(
 
         fit = fit_image(train, full, method, config, generator, told)
         folder = output / path.stem / method
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         _write_fit(folder, fit)
         row: Row = {"image": path.name, "method": method, "psnr_db": fit.psnr_db}
         for scale, change in enumerate(fit.spectrum_change[:-1], 1):

@@ -17,7 +17,7 @@ import yaml
 from rich.console import Console
 
 from cryorecon import __version__
-from cryorecon.io.files import replacing
+from cryorecon.io.files import make_folder, replacing
 from cryorecon.io.star import write_star
 
 _MARKERS = {
@@ -29,6 +29,7 @@ _MARKERS = {
 _OUTPUTS = (
     "initial_model.mrc",
     "initial_model_C1.mrc",
+    "initial_model_aligned.mrc",
     "run_half?_class001_unfil.mrc",
     "run_data.star",
     "encoder_data.star",
@@ -75,11 +76,13 @@ def _describe(inputs: Path, n_rows: int, config: Any, seed: int) -> dict[str, An
         "seed": seed,
         "torch": str(torch.__version__),
         "threads": torch.get_num_threads(),
-        "config": yaml.safe_load(yaml.safe_dump(_plain(dataclasses.asdict(config)))),
+        "config": yaml.safe_load(yaml.safe_dump(_plain(config))),
     }
 
 
 def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -97,10 +100,10 @@ def open_job(
     ----------
     inputs : Path
         The particle STAR file.
-    config : dataclass
+    config : dataclass, or dict of them
         The resolved settings.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     _clear(folder)
     with replacing(folder / "job.yaml") as temporary:
         temporary.write_text(

@@ -18,12 +18,14 @@ from cryorecon.engines.moment_models import Beads, grid_size
 from cryorecon.engines.moments import MomentsGeometry, SteerableMoments
 from cryorecon.errors import CryoreconError
 from cryorecon.io.mrc import Map, read_map, write_map
+from cryorecon.io.particles import read_particles
 from cryorecon.io.star import write_star
 from cryorecon.maps.align import align_maps, apply_alignment
 from cryorecon.maps.fsc import crossing_shell, fsc_curve
 from cryorecon.physics.fourier import crop_or_pad_centred, lowpass
 from cryorecon.run.curves import FscCurve, write_fsc_star
 from cryorecon.run.job import Job, open_job, write_output_nodes
+from cryorecon.run.moments import MomentsOptions, estimate_moments, resolve_geometry
 from cryorecon.run.moments_store import read_moments
 from cryorecon.run.plots import fsc_figure, map_figure, save_figure, view_density_figure
 from cryorecon.run.progress import stage_bar
@@ -80,25 +82,64 @@ def reconstruct_moments(
     moments = _steerable(path)
     reference = None if options.reference is None else _reference(options.reference, moments)
     with open_job(output, console, path, moments.n_images, options, options.seed) as job:
-        radius = _radius(path, moments, options.engine, job)
-        fitter = Fitter.of(moments, options.engine, radius, options.device)
-        fits = _all_starts(fitter, options, job)
-        _tell_information(fitter, fits[0], moments.geometry, job)
-        maps = [_on_images(fit, moments.geometry, radius) for fit in fits]
-        agreement = _agreement(fits, maps, moments.geometry, radius, job)
-        _write_starts(job, fits, agreement)
-        doubt = _doubt(fits[0], agreement, moments.geometry, radius)
-        if doubt is not None and not options.allow_ambiguous:
-            raise CryoreconError(
-                doubt,
-                "See starts.star; average more particles, raise --starts or --set iterations, fit "
-                "fewer radii, or write the best map all the same with --allow-ambiguous",
-            )
-        if doubt is not None:
-            job.say(f"AMBIGUOUS: {doubt}")
-        _write_result(job, fits[0], maps, moments.geometry, radius, doubt is None)
-        if reference is not None:
-            _compare(job, maps[0], reference, str(options.reference))
+        _fit_and_write(job, path, moments, options, reference)
+
+
+def abinitio_moments(
+    star: Path,
+    output: Path,
+    wanted: MomentsOptions,
+    options: MomentReconstructOptions,
+    console: Console,
+) -> None:
+    """Both steps in one job directory: ``moments.h5``, then the map.
+
+    Raises
+    ------
+    CryoreconError
+        If input or options do not fit, or the moments do not determine a map.
+    StoppedError
+        After Ctrl-C while images are averaged; the state is on disk.
+    """
+    particles = read_particles(star, wanted.project)
+    resolve_geometry(wanted, particles.box, particles.pixel_size_angst)
+    both = {"moments": wanted, "fit": options}
+    with open_job(output, console, star, len(particles), both, options.seed) as job:
+        path = job.path("moments.h5")
+        with stage_bar(console, "Averaging", len(particles)) as bar:
+            moments = estimate_moments(star, path, wanted, progress=lambda done, _: bar(done))
+        if not isinstance(moments, SteerableMoments):
+            raise ValueError("only the steerable form is fitted")
+        _fit_and_write(job, path, moments, options, None)
+
+
+def _fit_and_write(
+    job: Job,
+    path: Path,
+    moments: SteerableMoments,
+    options: MomentReconstructOptions,
+    reference: Map | None,
+) -> None:
+    radius = _radius(path, moments, options.engine, job)
+    fitter = Fitter.of(moments, options.engine, radius, options.device)
+    fits = _all_starts(fitter, options, job)
+    best, geometry = fits[0][1], moments.geometry
+    _tell_information(fitter, best, geometry, job)
+    maps = [_on_images(fit, geometry, radius) for _, fit in fits]
+    agreement = _agreement([fit for _, fit in fits], maps, geometry, radius, job)
+    _write_starts(job, fits, agreement)
+    doubt = _doubt(best, agreement, geometry, radius)
+    if doubt is not None and not options.allow_ambiguous:
+        raise CryoreconError(
+            doubt,
+            "See starts.star; average more particles, raise --starts or --set iterations, fit "
+            "fewer radii, or write the best map all the same with --allow-ambiguous",
+        )
+    if doubt is not None:
+        job.say(f"AMBIGUOUS: {doubt}")
+    _write_result(job, best, maps, geometry, radius, doubt is None)
+    if reference is not None:
+        _compare(job, maps[0], reference, str(options.reference))
 
 
 def _steerable(path: Path) -> SteerableMoments:
@@ -126,21 +167,27 @@ def _reference(path: Path, moments: SteerableMoments) -> Map:
 def _radius(path: Path, moments: SteerableMoments, config: MomentFitConfig, job: Job) -> int:
     """How far the moments are fitted: as asked, while they stand above their errors."""
     visible, side = visible_radius(moments), moments.geometry.side_angst
+    held = moments.geometry.max_radius
     if visible < _LEAST_RADIUS:
         raise CryoreconError(
             f"No signal found: the second moment of {path} stands above its error only up to "
-            f"radius {visible}",
-            "Average more particles, check --diameter and the CTF, or use abinitio-rmfn",
+            f"radius {visible} of the file's {held}; {_LEAST_RADIUS} are needed",
+            "Average more particles or more radii, check --diameter and the CTF, or use "
+            "abinitio-rmfn",
         )
     radius = min(config.radius, visible)
-    why = "as asked" if radius == config.radius else "beyond that, errors exceed the signal"
+    why = "the file holds no more" if radius == held else "beyond that, errors exceed the signal"
+    why = "as asked" if radius == config.radius else why
     job.say(f"{moments.n_images} images; radii to {radius}, {side / radius:.1f} A ({why})")
     return radius
 
 
-def _all_starts(fitter: Fitter, options: MomentReconstructOptions, job: Job) -> list[MomentFit]:
-    """All fits, the best first."""
-    starts, fits = options.engine.starts, []
+def _all_starts(
+    fitter: Fitter, options: MomentReconstructOptions, job: Job
+) -> list[tuple[int, MomentFit]]:
+    """Number of the start and its fit, the best first; starts that diverge are told and left."""
+    starts = options.engine.starts
+    fits: list[tuple[int, MomentFit]] = []
     with stage_bar(job.console, "Fitting", starts * fitter.steps, unit="steps") as bar:
         done = 0
 
@@ -151,13 +198,20 @@ def _all_starts(fitter: Fitter, options: MomentReconstructOptions, job: Job) -> 
 
         for start in range(starts):
             generator = torch.Generator().manual_seed(options.seed * 1000 + start)
-            fits.append(fitter.fit(generator, progress))
-            one, two = fits[-1].frobenius
+            try:
+                fit = fitter.fit(generator, progress)
+            except FloatingPointError as error:
+                job.say(f"start {start + 1} diverged: {error}")
+                continue
+            fits.append((start + 1, fit))
+            one, two = fit.frobenius
             job.say(
-                f"start {start + 1}: misfit {fits[-1].misfit:.3g}, errors of the moments "
+                f"start {start + 1}: misfit {fit.misfit:.3g}, errors of the moments "
                 f"{one:.4f} and {two:.4f}"
             )
-    return sorted(fits, key=lambda fit: fit.misfit)
+    if not fits:
+        raise CryoreconError("All starts diverged", "Lower --set rate")
+    return sorted(fits, key=lambda pair: pair[1].misfit)
 
 
 def _tell_information(fitter: Fitter, best: MomentFit, geometry: MomentsGeometry, job: Job) -> None:
@@ -196,9 +250,11 @@ def _agreement(
 ) -> list[float | None]:
     """Radius to which each start agrees with the best (FSC 0.5); None where it fits worse.
 
+    The first is the best itself.
+
     The maps are turned onto the best one, so that they can be looked at together.
     """
-    found: list[float | None] = [None]
+    found: list[float | None] = [float(radius)]
     limit = _AS_GOOD * fits[0].misfit
     per_shell = geometry.side_angst / geometry.image_side_angst
     for number in range(1, len(fits)):
@@ -207,7 +263,7 @@ def _agreement(
             found.append(None)
             continue
         shell = crossing_shell(fsc_curve(maps[number], maps[0]), 0.5) * per_shell
-        found.append(min(shell, float(radius)) if shell >= radius - 0.5 else shell)
+        found.append(min(shell, float(radius)))
     good = sum(a is not None for a in found[1:])
     job.say(f"{good} of {len(fits) - 1} other starts fit the moments as well as the best")
     return found
@@ -238,10 +294,12 @@ def _doubt(
     )
 
 
-def _write_starts(job: Job, fits: list[MomentFit], agreement: list[float | None]) -> None:
+def _write_starts(
+    job: Job, fits: list[tuple[int, MomentFit]], agreement: list[float | None]
+) -> None:
     rows = [
         {
-            "cryoreconStart": number + 1,
+            "cryoreconStart": number,
             "cryoreconMisfit": fit.misfit,
             "cryoreconFirstMomentError": fit.frobenius[0],
             "cryoreconSecondMomentError": fit.frobenius[1],
@@ -249,7 +307,7 @@ def _write_starts(job: Job, fits: list[MomentFit], agreement: list[float | None]
             "cryoreconSecondMomentErrorWhitened": fit.white[1],
             "cryoreconAgreementRadius": -1.0 if agreed is None else agreed,
         }
-        for number, (fit, agreed) in enumerate(zip(fits, agreement, strict=True))
+        for (number, fit), agreed in zip(fits, agreement, strict=True)
     ]
     write_star(job.path("starts.star"), {"starts": pd.DataFrame(rows)})
 
@@ -266,7 +324,9 @@ def _write_result(
     tilt, rot = healpix.pix2ang(_NSIDE, cells)
     flat = np.stack([np.sin(tilt) * np.cos(rot), np.sin(tilt) * np.sin(rot), np.cos(tilt)], -1)
     density = fit.density.over_uniform(torch.from_numpy(flat)).numpy()
-    save_figure(view_density_figure(density, "views, from moments"), job.path("views.png"))
+    smooth = "" if fit.density.residual is None else ", smooth part"
+    figure = view_density_figure(density, f"views, from moments{smooth}")
+    save_figure(figure, job.path("views.png"))
     columns = {"rlnAngleRot": np.rad2deg(rot), "rlnAngleTilt": np.rad2deg(tilt)}
     table = pd.DataFrame({**columns, "cryoreconViewDensity": density})
     write_star(job.path("view_density.star"), {"view_density": table})
@@ -284,7 +344,8 @@ def _compare(job: Job, volume: Tensor, reference: Map, name: str) -> None:
     target, pixel = torch.from_numpy(reference.data).float(), reference.pixel_size_angst
     found = align_maps(volume, target, pixel)
     moved = apply_alignment(volume, found)
-    write_map(job.path("initial_model.mrc"), moved.numpy(), pixel)
+    path = job.path("initial_model_aligned.mrc")
+    write_map(path, moved.numpy(), pixel)
     curve = FscCurve(fsc_curve(moved, target), len(target), pixel, f"map and {name}", aligned=True)
     hand = "mirrored" if found.flipped else "same hand"
-    job.say(f"against {name}: {curve.resolution_text(0.5)} ({hand}; the map lies on it now)")
+    job.say(f"{path}  on {name}: {curve.resolution_text(0.5)} ({hand})")

@@ -31,6 +31,8 @@ from cryorecon.run.moments_store import Progress, load_progress, new_sums, save_
 
 _BLOCK = 128
 _DEFAULT_RADIUS = 16
+# Beyond this radius the moments take seconds to solve for once all images are summed.
+_LONG_FINISH = 32
 # The particle's box is this many diameters wide, or as wide as the image if that is less.
 _BOX_OVER_DIAMETER = 1.25
 
@@ -76,7 +78,7 @@ class MomentsOptions:
     checkpoint_images: int = 20_000
 
 
-class StoppedError(Exception):
+class StoppedError(KeyboardInterrupt):
     """The user asked to stop; the state is on disk."""
 
     def __init__(self, done: int, total: int, state: Path) -> None:
@@ -93,7 +95,7 @@ def resolve_geometry(options: MomentsOptions, box: int, pixel_size_angst: float)
         If the particle or the resolution does not fit the images.
     """
     image_side = box * pixel_size_angst
-    diameter = options.diameter_angst or 0.8 * image_side
+    diameter = 0.8 * image_side if options.diameter_angst is None else options.diameter_angst
     if not 0 < diameter <= 0.95 * image_side:
         raise CryoreconError(
             f"A particle of {diameter:g} A does not fit images {image_side:.0f} A wide",
@@ -236,6 +238,9 @@ def estimate_moments(
     else:
         done = Progress(new_sums(geometry, options.device), 0, len(particles), (source,))
     done = _pass(particles, done, state, options, progress)
+    if geometry.max_radius > _LONG_FINISH:
+        # Solving for the moments takes long at high radii: an interruption must lose no sums.
+        save_progress(state, done)
     result = done.sums.finalise()
     save_progress(output, done, result)
     state.unlink(missing_ok=True)

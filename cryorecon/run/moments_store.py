@@ -167,7 +167,8 @@ def merge_moments(first: Path, second: Path, output: Path) -> Moments:
     Raises
     ------
     CryoreconError
-        If the files differ in geometry, are unfinished, or share images.
+        If the files differ in geometry, are unfinished, or come from the same STAR file. Other
+        selections that share images are not noticed.
     """
     parts = []
     for path in (first, second):

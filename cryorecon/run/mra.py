@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from cryorecon import __version__
@@ -28,7 +29,7 @@ from cryorecon.engines.mra_training import (
     held_out_errors,
 )
 from cryorecon.errors import CryoreconError, require_file
-from cryorecon.io.files import replacing
+from cryorecon.io.files import make_folder, replacing
 from cryorecon.io.signals import ObservationFile, write_array, write_columns
 from cryorecon.run.plots import save_figure
 
@@ -172,7 +173,7 @@ def _require_signal(target: Moments, path: Path) -> None:
 
 def write_solution(folder: Path, solution: Solution, figures: dict[str, Any]) -> None:
     """``signal``, ``density`` (.npy), ``solution.csv``, ``.png`` and ``.json``."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     signal, density = solution.signal[0].numpy(), solution.density[0].numpy()
     write_array(folder / "signal.npy", signal)
     write_array(folder / "density.npy", density)
@@ -217,7 +218,7 @@ def train_encoders(
         If there is no checkpoint to go on from, or one of another training.
     """
     training = _resumed(folder, config) if resume else Training(config)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     total = config.epochs * config.steps_per_epoch
     running = torch.zeros(2, dtype=torch.float64)
     while training.step < total:
@@ -227,8 +228,11 @@ def train_encoders(
             losses = (running / config.steps_per_epoch).tolist()
             running.zero_()
             if training.epoch % checkpoint_every == 0 or training.step == total:
+                # In memory first: a full disk is then an error of the disk, not of the format.
+                state = io.BytesIO()
+                torch.save(training.state(), state)
                 with replacing(folder / _CHECKPOINT) as temporary:
-                    torch.save(training.state(), temporary)
+                    temporary.write_bytes(state.getvalue())
             _log(folder, training.epoch, losses)
     save_encoders(training.pair, folder)
     signal, density = held_out_errors(training.pair, test_pairs, config.seed + 1)
@@ -276,7 +280,7 @@ def save_encoders(pair: EncoderPair, folder: Path) -> None:
     """Both networks and their config as one safetensors file."""
     config = json.dumps(asdict(pair.config))
     with replacing(folder / _MODEL) as temporary:
-        save_file(pair.state_dict(), temporary, {"config": config})
+        temporary.write_bytes(save(pair.state_dict(), {"config": config}))
 
 
 def load_encoders(folder: Path) -> EncoderPair:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import yaml
 
@@ -39,14 +40,19 @@ def with_settings(config: Settings, path: Path | None, pairs: list[str]) -> Sett
         key, equals, text = pair.partition("=")
         if not equals:
             raise CryoreconError(f"--set {pair} has no value", "Write --set key=value")
-        updates[key.strip()] = yaml.safe_load(text)
+        try:
+            updates[key.strip()] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise CryoreconError(f"--set {pair} is not valid YAML", "Correct the value") from error
     for key, value in updates.items():
-        config = _replaced(config, key.split("."), value, key)
+        config = _replaced(config, str(key).split("."), value, str(key))
     return config
 
 
 def _replaced(config: Settings, path: list[str], value: Any, full_key: str) -> Settings:
-    fields = {f.name for f in dataclasses.fields(config)}  # type: ignore[arg-type]
+    if not dataclasses.is_dataclass(config):
+        raise CryoreconError(f"Unknown setting {full_key}", "It has no parts: leave out the dot")
+    fields = {f.name for f in dataclasses.fields(config)}
     name = path[0]
     if name not in fields:
         near = difflib.get_close_matches(name, fields, n=1)
@@ -56,22 +62,43 @@ def _replaced(config: Settings, path: list[str], value: Any, full_key: str) -> S
     if len(path) > 1:
         new = _replaced(current, path[1:], value, full_key)
     else:
-        new = _converted(current, value, full_key)
+        choices = get_args(get_type_hints(type(config))[name])
+        new = _converted(current, value, full_key, choices)
     try:
         return dataclasses.replace(config, **{name: new})  # type: ignore[type-var]
     except ValueError as error:
+        told = str(error).splitlines()[0] if str(error) else "it does not fit the others"
         raise CryoreconError(
-            f"Setting {full_key} cannot be {value!r}: {error}", "Correct it"
-        ) from (error)
+            f"Setting {full_key} cannot be {value!r}: {told}", "Correct the setting"
+        ) from error
 
 
-def _converted(current: Any, value: Any, key: str) -> Any:
-    if isinstance(current, tuple) and isinstance(value, (list, tuple)):
-        return tuple(type(current[0])(v) for v in value)
-    numeric = isinstance(value, (int, float)) and isinstance(current, (int, float))
-    if numeric and isinstance(current, bool) == isinstance(value, bool):
-        exact = type(current)(value)
-        if isinstance(current, float) or exact == value:
-            return exact
+def _converted(current: Any, value: Any, key: str, choices: tuple[Any, ...] = ()) -> Any:
+    """A value of the kind of the current one; of words, one of the choices."""
+    try:
+        if isinstance(current, tuple) and isinstance(value, (list, tuple)):
+            return tuple(type(current[0])(v) for v in value)
+        if isinstance(current, str) and value in choices:
+            return value
+        if isinstance(current, bool) == isinstance(value, bool):
+            exact = _number(current, value)
+            if exact is not None:
+                return exact
+    except (TypeError, ValueError, OverflowError):
+        pass
+    words = [c for c in choices if isinstance(c, str)] if isinstance(current, str) else []
     kind = "a list" if isinstance(current, tuple) else type(current).__name__
-    raise CryoreconError(f"Setting {key} cannot be {value!r}", f"Give {kind}, such as {current!r}")
+    remedy = f"Give one of {', '.join(words)}" if words else f"Give {kind}, such as {current!r}"
+    raise CryoreconError(f"Setting {key} cannot be {value!r}", remedy)
+
+
+def _number(current: Any, value: Any) -> Any:
+    """The value as a number of the current one's kind; None if it is none."""
+    if not isinstance(current, (int, float)) or not isinstance(value, (int, float, str)):
+        return None
+    # YAML takes 3e-4 for a word.
+    number = float(value) if isinstance(value, str) else value
+    exact = type(current)(number)
+    return (
+        exact if math.isfinite(number) and (isinstance(current, float) or exact == number) else None
+    )

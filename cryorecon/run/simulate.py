@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cryorecon.conventions import matrix_to_euler
 from cryorecon.errors import CryoreconError
+from cryorecon.io.files import make_folder
 from cryorecon.io.mrc import stack_writer, write_map
 from cryorecon.io.star import write_star
 from cryorecon.physics.ctf import CtfParameters, ctf
@@ -208,7 +209,7 @@ def _together(output: Path) -> Iterator[Path]:
     """A hidden folder in `output` whose files move there when the block ends well."""
     existed = output.is_dir()
     try:
-        output.mkdir(parents=True, exist_ok=True)
+        make_folder(output)
         with TemporaryDirectory(prefix=".simulate-", dir=output) as name:
             yield Path(name)
             for file in sorted(Path(name).iterdir()):

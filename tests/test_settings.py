@@ -1,0 +1,51 @@
+"""Settings given on the command line or in a file."""
+
+from __future__ import annotations
+
+import pytest
+
+from cryorecon.engines.amortized import AmortizedConfig
+from cryorecon.engines.moment_fit import MomentFitConfig
+from cryorecon.engines.mra_training import TrainingConfig
+from cryorecon.errors import CryoreconError
+from cryorecon.run.settings import with_settings
+
+
+def test_numbers_and_words_are_taken_as_the_field_is():
+    config = with_settings(AmortizedConfig(), None, ["encoder_rate=3e-4", "batch=32", "loss=l2"])
+    assert (config.encoder_rate, config.batch, config.loss) == (3e-4, 32, "l2")
+    assert with_settings(MomentFitConfig(), None, ["volume=grid"]).volume == "grid"
+    assert with_settings(TrainingConfig(), None, ["learning_rate=1e-5"]).learning_rate == 1e-5
+
+
+@pytest.mark.parametrize(
+    ("pair", "words"),
+    [
+        ("iterations=[1", "not valid YAML"),
+        ("iterations=.inf", "Give int"),
+        ("iterations=2.5", "Give int"),
+        ("iterations=many", "Give int"),
+        ("iterations=true", "Give int"),
+        ("starts.foo=1", "has no parts"),
+        ("volume=foo", "beads, grid, rmfn, fouriernet"),
+        ("rate=.nan", "Give float"),
+        ("iterations", "no value"),
+        ("bead=3", "beads"),
+    ],
+)
+def test_settings_that_do_not_fit_are_told(pair, words):
+    with pytest.raises(CryoreconError, match=words):
+        with_settings(MomentFitConfig(), None, [pair])
+
+
+@pytest.mark.parametrize("pair", ["batch=0", "heads=0", "images_seen=0"])
+def test_engine_amortized_needs_positive_counts(pair):
+    with pytest.raises(CryoreconError, match=pair.split("=")[0]):
+        with_settings(AmortizedConfig(), None, [pair])
+
+
+def test_keys_of_a_file_may_be_no_words(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("1: 2\n")
+    with pytest.raises(CryoreconError, match="Unknown setting 1"):
+        with_settings(MomentFitConfig(), path, [])
