@@ -1,6 +1,6 @@
 """cryoDRGN's inputs: ``poses.pkl`` and ``ctf.pkl``, in the order of the particle table.
 
-They are written only: reading a pickle runs what it holds.
+They are written only: to read such a file is to run what it holds.
 """
 
 from __future__ import annotations

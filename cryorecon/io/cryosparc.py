@@ -31,7 +31,8 @@ Fields = dict[str, NDArray[np.generic]]
 UID_COLUMN = "cryosparcUid"
 SIGN_COLUMN = "cryosparcBlobSign"
 
-_STREAMED = b"\x94CSDAT"
+# After a first byte that tells the version.
+_STREAMED = b"CSDAT"
 _NUMPY = b"\x93NUMPY"
 _CTF = {
     "ctf/df1_A": "rlnDefocusU",
@@ -57,7 +58,8 @@ def is_cryosparc_file(path: str | Path) -> bool:
     if path.suffix == ".cs" or not path.is_file():
         return path.suffix == ".cs"
     with path.open("rb") as file:
-        return file.read(6) in (_STREAMED, _NUMPY)
+        magic = file.read(6)
+    return magic == _NUMPY or magic[1:] == _STREAMED
 
 
 def read_fields(path: str | Path, passthrough: str | Path | None = None) -> Fields:
@@ -94,7 +96,7 @@ def _load(path: str | Path) -> NDArray[np.void]:
     path = require_file(path, "cryoSPARC file")
     with path.open("rb") as file:
         magic = file.read(6)
-    if magic == _STREAMED:
+    if magic[1:] == _STREAMED:
         raise CryoreconError(
             f"{path} is in cryoSPARC's streamed format, not a NumPy array",
             "Write it with cryosparc-tools: Dataset.load(FILE).save(FILE, format=NUMPY_FORMAT)",

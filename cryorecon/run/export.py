@@ -239,7 +239,7 @@ def to_chimerax(source: Source, output: Path) -> float:
         name = Path(os.path.relpath(path.resolve(), output.resolve().parent)).as_posix()
         if '"' in name or not name.isprintable():
             raise CryoreconError(f"ChimeraX cannot open {name!r}", "Rename the file or its folder")
-        lines.append(f'open "{name}" id {number}')
+        lines.append(f'open "{name}"')
         lines.append(f"volume #{number} style surface step 1 level {level:.6g}")
     lines += [f"hide #{number} models" for number in range(2, len(opened) + 1)]
     lines += ["volume #1 color cornflowerblue", "set bgColor white", "lighting soft", "view #1"]
