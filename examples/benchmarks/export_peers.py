@@ -94,16 +94,18 @@ def main() -> None:
     parser.add_argument("--snr", type=float, default=1.0)
     args = parser.parse_args()
     folder = args.out.resolve()
-    ours("simulate", args.model, "-o", folder, "--n", IMAGES, "--box", BOX, "--seed", 3,
+    model, command = args.model.absolute(), args.cryodrgn.absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    os.chdir(folder)  # Stacks are named from here: RELION looks for them here.
+    ours("simulate", model, "-o", ".", "--n", IMAGES, "--box", BOX, "--seed", 3,
          "--pixel-size", args.pixel_size, "--snr", args.snr, "--shift", 4, "--astigmatism", 300,
          "--overwrite")  # fmt: skip
-    os.chdir(folder)
     star = Path("particles.star")
     ours("reconstruct", star, "-o", "own.mrc")
     for to, name in (("cryodrgn", "drgn"), ("cryosparc", "p.cs"), ("relion", "r31.star")):
         ours("export", star, "-o", name, "--to", to)
     ours("export", star, "-o", "r30.star", "--to", "relion", "--relion30")
-    own, command = folder / "own.mrc", args.cryodrgn.absolute()
+    own = folder / "own.mrc"
     print(f"FSC with the true map: ours {least_fsc(own, folder / 'map.mrc')}")
     good = backproject(command, folder, "drgn/poses.pkl", "backproject")
     print(f"cryoDRGN, poses.pkl and ctf.pkl: {least_fsc(own, good)}")
