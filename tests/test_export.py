@@ -584,6 +584,7 @@ def test_one_number_an_image_and_no_number_twice(job: Path) -> None:
         (("--to", "chimerax", "--flip"), "--to chimerax"),
         (("--to", "mrc", "--passthrough", "x.cs"), "particle formats"),
         (("--to", "emdb"), "emdb"),
+        (("--to", "mrc"), "writes .mrc or .map files"),
     ],
 )
 def test_options_that_do_not_go_together(job: Path, arguments: tuple[str, ...], words: str) -> None:
@@ -595,15 +596,16 @@ def test_options_that_do_not_go_together(job: Path, arguments: tuple[str, ...], 
 
 def test_what_is_not_there_is_named(job: Path) -> None:
     (job / "empty").mkdir()
-    for source, to, words in (
-        (job / "empty", "relion", "holds neither run_data.star nor initial_model.mrc"),
-        (job / "gone", "mrc", "does not exist"),
-        (job / "initial_model.mrc", "cryosparc", "has no particle table"),
-        (job / "run_data.star", "chimerax", "has no map"),
+    for source, name, words in (
+        (job / "empty", "x.star", "holds neither run_data.star nor initial_model.mrc"),
+        (job / "gone", "x.mrc", "does not exist"),
+        (job / "initial_model.mrc", "x.cs", "has no particle table"),
+        (job / "run_data.star", "x.cxc", "has no map"),
     ):
-        result = run(export_command, source, "-o", job / "x", "--to", to)
+        formats = {".star": "relion", ".mrc": "mrc", ".cs": "cryosparc", ".cxc": "chimerax"}
+        result = run(export_command, source, "-o", job / name, "--to", formats[Path(name).suffix])
         assert words in error_of(result).problem
-    assert not (job / "x").exists()
+        assert not (job / name).exists()
 
 
 def test_the_table_and_its_optics_are_text(job: Path) -> None:

@@ -13,6 +13,12 @@ if TYPE_CHECKING:
     from cryorecon.run.export import MapEdits, Source
 
 _TABLE_FORMATS = ("relion", "cryosparc", "cryodrgn")
+_SUFFIXES = {
+    "relion": (".star",),
+    "cryosparc": (".cs",),
+    "chimerax": (".cxc",),
+    "mrc": (".mrc", ".map"),
+}
 _EXAMPLES = """Examples:
 
 cryorecon export job001 -o particles.star --to relion --relion30
@@ -58,6 +64,10 @@ def export_command(
 ) -> None:
     """Write particles, poses and maps for RELION, cryoSPARC, cryoDRGN or ChimeraX."""
     _check_usage(to, flip, relion30, [resample, lowpass, crop, invert or None], passthrough)
+    if output.suffix not in _SUFFIXES.get(to, (output.suffix,)):
+        raise typer.BadParameter(
+            f"--to {to} writes {' or '.join(_SUFFIXES[to])} files, not {output}"
+        )
     # torch takes seconds to load: only when the command runs.
     from cryorecon.run import export
 

@@ -12,6 +12,7 @@ Fields and their meaning, in RELION's terms:
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from cryorecon.errors import CryoreconError, require_file
 from cryorecon.io.text_table import PIECE_ROWS, TextTable
 
 Fields = dict[str, NDArray[np.generic]]
+# Text of some rows of a column: a million rows as Python strings would take a gigabyte.
+Text = Callable[[slice], list[str]]
 
 # Columns that no RELION program uses, kept so that the way back finds the same particles.
 UID_COLUMN = "cryosparcUid"
@@ -57,8 +60,11 @@ def is_cryosparc_file(path: str | Path) -> bool:
     path = Path(path)
     if path.suffix == ".cs" or not path.is_file():
         return path.suffix == ".cs"
-    with path.open("rb") as file:
-        magic = file.read(6)
+    try:
+        with path.open("rb") as file:
+            magic = file.read(6)
+    except OSError:
+        return False
     return magic == _NUMPY or magic[1:] == _STREAMED
 
 
@@ -94,20 +100,22 @@ def read_fields(path: str | Path, passthrough: str | Path | None = None) -> Fiel
 
 def _load(path: str | Path) -> NDArray[np.void]:
     path = require_file(path, "cryoSPARC file")
-    with path.open("rb") as file:
-        magic = file.read(6)
-    if magic[1:] == _STREAMED:
-        raise CryoreconError(
-            f"{path} is in cryoSPARC's streamed format, not a NumPy array",
-            "Write it with cryosparc-tools: Dataset.load(FILE).save(FILE, format=NUMPY_FORMAT)",
-        )
     try:
+        with path.open("rb") as file:
+            magic = file.read(6)
+        if magic[1:] == _STREAMED:
+            raise CryoreconError(
+                f"{path} is in cryoSPARC's streamed format, not a NumPy array",
+                "Write it with cryosparc-tools: Dataset.load(FILE).save(FILE, format=NUMPY_FORMAT)",
+            )
         # Mapped, so that a damaged header cannot ask for more memory than the file has; objects,
         # which would run code, are refused.
         table = np.lib.format.open_memmap(path, mode="r")
         if table.dtype.names is None or table.ndim != 1:
             raise ValueError(f"it holds no table but {table.dtype} of shape {table.shape}")
         return np.array(table)
+    except CryoreconError:
+        raise
     except Exception as error:
         # NumPy reports damage by exceptions of many kinds.
         reason = (str(error).strip().splitlines() or ["damaged"])[0]
@@ -169,17 +177,25 @@ def _paths(path: Path, fields: Fields, name: str) -> NDArray[np.object_]:
     return np.array(names, dtype=object)[which]
 
 
-def _text(values: NDArray[np.generic]) -> list[str]:
+def _shortest(values: NDArray[np.generic]) -> list[str]:
     """Shortest text that gives back the same number in the array's precision."""
     return [str(value) for value in values]
 
 
-def _poses(path: Path, fields: Fields, pixel: NDArray[Any]) -> dict[str, list[str]]:
+def _text(values: NDArray[np.generic]) -> Text:
+    return lambda rows: _shortest(values[rows])
+
+
+def _decimals(values: NDArray[np.floating]) -> Text:
+    return lambda rows: [f"{value:.6f}" for value in values[rows].tolist()]
+
+
+def _poses(path: Path, fields: Fields, pixel: NDArray[Any]) -> dict[str, Text]:
     """Angles, origins and class of RELION; nothing where the file has no 3-D poses."""
     prefixes = [n[:-5] for n in fields if re.fullmatch(r"alignments(3D|_class_\d+)/pose", n)]
     if not prefixes:
         return {}
-    columns: dict[str, list[str]] = {}
+    columns: dict[str, Text] = {}
     if "alignments3D" in prefixes:
         prefixes, chosen = ["alignments3D"], np.zeros(len(pixel), dtype=np.int64)
     else:
@@ -198,14 +214,15 @@ def _poses(path: Path, fields: Fields, pixel: NDArray[Any]) -> dict[str, list[st
         pose[mine] = _numbers(path, fields, f"{prefix}/pose", 3)[mine]
         shift[mine] = (_numbers(path, fields, f"{prefix}/shift", 2) * scale[:, None])[mine]
     rotations = torch.from_numpy(Rotation.from_rotvec(pose).as_matrix()).mT
-    for name, values in zip(("Rot", "Tilt", "Psi"), matrix_to_euler(rotations).T, strict=True):
-        columns[f"rlnAngle{name}"] = [f"{value:.6f}" for value in values.tolist()]
+    angles = matrix_to_euler(rotations).T.numpy()
+    for name, values in zip(("Rot", "Tilt", "Psi"), angles, strict=True):
+        columns[f"rlnAngle{name}"] = _decimals(values)
     for axis, values in zip("XY", shift.T, strict=True):
-        columns[f"rlnOrigin{axis}Angst"] = [f"{value:.6f}" for value in values.tolist()]
+        columns[f"rlnOrigin{axis}Angst"] = _decimals(values)
     return columns
 
 
-def _optics(path: Path, fields: Fields) -> tuple[pd.DataFrame, list[str]]:
+def _optics(path: Path, fields: Fields) -> tuple[pd.DataFrame, Text]:
     """Optics table, a group for each distinct set of its values, and each particle's group."""
     columns = {label: _numbers(path, fields, name) for name, label in _MICROSCOPE.items()}
     if "blob/shape" in fields:
@@ -216,9 +233,9 @@ def _optics(path: Path, fields: Fields) -> tuple[pd.DataFrame, list[str]]:
     keys = np.stack([group, *columns.values()], 1)
     _, first, which = np.unique(keys, axis=0, return_index=True, return_inverse=True)
     table = {
-        "rlnOpticsGroup": _text(np.arange(len(first)) + 1),
+        "rlnOpticsGroup": _shortest(np.arange(len(first)) + 1),
         "rlnOpticsGroupName": [f"expGroup{number}" for number in group[first]],
-        **{label: _text(values[first]) for label, values in columns.items()},
+        **{label: _shortest(values[first]) for label, values in columns.items()},
         "rlnImageDimensionality": ["2"] * len(first),
     }
     return pd.DataFrame(table, dtype=object), _text(which.reshape(-1) + 1)
@@ -252,14 +269,14 @@ def read_cryosparc(
         raise CryoreconError(f"{path} holds no particles: its table is empty", "Select some first")
     stacks, sections = _paths(path, fields, "blob/path"), _numbers(path, fields, "blob/idx")
     optics, group = _optics(path, fields)
-    columns: dict[str, list[str]] = {
-        "rlnImageName": [
-            f"{section + 1:06d}@{stack}"
-            for section, stack in zip(sections.astype(np.int64).tolist(), stacks, strict=True)
-        ]
-    }
+
+    def image_names(rows: slice) -> list[str]:
+        numbers = (sections[rows].astype(np.int64) + 1).tolist()
+        return [f"{n:06d}@{stack}" for n, stack in zip(numbers, stacks[rows], strict=True)]
+
+    columns: dict[str, Text] = {"rlnImageName": image_names}
     if "location/micrograph_path" in fields:
-        columns["rlnMicrographName"] = _paths(path, fields, "location/micrograph_path").tolist()
+        columns["rlnMicrographName"] = _text(_paths(path, fields, "location/micrograph_path"))
     columns["rlnOpticsGroup"] = group
     columns |= _ctf_columns(path, fields)
     columns |= _poses(path, fields, _numbers(path, fields, "blob/psize_A"))
@@ -271,12 +288,14 @@ def read_cryosparc(
         columns[UID_COLUMN] = _text(_numbers(path, fields, "uid"))
     if "blob/sign" in fields:
         columns[SIGN_COLUMN] = _text(_numbers(path, fields, "blob/sign").astype(np.int64))
-    frame = pd.DataFrame(columns, dtype=object)
-    pieces = (frame[start : start + PIECE_ROWS] for start in range(0, len(frame), PIECE_ROWS))
-    return optics, TextTable.gather(pieces)
+    pieces = (slice(start, start + PIECE_ROWS) for start in range(0, len(stacks), PIECE_ROWS))
+    return optics, TextTable.gather(
+        pd.DataFrame({name: text(rows) for name, text in columns.items()}, dtype=object)
+        for rows in pieces
+    )
 
 
-def _ctf_columns(path: Path, fields: Fields) -> dict[str, list[str]]:
+def _ctf_columns(path: Path, fields: Fields) -> dict[str, Text]:
     columns = {}
     for name, label in _CTF.items():
         values = _numbers(path, fields, name)
