@@ -486,6 +486,7 @@ BAD = {
     "space": ({"blob/path": np.array([b"a", b"a", b"b c.mrcs"])}, "row 3, field blob/path"),
     "not text": ({"blob/path": np.array([b"\xff", b"a", b"a"])}, "row 1, field blob/path"),
     "missing stack": ({"blob/path": np.array([b"gone.mrcs"] * 3)}, "do not exist: gone.mrcs"),
+    "long name": ({"blob/path": np.array([b"x" * 300] * 3)}, "do not exist: xxx"),
     "beyond": ({"blob/idx": np.array([0, 1, 99], "u4")}, "row 3: asks for image 100"),
     "box": ({"blob/shape": np.full((3, 2), 9, "u4")}, "says 9 px boxes"),
 }  # fmt: skip
@@ -573,6 +574,11 @@ def test_one_number_an_image_and_no_number_twice(job: Path) -> None:
     one, two = (np.load(job / name)["uid"].tolist() for name in ("p.cs", "q.cs"))
     assert two[:COUNT] == one
     assert len(set(two)) == COUNT + 2
+    for bad in ("seven", "-7", str(2**64)):
+        blocks["particles"]["cryosparcUid"] = bad
+        write_star(job / "bad.star", blocks)
+        result = run(export_command, job / "bad.star", "-o", job / "x.cs", "--to", "cryosparc")
+        assert "column cryosparcUid" in error_of(result).problem
 
 
 @pytest.mark.parametrize(

@@ -212,7 +212,8 @@ def _poses(path: Path, fields: Fields, pixel: NDArray[Any]) -> dict[str, Text]:
             _numbers(path, fields, f"{prefix}/psize_A") if f"{prefix}/psize_A" in fields else pixel
         )
         pose[mine] = _numbers(path, fields, f"{prefix}/pose", 3)[mine]
-        shift[mine] = (_numbers(path, fields, f"{prefix}/shift", 2) * scale[:, None])[mine]
+        shift_px = _numbers(path, fields, f"{prefix}/shift", 2).astype(np.float64)
+        shift[mine] = (shift_px * scale[:, None])[mine]
     rotations = torch.from_numpy(Rotation.from_rotvec(pose).as_matrix()).mT
     angles = matrix_to_euler(rotations).T.numpy()
     for name, values in zip(("Rot", "Tilt", "Psi"), angles, strict=True):
@@ -284,7 +285,7 @@ def read_cryosparc(
         split = _numbers(path, fields, "alignments3D/split")
         if set(np.unique(split).tolist()) == {0, 1}:
             columns["rlnRandomSubset"] = _text(split.astype(np.int64) + 1)
-    if "uid" in fields:
+    if "uid" in fields and fields["uid"].dtype.kind == "u":
         columns[UID_COLUMN] = _text(_numbers(path, fields, "uid"))
     if "blob/sign" in fields:
         columns[SIGN_COLUMN] = _text(_numbers(path, fields, "blob/sign").astype(np.int64))

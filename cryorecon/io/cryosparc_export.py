@@ -11,10 +11,12 @@ from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 from torch import Tensor
 
+from cryorecon.errors import CryoreconError
 from cryorecon.io.cryosparc import SIGN_COLUMN, UID_COLUMN
 from cryorecon.io.files import replacing
 from cryorecon.io.particles import Particles
 from cryorecon.io.stacks import parse_image_names
+from cryorecon.io.star import numbers
 
 _CTF_NUMBERS = {
     "accel_kv": "voltage_kv",
@@ -78,7 +80,7 @@ def _blob(particles: Particles) -> dict[str, NDArray[np.generic]]:
     paths = np.array([name.encode() for name in names])
     sign = np.ones(count)
     if SIGN_COLUMN in particles.table:
-        sign = particles.table.numbers(SIGN_COLUMN)
+        sign = numbers(particles.path, particles.table, SIGN_COLUMN)
     return {
         "uid": unique_numbers(particles),
         "blob/path": paths[stack_of],
@@ -94,9 +96,20 @@ def unique_numbers(particles: Particles) -> NDArray[np.uint64]:
     """CryoSPARC's ``uid``: kept where the table has it, else made from the image's name.
 
     The same image gets the same number in every export; an image listed twice gets two.
+
+    Raises
+    ------
+    CryoreconError
+        If the table's column holds something else than numbers of 64 bits.
     """
     if UID_COLUMN in particles.table:
-        kept = np.array([int(value) for value in particles.table[UID_COLUMN]], dtype=np.uint64)
+        try:
+            kept = np.array([int(value) for value in particles.table[UID_COLUMN]], dtype=np.uint64)
+        except (ValueError, OverflowError) as error:
+            raise CryoreconError(
+                f"{particles.path}, column {UID_COLUMN}: {error}",
+                "Remove the column; new numbers will be made",
+            ) from error
         if len(np.unique(kept)) == len(kept):
             return kept
     seen: dict[str, int] = {}
