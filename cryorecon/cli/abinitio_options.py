@@ -7,7 +7,9 @@ from typing import Annotated, Literal
 
 import typer
 
-Particles = Annotated[Path, typer.Argument(help="Particle STAR file (RELION 3.0, 3.1 or 5).")]
+Particles = Annotated[
+    Path, typer.Argument(help="Particle STAR file (RELION 3.0, 3.1, 5) or cryoSPARC .cs file.")
+]
 Output = Annotated[Path, typer.Option("-o", "--output", help="Job directory.")]
 Diameter = Annotated[float | None, typer.Option(help="Of the particle, A; default 0.8 of the box.")]
 OffsetRange = Annotated[

@@ -14,6 +14,7 @@ from cryorecon.cli.abinitio_rmfn import abinitio_rmfn_command
 from cryorecon.cli.compare_poses import compare_poses
 from cryorecon.cli.console import error_console
 from cryorecon.cli.demo import demo_command
+from cryorecon.cli.export import export_command
 from cryorecon.cli.fit_image import fit_image_command
 from cryorecon.cli.fsc import fsc
 from cryorecon.cli.moments import moments_app
@@ -34,6 +35,7 @@ app.command("abinitio")(abinitio_command)
 app.command("abinitio-rmfn")(abinitio_rmfn_command)
 app.command("abinitio-amortized")(abinitio_amortized_command)
 app.command("reconstruct")(reconstruct_command)
+app.command("export")(export_command)
 app.command("fsc")(fsc)
 app.command("compare-poses")(compare_poses)
 app.command("fit-image")(fit_image_command)

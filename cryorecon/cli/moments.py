@@ -27,7 +27,9 @@ moments_app.command("reconstruct")(reconstruct_command)
 
 @moments_app.command("estimate")
 def estimate_command(
-    particles: Annotated[Path, typer.Argument(help="Particle STAR file (RELION 3.0, 3.1 or 5).")],
+    particles: Annotated[
+        Path, typer.Argument(help="Particle STAR file (RELION 3.0, 3.1, 5) or cryoSPARC .cs file.")
+    ],
     output: Annotated[Path, typer.Option("-o", "--output", help="File to write (.h5).")],
     form: Annotated[
         Literal["steerable", "full"],

@@ -11,7 +11,7 @@ from cryorecon.cli.console import console, count_progress
 
 
 def reconstruct_command(
-    particles: Annotated[Path, typer.Argument(help="Particle STAR file with poses.")],
+    particles: Annotated[Path, typer.Argument(help="Particle STAR or .cs file with poses.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Map to write (.mrc).")],
     halves: Annotated[
         bool, typer.Option("--halves", help="Also half maps (rlnRandomSubset, else random).")
@@ -23,7 +23,7 @@ def reconstruct_command(
     project: Annotated[Path | None, typer.Option(help="Folder of the image paths.")] = None,
     seed: Annotated[int, typer.Option(help="For random half sets.")] = 0,
 ) -> None:
-    """Backproject particles with the poses and CTFs in their STAR file."""
+    """Backproject particles with the poses and CTFs in their file."""
     # torch takes seconds to load: only when the command runs.
     import torch
 

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from cryorecon.errors import CryoreconError
+from cryorecon.io.cryosparc import is_cryosparc_file, read_cryosparc
 from cryorecon.io.mrc import open_stack
 from cryorecon.io.stacks import check_stacks, parse_image_names, resolve_stacks
 from cryorecon.io.star import Tables, numbers, star_blocks, write_star
@@ -39,7 +40,7 @@ class Particles:
     Attributes
     ----------
     path : Path
-        The STAR file.
+        The STAR or ``.cs`` file.
     table : TextTable
         Every column of every particle, as text, in the file's order.
     blocks : dict of DataFrame
@@ -224,14 +225,21 @@ class Particles:
         write_star(path, {**self.blocks, self.block_name: self.table.frames(new)})
 
 
-def read_particles(path: str | Path, project: str | Path | None = None) -> Particles:
-    """Read a particle STAR file of RELION 3.0, 3.1 or 5 and check the stacks it names.
+def read_particles(
+    path: str | Path,
+    project: str | Path | None = None,
+    *,
+    passthrough: str | Path | None = None,
+) -> Particles:
+    """Read particles of RELION 3.0, 3.1, 5 or cryoSPARC and check the stacks they name.
 
     Parameters
     ----------
-    path : path of the STAR file
+    path : path of the STAR or ``.cs`` file
     project : path, optional
         Folder that image paths are relative to; tried after the current directory.
+    passthrough : path, optional
+        Second cryoSPARC file with further fields of the same particles.
 
     Raises
     ------
@@ -239,7 +247,12 @@ def read_particles(path: str | Path, project: str | Path | None = None) -> Parti
         If a table, column, stack or section is missing or they contradict each other.
     """
     path = Path(path)
-    blocks, tables = _read_blocks(path)
+    blocks: Tables
+    if is_cryosparc_file(path):
+        optics, cs_table = read_cryosparc(path, passthrough)
+        blocks, tables = {"optics": optics}, {"particles": cs_table}
+    else:
+        blocks, tables = _read_blocks(path)
     name = _particle_block(path, blocks, tables)
     table = tables.pop(name)
     blocks |= {other: pd.concat(list(rest.frames())) for other, rest in tables.items()}

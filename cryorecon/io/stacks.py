@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ def resolve_stacks(star: Path, names: list[str], project: str | Path | None) -> 
     missing: list[str] = []
     for name in names:
         candidates = [Path(name)] if Path(name).is_absolute() else [b / name for b in bases]
-        hit = next((c for c in candidates if c.exists()), None)
+        hit = next((c for c in candidates if os.path.exists(c)), None)
         if hit is None:
             missing.append(name)
         else:

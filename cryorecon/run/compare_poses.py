@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cryorecon.conventions import euler_to_matrix
 from cryorecon.errors import CryoreconError
+from cryorecon.io.cryosparc import is_cryosparc_file, read_cryosparc
 from cryorecon.io.star import Tables, numbers, read_star
 from cryorecon.maps.poses import FRACTION_LIMITS_DEG, PoseComparison, compare_pose_sets
 from cryorecon.run.curves import matrix_as_list
@@ -46,7 +47,7 @@ class PoseTable:
 
 
 def read_pose_table(path: Path) -> PoseTable:
-    """Read image names, angles and origins of a RELION 3.0, 3.1 or 5 particle file.
+    """Read image names, angles and origins of a RELION 3.0, 3.1, 5 or cryoSPARC particle file.
 
     The images themselves need not exist.
 
@@ -55,7 +56,7 @@ def read_pose_table(path: Path) -> PoseTable:
     CryoreconError
         If there is no particle table, a pose column is missing, or an image occurs twice.
     """
-    blocks = read_star(path)
+    blocks = _tables(path)
     table = next((t for t in blocks.values() if "rlnImageName" in t), None)
     if table is None:
         raise CryoreconError(
@@ -79,6 +80,13 @@ def read_pose_table(path: Path) -> PoseTable:
     angles = np.stack([numbers(path, table, column) for column in _ANGLES], -1)
     origins = _origins_angst(path, table, blocks)
     return PoseTable(path, images, euler_to_matrix(torch.from_numpy(angles)), origins)
+
+
+def _tables(path: Path) -> Tables:
+    if not is_cryosparc_file(path):
+        return read_star(path)
+    optics, particles = read_cryosparc(path)
+    return {"optics": optics, "particles": pd.concat(list(particles.frames()), ignore_index=True)}
 
 
 def _origins_angst(path: Path, table: pd.DataFrame, blocks: Tables) -> Tensor | None:

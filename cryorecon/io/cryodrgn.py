@@ -1,0 +1,66 @@
+"""cryoDRGN's inputs: ``poses.pkl`` and ``ctf.pkl``, in the order of the particle table.
+
+They are written only: to read such a file is to run what it holds.
+"""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from cryorecon.errors import CryoreconError
+from cryorecon.io.files import replacing
+from cryorecon.io.particles import Particles
+
+
+def write_poses(path: str | Path, particles: Particles, rotations: Tensor) -> None:
+    """Write ``poses.pkl``: a tuple of rotations (n, 3, 3) and shifts (n, 2), float64.
+
+    Rotations are our A; shifts are RELION origins as fractions of the box side, of the same sign.
+
+    Parameters
+    ----------
+    rotations : Tensor, shape (n, 3, 3)
+
+    Raises
+    ------
+    CryoreconError
+        If a shift is more than a box: cryoDRGN would take it for pixels.
+    """
+    side_angst = particles.box * particles.pixel_size_angst
+    shifts = particles.origins_angst() / side_angst
+    if (np.abs(shifts) > 1).any():
+        row = int(np.argmax(np.abs(shifts).max(1) > 1))
+        raise CryoreconError(
+            f"{particles.path}, row {particles.rows[row] + 1}: the origin is farther than the box "
+            f"is wide ({side_angst:g} A)",
+            "Remove these particles; cryoDRGN cannot take them",
+        )
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        pickle.dump((rotations.double().numpy().copy(), shifts), file)
+
+
+def write_ctf(path: str | Path, particles: Particles) -> None:
+    """Write ``ctf.pkl``: float32, shape (n, 9).
+
+    Columns: box (px), pixel size (A), defocus U, V (A), their angle (degrees), voltage (kV),
+    spherical aberration (mm), amplitude contrast, phase shift (degrees; never NaN). cryoDRGN's
+    CTF has the opposite sign of ours; it inverts the images as it reads them.
+    """
+    optics = particles.ctf_parameters()
+    columns = [
+        np.full(len(particles), particles.box),
+        np.full(len(particles), particles.pixel_size_angst),
+        optics.defocus_u_angst.numpy(),
+        optics.defocus_v_angst.numpy(),
+        optics.defocus_angle_deg.numpy(),
+        optics.voltage_kv.numpy(),
+        optics.spherical_aberration_mm.numpy(),
+        optics.amplitude_contrast.numpy(),
+        optics.phase_shift_deg.numpy(),
+    ]
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        pickle.dump(np.stack(columns, 1).astype(np.float32), file)

@@ -1,0 +1,111 @@
+"""A particle table in the dialect of RELION 3.1 (optics table) or 3.0 (one table)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from cryorecon.io.particles import Particles
+from cryorecon.io.star import numbers
+
+# What an optics table says of its groups and images, which 3.0 says otherwise or not at all.
+_ONLY_31 = {
+    "rlnOpticsGroup",
+    "rlnOpticsGroupName",
+    "rlnImagePixelSize",
+    "rlnImageSize",
+    "rlnImageDimensionality",
+}
+# Columns of 3.0 particle tables that belong into the optics table of 3.1.
+_OPTICS = (
+    "rlnVoltage",
+    "rlnSphericalAberration",
+    "rlnAmplitudeContrast",
+    "rlnBeamTiltX",
+    "rlnBeamTiltY",
+    "rlnBeamTiltClass",
+    "rlnMtfFileName",
+)
+_SCALE_30 = ("rlnDetectorPixelSize", "rlnMagnification", "rlnPixelSize")
+# With it, rlnDetectorPixelSize in micrometres is the pixel size in angstrom.
+_MAGNIFICATION = 10_000.0
+
+Columns = dict[str, NDArray[np.generic]]
+
+
+def relion31(
+    particles: Particles, new: Columns
+) -> dict[str, pd.DataFrame | Iterator[pd.DataFrame]]:
+    """Tables of a RELION 3.1 file: as they are, or with an optics table made from 3.0 columns.
+
+    Parameters
+    ----------
+    new : dict of arrays, shape (n,)
+        Columns to replace or to add.
+    """
+    if particles.has_optics_table:
+        return {**particles.blocks, particles.block_name: particles.table.frames(new)}
+    table = particles.table
+    moved = [name for name in _OPTICS if name in table]
+    keys = pd.DataFrame({name: table[name] for name in moved}, index=range(len(table)))
+    group: NDArray[np.integer] = np.zeros(len(table), dtype=np.int64)
+    distinct = keys[:1]
+    if moved:
+        group = keys.groupby(moved, sort=False).ngroup().to_numpy()
+        distinct = keys.drop_duplicates(ignore_index=True)
+    optics = pd.DataFrame(
+        {
+            "rlnOpticsGroup": np.arange(len(distinct)) + 1,
+            "rlnOpticsGroupName": [f"opticsGroup{k + 1}" for k in range(len(distinct))],
+            **distinct.to_dict("list"),
+            "rlnImagePixelSize": particles.pixel_size_angst,
+            "rlnImageSize": particles.box,
+            "rlnImageDimensionality": 2,
+        }
+    )
+    new = {**new, "rlnOpticsGroup": group + 1}
+    if {"rlnOriginX", "rlnOriginY"} & set(table):
+        origins = particles.origins_angst()
+        new |= {f"rlnOrigin{axis}Angst": origins[:, k] for k, axis in enumerate("XY")}
+    dropped = [*moved, *_SCALE_30, "rlnOriginX", "rlnOriginY"]
+    blocks = {n: t for n, t in particles.blocks.items() if n not in ("optics", "particles")}
+    return {"optics": optics, **blocks, "particles": _without(particles, new, dropped)}
+
+
+def relion30(
+    particles: Particles, new: Columns
+) -> dict[str, pd.DataFrame | Iterator[pd.DataFrame]]:
+    """Tables of a RELION 3.0 file: no optics table, its values in each row, origins in pixels.
+
+    The pixel size is ``rlnDetectorPixelSize`` (micrometres) at a magnification of 10,000. Other
+    tables than the optics and the particles are left out: 3.0 reads the first of a file.
+
+    Parameters
+    ----------
+    new : dict of arrays, shape (n,)
+        Columns to replace or to add.
+    """
+    new = dict(new)
+    optics: pd.DataFrame | None = particles.blocks.get("optics")
+    if optics is not None:
+        index = particles.optics_index()
+        for name in optics:
+            if name not in _ONLY_31 and name not in particles.table:
+                new[str(name)] = optics[name].to_numpy(object)[index]
+        new["rlnDetectorPixelSize"] = np.full(len(particles), particles.pixel_size_angst)
+        new["rlnMagnification"] = np.full(len(particles), _MAGNIFICATION)
+    angst = ["rlnOriginXAngst", "rlnOriginYAngst"]
+    if set(angst) <= set(particles.table):
+        for axis, name in zip("XY", angst, strict=True):
+            values = numbers(particles.path, particles.table, name)
+            new[f"rlnOrigin{axis}"] = values / particles.pixel_size_angst
+    dropped = angst if optics is not None else []
+    return {"": _without(particles, new, dropped)}
+
+
+def _without(particles: Particles, new: Columns, names: list[str]) -> Iterator[pd.DataFrame]:
+    for frame in particles.table.frames(new):
+        yield frame.drop(columns=[name for name in names if name in frame])

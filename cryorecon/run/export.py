@@ -1,0 +1,248 @@
+"""A job's results, or a table or a map, in the formats of other programs."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cryorecon.conventions import angst_to_shell, euler_to_matrix, matrix_to_euler
+from cryorecon.errors import CryoreconError
+from cryorecon.io.cryodrgn import write_ctf, write_poses
+from cryorecon.io.cryosparc_export import write_cryosparc
+from cryorecon.io.files import replacing
+from cryorecon.io.mrc import read_map, write_map
+from cryorecon.io.particles import Particles
+from cryorecon.io.relion_dialects import Columns, relion30, relion31
+from cryorecon.io.star import write_star
+from cryorecon.maps.align import mirror_map
+from cryorecon.maps.contour import contour_level
+from cryorecon.maps.poses import mirror_poses
+from cryorecon.physics.fourier import crop_or_pad_centred, lowpass, sample_volume
+
+_ANGLES = ("rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi")
+_TABLES = (".star", ".cs")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What there is to export.
+
+    Attributes
+    ----------
+    path : Path
+        The job directory or file that was named.
+    table, volume : Path or None
+        Particle table; map.
+    halves : tuple of Path
+        Both half maps, or none.
+    """
+
+    path: Path
+    table: Path | None
+    volume: Path | None
+    halves: tuple[Path, ...] = ()
+
+    def need_table(self) -> Path:
+        """The particle table.
+
+        Raises
+        ------
+        CryoreconError
+            If there is none.
+        """
+        if self.table is None:
+            raise CryoreconError(
+                f"{self.path} has no particle table", "Give run_data.star, a .cs file, or a job"
+            )
+        return self.table
+
+    def need_volume(self) -> Path:
+        """The map.
+
+        Raises
+        ------
+        CryoreconError
+            If there is none.
+        """
+        if self.volume is None:
+            raise CryoreconError(f"{self.path} has no map", "Give an MRC file or a job directory")
+        return self.volume
+
+
+def find_source(path: Path) -> Source:
+    """Tell what a path is: a job directory, a particle table (.star, .cs) or a map.
+
+    Raises
+    ------
+    CryoreconError
+        If it does not exist, or is a directory without results.
+    """
+    if not path.is_dir():
+        if not path.is_file():
+            raise CryoreconError(f"{path} does not exist", "Give a job directory or a file")
+        is_table = path.suffix in _TABLES
+        return Source(path, path if is_table else None, None if is_table else path)
+    table, volume = path / "run_data.star", path / "initial_model.mrc"
+    halves = tuple(path / f"run_half{k}_class001_unfil.mrc" for k in (1, 2))
+    if not table.is_file() and not volume.is_file():
+        raise CryoreconError(
+            f"{path} holds neither run_data.star nor initial_model.mrc",
+            "Give the directory of a finished abinitio job",
+        )
+    return Source(
+        path,
+        table if table.is_file() else None,
+        volume if volume.is_file() else None,
+        halves if all(half.is_file() for half in halves) else (),
+    )
+
+
+def poses_of(particles: Particles, flip: bool) -> Tensor | None:
+    """Matrices A of the particles, of the other hand's map if `flip`; None without poses.
+
+    Raises
+    ------
+    CryoreconError
+        If the other hand is asked for and there are no poses.
+    """
+    if not flip and not all(name in particles.table for name in _ANGLES):
+        return None
+    rotations = euler_to_matrix(torch.from_numpy(particles.euler_deg()))
+    return mirror_poses(rotations) if flip else rotations
+
+
+def to_relion(particles: Particles, output: Path, *, flip: bool, old: bool) -> None:
+    """Write a RELION 3.1 STAR file, or 3.0 if `old`: every row, in order, every column."""
+    new: Columns = {}
+    if flip:
+        rotations = poses_of(particles, flip)
+        assert rotations is not None
+        new = dict(zip(_ANGLES, matrix_to_euler(rotations).numpy().T, strict=True))
+    write_star(output, relion30(particles, new) if old else relion31(particles, new))
+
+
+def to_cryosparc(particles: Particles, output: Path, *, flip: bool) -> None:
+    """Write a cryoSPARC ``.cs`` file."""
+    write_cryosparc(output, particles, poses_of(particles, flip))
+
+
+def to_cryodrgn(particles: Particles, folder: Path, *, flip: bool) -> list[Path]:
+    """Write cryoDRGN's ``ctf.pkl`` and, where there are poses, ``poses.pkl``; what was written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rotations = poses_of(particles, flip)
+    write_ctf(folder / "ctf.pkl", particles)
+    if rotations is None:
+        return [folder / "ctf.pkl"]
+    write_poses(folder / "poses.pkl", particles, rotations)
+    return [folder / "poses.pkl", folder / "ctf.pkl"]
+
+
+@dataclass(frozen=True)
+class MapEdits:
+    """What is done to a map, in this order.
+
+    Attributes
+    ----------
+    invert : bool
+        Change the sign of the density.
+    flip : bool
+        Mirror along x about the centre: the other hand.
+    lowpass_angst : float, optional
+        Resolution where the gain has fallen to one half, with a raised-cosine edge two shells wide.
+    resample_angst : float, optional
+        New voxel size.
+    crop_px : int, optional
+        New box side, after resampling; larger boxes are padded with zeros.
+    """
+
+    invert: bool = False
+    flip: bool = False
+    lowpass_angst: float | None = None
+    resample_angst: float | None = None
+    crop_px: int | None = None
+
+
+def edited(volume: Tensor, pixel_size_angst: float, edits: MapEdits) -> tuple[Tensor, float]:
+    """A map after `edits`, and its voxel size in angstrom.
+
+    Parameters
+    ----------
+    volume : Tensor, shape (N, N, N)
+
+    Raises
+    ------
+    CryoreconError
+        If the low-pass is finer than the voxels can hold, or nothing would be left.
+    """
+    if edits.invert:
+        volume = -volume
+    if edits.flip:
+        volume = mirror_map(volume)
+    if edits.lowpass_angst is not None:
+        if edits.lowpass_angst < 2 * pixel_size_angst:
+            raise CryoreconError(
+                f"A low-pass at {edits.lowpass_angst:g} A is finer than voxels of "
+                f"{pixel_size_angst:g} A can hold",
+                f"Give --lowpass of {2 * pixel_size_angst:g} A or more",
+            )
+        band = angst_to_shell(edits.lowpass_angst, volume.shape[-1], pixel_size_angst)
+        volume = lowpass(volume, band, 3)
+    if edits.resample_angst is not None:
+        volume = _resampled(volume, pixel_size_angst, edits.resample_angst)
+        pixel_size_angst = edits.resample_angst
+    if edits.crop_px is not None:
+        volume = crop_or_pad_centred(volume, edits.crop_px, 3)
+    return volume, pixel_size_angst
+
+
+def _resampled(volume: Tensor, old_angst: float, new_angst: float) -> Tensor:
+    """On voxels of exactly the new size; the largest box of the same parity that the old holds."""
+    side = volume.shape[-1]
+    box = int(side * old_angst / new_angst + 1e-6)
+    box -= (box - side) % 2
+    if box < 2:
+        raise CryoreconError(
+            f"Voxels of {new_angst:g} A are too large for a box of {side * old_angst:g} A",
+            "Give a smaller --resample",
+        )
+    return sample_volume(volume, box, new_angst / old_angst)
+
+
+def to_mrc(source: Source, output: Path, edits: MapEdits) -> list[Path]:
+    """Write the map, and a job's half maps beside it, all edited alike; what was written."""
+    volume = source.need_volume()
+    written = []
+    names = [output, *(output.with_name(f"{output.stem}_half{k}_unfil.mrc") for k in (1, 2))]
+    for path, name in zip((volume, *source.halves), names, strict=False):
+        found = read_map(path)
+        result, pixel = edited(torch.from_numpy(found.data), found.pixel_size_angst, edits)
+        write_map(name, result.numpy(), pixel)
+        written.append(name)
+    return written
+
+
+def to_chimerax(source: Source, output: Path) -> float:
+    """Write a ChimeraX command file that shows the map; its contour level.
+
+    Paths are relative to the command file: ChimeraX runs it in its own folder. Half maps are
+    opened hidden, at the same level.
+    """
+    volume = source.need_volume()
+    level = contour_level(torch.from_numpy(read_map(volume).data))
+    opened = (volume, *source.halves)
+    lines = ["# Contour level: half way between the mean density inside it and that outside it."]
+    for number, path in enumerate(opened, 1):
+        name = Path(os.path.relpath(path.resolve(), output.resolve().parent)).as_posix()
+        if '"' in name or not name.isprintable():
+            raise CryoreconError(f"ChimeraX cannot open {name!r}", "Rename the file or its folder")
+        lines.append(f'open "{name}"')
+        lines.append(f"volume #{number} style surface step 1 level {level:.6g}")
+    lines += [f"hide #{number} models" for number in range(2, len(opened) + 1)]
+    lines += ["volume #1 color cornflowerblue", "set bgColor white", "lighting soft", "view #1"]
+    with replacing(output) as temporary:
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return level
