@@ -286,7 +286,14 @@ def test_divergence_is_told(stack_24, tmp_path):
         abinitio(stack_24 / "particles.star", tmp_path / "job", options, QUIET)
 
 
-@pytest.mark.parametrize("choice", [{"halves": "independent"}, {"symmetry": "C2"}, {"subset": 200}])
+@pytest.mark.parametrize(
+    "choice",
+    [
+        pytest.param({"halves": "independent"}, marks=pytest.mark.slow),
+        {"symmetry": "C2"},
+        {"subset": 200},
+    ],
+)
 def test_the_encoder_has_the_last_word_where_asked(choice, stack_24, tmp_path, monkeypatch):
     """--no-finish keeps poses as they were read, with every other option."""
     steps = []
