@@ -118,5 +118,8 @@ _PLAIN = {
 
 def _refuse(given: Mapping[str, object], method: Method) -> None:
     if given:
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        names = ", ".join(
+            f"--{'no-' if value is False else ''}{name.replace('_', '-')}"
+            for name, value in given.items()
+        )
         raise typer.BadParameter(f"engine {method.value} has no {names}")

@@ -7,6 +7,9 @@ import torch
 from cryorecon.engines.observations import ImageSet
 from cryorecon.physics.fourier import radius_grid, to_coefficients
 
+# The contrast counts as told from this many standard errors on.
+SURE = 4.0
+
 
 def contrast_score(images: ImageSet, diameter: float) -> float:
     """How surely particles are white (positive) or black (negative), in standard errors.

@@ -18,7 +18,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from cryorecon.engines.moments import SURE, Moments, MomentsGeometry
+from cryorecon.engines.contrast import SURE
+from cryorecon.engines.moments import Moments, MomentsGeometry
 
 # Entries whose weight is below this share of the largest count as not measured.
 _LEAST_WEIGHT = 1e-6

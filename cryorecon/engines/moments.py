@@ -28,9 +28,6 @@ from cryorecon.physics.sphere import frames
 Form = Literal["steerable", "full"]
 Contrast = Literal["auto", "white", "black"]
 
-# The contrast counts as told from this many standard errors on.
-SURE = 4.0
-
 
 @dataclass(frozen=True)
 class MomentsGeometry:

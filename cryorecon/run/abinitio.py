@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import Tensor
 
 from cryorecon.engines.amortized import AmortizedConfig
-from cryorecon.engines.contrast import contrast_score
+from cryorecon.engines.contrast import SURE, contrast_score
 from cryorecon.engines.observations import ImageSet
 from cryorecon.engines.reconstruction import Reconstruction, RefineConfig
 from cryorecon.engines.rmfn import RmfnConfig
@@ -30,9 +30,6 @@ from cryorecon.run.rmfn_stages import RmfnStages
 Halves = Literal["independent", "shared", "none"]
 Contrast = Literal["auto", "white", "black"]
 Assign = Literal["none", "read", "refine"]
-
-# The contrast counts as told from this many standard errors on.
-_SURE = 4.0
 
 
 @dataclass(frozen=True)
@@ -306,7 +303,7 @@ def _set_contrast(job: Job, images: ImageSet, config: RefineConfig, contrast: Co
     """Make particles white, and say what was found."""
     score = contrast_score(images, config.diameter)
     seen = "white on black" if score > 0 else "BLACK ON WHITE"
-    if abs(score) < _SURE:
+    if abs(score) < SURE:
         job.say(f"contrast cannot be told from the images ({score:.1f} standard errors)")
         seen = "white on black"
     else:
