@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from cryorecon.errors import CryoreconError
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file of any length, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def make_folder(folder: Path) -> None:

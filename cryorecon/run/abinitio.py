@@ -17,12 +17,12 @@ from cryorecon.engines.observations import ImageSet
 from cryorecon.engines.reconstruction import Reconstruction, RefineConfig
 from cryorecon.engines.rmfn import RmfnConfig
 from cryorecon.errors import CryoreconError
-from cryorecon.io.mrc import read_map, write_map
+from cryorecon.io.mrc import write_map
 from cryorecon.io.particles import Particles, read_particles
 from cryorecon.physics.symmetry import symmetry_group
 from cryorecon.run.amortized_stages import AmortizedStages
 from cryorecon.run.job import Job, open_job
-from cryorecon.run.load import Keep, half_sets, load_observations
+from cryorecon.run.load import Keep, half_sets, load_observations, map_like
 from cryorecon.run.progress import stage_bar
 from cryorecon.run.results import joint_map, report_offsets, write_first_poses, write_results
 from cryorecon.run.rmfn_stages import RmfnStages
@@ -178,7 +178,7 @@ def _refuse_contradictions(options: AbinitioOptions, particles: Particles) -> No
     _mask(options.mask, particles)
     independent = options.halves == "independent"
     if options.init_map is not None:
-        _map_like(options.init_map, particles, "map")
+        map_like(options.init_map, particles, "map")
         if independent:
             raise CryoreconError(
                 "Half maps that both start from --init-map are not independent",
@@ -261,7 +261,7 @@ def _first_map(
 ) -> Reconstruction:
     if options.init_map is not None and isinstance(stages, RmfnStages):
         stages.job.say(f"starting from {options.init_map}, low-passed; its poses are not used")
-        return stages.from_map(images, half, _map_like(options.init_map, particles, "map"))
+        return stages.from_map(images, half, map_like(options.init_map, particles, "map"))
     return stages.from_scratch(images, half)
 
 
@@ -274,23 +274,10 @@ def _group(symmetry: str) -> Tensor:
         ) from error
 
 
-def _map_like(path: Path, particles: Particles, what: str) -> Tensor:
-    """A map that must have the particles' box and pixel size."""
-    found = read_map(path)
-    box, pixel = particles.box, particles.pixel_size_angst
-    if len(found.data) != box or abs(found.pixel_size_angst / pixel - 1) > 0.01:
-        raise CryoreconError(
-            f"The {what} {path} has {len(found.data)} px at {found.pixel_size_angst:g} A, the "
-            f"particles {box} px at {pixel:g} A",
-            f"Resample the {what} to the particles' box and pixel size",
-        )
-    return torch.from_numpy(found.data).float()
-
-
 def _mask(path: Path | None, particles: Particles) -> Tensor | None:
     if path is None:
         return None
-    mask = _map_like(path, particles, "mask")
+    mask = map_like(path, particles, "mask")
     if not (float(mask.min()) >= -1e-3 and 0 < float(mask.max()) <= 1.001):
         raise CryoreconError(
             f"The mask {path} has values from {float(mask.min()):g} to {float(mask.max()):g}",

@@ -13,7 +13,7 @@ from cryorecon.conventions import angst_to_shell, euler_to_matrix, matrix_to_eul
 from cryorecon.errors import CryoreconError
 from cryorecon.io.cryodrgn import write_ctf, write_poses
 from cryorecon.io.cryosparc_export import write_cryosparc
-from cryorecon.io.files import replacing
+from cryorecon.io.files import make_folder, replacing
 from cryorecon.io.mrc import read_map, write_map
 from cryorecon.io.particles import Particles
 from cryorecon.io.relion_dialects import Columns, relion30, relion31
@@ -132,7 +132,7 @@ def to_cryosparc(particles: Particles, output: Path, *, flip: bool) -> None:
 
 def to_cryodrgn(particles: Particles, folder: Path, *, flip: bool) -> list[Path]:
     """Write cryoDRGN's ``ctf.pkl`` and, where there are poses, ``poses.pkl``; what was written."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     rotations = poses_of(particles, flip)
     write_ctf(folder / "ctf.pkl", particles)
     if rotations is None:

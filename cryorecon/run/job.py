@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import sys
 import time
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ import yaml
 from rich.console import Console
 
 from cryorecon import __version__
-from cryorecon.io.files import make_folder, replacing
+from cryorecon.io.files import make_folder, replacing, sha256_of
 from cryorecon.io.star import write_star
 
 _MARKERS = {
@@ -71,7 +70,7 @@ def _describe(inputs: Path, n_rows: int, config: Any, seed: int) -> dict[str, An
         "program": f"cryorecon {__version__}",
         "command": " ".join(sys.argv),
         "input": str(inputs),
-        "input_sha256": hashlib.sha256(inputs.read_bytes()).hexdigest(),
+        "input_sha256": sha256_of(inputs),
         "input_rows": n_rows,
         "seed": seed,
         "torch": str(torch.__version__),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Literal, Protocol
 
 import numpy as np
 import psutil
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from cryorecon.engines.observations import ImageSet, Source
 from cryorecon.errors import CryoreconError
+from cryorecon.io.mrc import read_map
 from cryorecon.io.particles import Particles
 from cryorecon.physics.ctf import CtfParameters, ctf
 from cryorecon.physics.fourier import HalfPlane, half_plane, to_coefficients
@@ -173,3 +175,34 @@ def half_sets(particles: Particles, generator: torch.Generator) -> Tensor:
     if given is not None and len(np.unique(given)) == 2:
         return torch.from_numpy(given) - 1
     return torch.randperm(len(particles), generator=generator) % 2
+
+
+class Grid(Protocol):
+    """Whatever says how large images are."""
+
+    @property
+    def box(self) -> int:
+        """Samples a side."""
+
+    @property
+    def pixel_size_angst(self) -> float:
+        """Of the images."""
+
+
+def map_like(path: Path, images: Grid, what: str) -> Tensor:
+    """A map that must have the images' box and pixel size, shape (N, N, N), float32.
+
+    Raises
+    ------
+    CryoreconError
+        If it has others.
+    """
+    found = read_map(path)
+    box, pixel = images.box, images.pixel_size_angst
+    if len(found.data) != box or abs(found.pixel_size_angst / pixel - 1) > 0.01:
+        raise CryoreconError(
+            f"The {what} {path} has {len(found.data)} px at {found.pixel_size_angst:g} A, the "
+            f"particles {box} px at {pixel:g} A",
+            f"Resample the {what} to the particles' box and pixel size",
+        )
+    return torch.from_numpy(found.data).float()

@@ -15,21 +15,21 @@ from torch import Tensor
 from cryorecon.engines.moment_fit import Fitter, MomentFit, MomentFitConfig, visible_radius
 from cryorecon.engines.moment_information import expected_fsc
 from cryorecon.engines.moment_models import Beads, grid_size
-from cryorecon.engines.moments import MomentsGeometry, SteerableMoments
+from cryorecon.engines.moments import Moments, MomentsGeometry, SteerableMoments
 from cryorecon.errors import CryoreconError
-from cryorecon.io.mrc import Map, read_map, write_map
+from cryorecon.io.mrc import write_map
 from cryorecon.io.particles import read_particles
 from cryorecon.io.star import write_star
 from cryorecon.maps.align import align_maps, apply_alignment
 from cryorecon.maps.fsc import crossing_shell, fsc_curve
-from cryorecon.physics.fourier import crop_or_pad_centred, lowpass
+from cryorecon.physics.fourier import crop_or_pad_centred, lowpass, sample_volume
 from cryorecon.run.curves import FscCurve, write_fsc_star
 from cryorecon.run.job import Job, open_job, write_output_nodes
-from cryorecon.run.moments import MomentsOptions, estimate_moments, resolve_geometry
+from cryorecon.run.load import map_like
+from cryorecon.run.moments import MomentsOptions, moments_of, resolve_geometry
 from cryorecon.run.moments_store import read_moments
 from cryorecon.run.plots import fsc_figure, map_figure, save_figure, view_density_figure
 from cryorecon.run.progress import stage_bar
-from cryorecon.run.specimen import at_pixel_size
 
 # Starts whose misfit is within this factor of the best one's fit the moments as well.
 _AS_GOOD = 2.0
@@ -79,8 +79,10 @@ def reconstruct_moments(
     CryoreconError
         If the file does not fit, shows no signal, or does not determine a map.
     """
-    moments = _steerable(path)
-    reference = None if options.reference is None else _reference(options.reference, moments)
+    moments = _steerable(read_moments(path), path)
+    reference = None
+    if options.reference is not None:
+        reference = map_like(options.reference, moments.geometry, "reference")
     with open_job(output, console, path, moments.n_images, options, options.seed) as job:
         _fit_and_write(job, path, moments, options, reference)
 
@@ -107,10 +109,8 @@ def abinitio_moments(
     with open_job(output, console, star, len(particles), both, options.seed) as job:
         path = job.path("moments.h5")
         with stage_bar(console, "Averaging", len(particles)) as bar:
-            moments = estimate_moments(star, path, wanted, progress=lambda done, _: bar(done))
-        if not isinstance(moments, SteerableMoments):
-            raise ValueError("only the steerable form is fitted")
-        _fit_and_write(job, path, moments, options, None)
+            found = moments_of(particles, path, wanted, progress=lambda done, _: bar(done))
+        _fit_and_write(job, path, _steerable(found, path), options, None)
 
 
 def _fit_and_write(
@@ -118,7 +118,7 @@ def _fit_and_write(
     path: Path,
     moments: SteerableMoments,
     options: MomentReconstructOptions,
-    reference: Map | None,
+    reference: Tensor | None,
 ) -> None:
     radius = _radius(path, moments, options.engine, job)
     fitter = Fitter.of(moments, options.engine, radius, options.device)
@@ -139,29 +139,16 @@ def _fit_and_write(
         job.say(f"AMBIGUOUS: {doubt}")
     _write_result(job, best, maps, geometry, radius, doubt is None)
     if reference is not None:
-        _compare(job, maps[0], reference, str(options.reference))
+        _compare(job, maps[0], reference, str(options.reference), geometry.pixel_size_angst)
 
 
-def _steerable(path: Path) -> SteerableMoments:
-    moments = read_moments(path)
+def _steerable(moments: Moments, path: Path) -> SteerableMoments:
     if not isinstance(moments, SteerableMoments):
         raise CryoreconError(
             f"{path} holds moments over all Fourier pixels, which are not fitted",
             "Estimate them again with --form steerable",
         )
     return moments
-
-
-def _reference(path: Path, moments: SteerableMoments) -> Map:
-    found, geometry = read_map(path), moments.geometry
-    same = abs(found.pixel_size_angst / geometry.pixel_size_angst - 1) < 0.01
-    if len(found.data) != geometry.box or not same:
-        raise CryoreconError(
-            f"The reference {path} has {len(found.data)} px at {found.pixel_size_angst:g} A, the "
-            f"images {geometry.box} px at {geometry.pixel_size_angst:g} A",
-            "Resample it to the images' box and pixel size",
-        )
-    return found
 
 
 def _radius(path: Path, moments: SteerableMoments, config: MomentFitConfig, job: Job) -> int:
@@ -238,9 +225,10 @@ def _on_images(fit: MomentFit, geometry: MomentsGeometry, radius: int) -> Tensor
     size = 2 * grid_size(radius)
     with torch.no_grad():
         dense = fit.volume.density(size).cpu()
-    pixel = geometry.side_angst / size
-    volume, reached = at_pixel_size(dense, pixel, geometry.pixel_size_angst)
-    volume = crop_or_pad_centred(volume, geometry.box, 3) * (reached / pixel) ** 3
+    step = geometry.pixel_size_angst * size / geometry.side_angst
+    # Beyond the particle box there is nothing.
+    inside = sample_volume(dense, min(geometry.box, int(size / step)), step) * step**3
+    volume = crop_or_pad_centred(inside, geometry.box, 3)
     band = radius * geometry.image_side_angst / geometry.side_angst
     return lowpass(volume, min(band, (geometry.box - 1) / 2), 3)
 
@@ -340,8 +328,7 @@ def _write_result(
     job.say(f"{job.path('initial_model.mrc')}  refine it: abinitio-rmfn --init-map")
 
 
-def _compare(job: Job, volume: Tensor, reference: Map, name: str) -> None:
-    target, pixel = torch.from_numpy(reference.data).float(), reference.pixel_size_angst
+def _compare(job: Job, volume: Tensor, target: Tensor, name: str, pixel: float) -> None:
     found = align_maps(volume, target, pixel)
     moved = apply_alignment(volume, found)
     path = job.path("initial_model_aligned.mrc")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from cryorecon.engines.moment_sums import MomentBatch, MomentSums
 from cryorecon.engines.moment_sums_full import check_full
 from cryorecon.engines.moments import Contrast, Form, Moments, MomentsGeometry
 from cryorecon.errors import CryoreconError
+from cryorecon.io.files import sha256_of
 from cryorecon.io.particles import Particles, read_particles
 from cryorecon.physics.ctf import CtfParameters, ctf
 from cryorecon.physics.fourier import HalfPlane, half_plane, max_band
@@ -228,10 +228,21 @@ def estimate_moments(
         After Ctrl-C, with the state on disk.
     """
     particles = read_particles(path, options.project)
+    return moments_of(particles, output, options, resume, progress)
+
+
+def moments_of(
+    particles: Particles,
+    output: Path,
+    options: MomentsOptions,
+    resume: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Moments:
+    """The same for particles whose table is read."""
     geometry = resolve_geometry(options, particles.box, particles.pixel_size_angst)
     if geometry.form == "full":
         check_full(geometry, psutil.virtual_memory().available)
-    source = hashlib.sha256(path.read_bytes()).hexdigest()
+    source = sha256_of(particles.path)
     state = state_path(output)
     if resume:
         done = load_progress(state, geometry, source, options.device)

@@ -51,7 +51,7 @@ def _load_map(path: str | Path, config: SimulateConfig) -> tuple[Tensor, float]:
     field_of_view = len(volume) * pixel_size
     wanted = config.pixel_size_angst
     if wanted is not None and abs(wanted / pixel_size - 1) > 1e-4:
-        volume, pixel_size = at_pixel_size(volume, pixel_size, wanted)
+        volume, pixel_size = _at_pixel_size(volume, pixel_size, wanted)
     box = config.box or round(field_of_view / pixel_size)
     if box < 8:
         raise CryoreconError(
@@ -61,7 +61,7 @@ def _load_map(path: str | Path, config: SimulateConfig) -> tuple[Tensor, float]:
     return crop_or_pad_centred(volume, box, 3).float().contiguous(), pixel_size
 
 
-def at_pixel_size(volume: Tensor, pixel_size: float, wanted: float) -> tuple[Tensor, float]:
+def _at_pixel_size(volume: Tensor, pixel_size: float, wanted: float) -> tuple[Tensor, float]:
     """Fourier-resample a map, padded just enough that the new pixel size is right to 1e-4."""
     box = len(volume)
 
