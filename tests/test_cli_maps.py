@@ -14,6 +14,7 @@ from click.testing import Result
 from torch import Tensor
 from typer.testing import CliRunner
 
+from cryorecon.cli.command import Command
 from cryorecon.cli.compare_poses import compare_poses
 from cryorecon.cli.fsc import fsc
 from cryorecon.conventions import matrix_to_euler
@@ -33,7 +34,7 @@ runner = CliRunner()
 
 def run(command: object, *arguments: object) -> Result:
     app = typer.Typer()
-    app.command()(command)  # type: ignore[type-var]
+    app.command(cls=Command)(command)  # type: ignore[type-var]
     return runner.invoke(app, [str(a) for a in arguments], terminal_width=120)
 
 

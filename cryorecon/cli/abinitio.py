@@ -11,26 +11,46 @@ import typer
 
 from cryorecon.cli.abinitio_amortized import abinitio_amortized_command
 from cryorecon.cli.abinitio_options import (
+    Ambiguous,
     AssignAll,
-    Config,
-    Contrast,
-    Diameter,
     Halves,
     Keep,
     Mask,
-    OffsetRange,
-    Output,
-    Overwrite,
-    Particles,
-    Project,
     RefineAll,
-    Seed,
-    Settings,
     Subset,
     Symmetry,
 )
 from cryorecon.cli.abinitio_rmfn import abinitio_rmfn_command
-from cryorecon.cli.moments_reconstruct import Ambiguous, moments_command
+from cryorecon.cli.command import COMPUTE, EXPERT, INPUT, examples
+from cryorecon.cli.moments_reconstruct import moments_command
+from cryorecon.cli.options import (
+    Config,
+    Contrast,
+    Diameter,
+    Job,
+    Json,
+    OffsetRange,
+    Overwrite,
+    Particles,
+    Project,
+    Seed,
+    Settings,
+    Threads,
+    option,
+)
+
+EXAMPLES = examples(
+    ("a map of the particles of a RELION job", "cryorecon abinitio particles.star -o job001"),
+    (
+        "of a molecule 120 A wide with fourfold symmetry, half maps from two searches",
+        "cryorecon abinitio particles.star -o job002 --diameter 120 --symmetry C4"
+        " --halves independent",
+    ),
+    (
+        "with another engine, and the resolution of the half maps for a script",
+        "cryorecon abinitio particles.star -o job003 --method amortized --json",
+    ),
+)
 
 
 class Method(StrEnum):
@@ -43,18 +63,41 @@ class Method(StrEnum):
 
 def abinitio_command(
     particles: Particles,
-    output: Output,
-    method: Annotated[Method, typer.Option(help="Engine.")] = Method.RMFN,
+    output: Job,
+    method: Annotated[
+        Method,
+        option(COMPUTE, "Engine: a search; an encoder that learns poses; moments, without poses."),
+    ] = Method.RMFN,
     diameter: Diameter = None,
     offset_range: OffsetRange = None,
     starts: Annotated[
-        int | None, typer.Option(min=1, help="Random starts; engines rmfn and moments.")
+        int | None,
+        option(
+            COMPUTE,
+            "Random starts; the one that fits best goes on.",
+            metavar="N",
+            min=1,
+            default="2, engine moments 6",
+            hidden=True,
+        ),
     ] = None,
     volume: Annotated[
-        Literal["rmfn", "grid"] | None, typer.Option(help="Map of the search; engine rmfn.")
+        Literal["rmfn", "grid"] | None,
+        option(
+            EXPERT,
+            "What holds the map in the search: the network or a plain grid.",
+            default="rmfn",
+            hidden=True,
+        ),
     ] = None,
     init_map: Annotated[
-        Path | None, typer.Option(help="Map in place of the search; engine rmfn.")
+        Path | None,
+        option(
+            INPUT,
+            "MRC map to start from, low-passed, in place of the search.",
+            metavar="FILE",
+            hidden=True,
+        ),
     ] = None,
     allow_ambiguous: Ambiguous = False,
     halves: Halves = "shared",
@@ -67,19 +110,22 @@ def abinitio_command(
     refine_all: RefineAll = True,
     project: Project = None,
     seed: Seed = 0,
+    threads: Threads = None,
     settings: Settings = None,
     config: Config = None,
+    json: Json = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Map and poses from scratch with the chosen engine; engine moments gives no poses.
+    """Find a map and poses from scratch with the chosen engine; engine moments finds no poses.
 
-    Each engine's own commands, abinitio-METHOD or moments, have more options.
+    Poses in the file are not read. Each engine's own command, abinitio-METHOD or moments, has
+    more options. In RELION: an External job with "cryorecon abinitio" as executable.
     """
     own = {"starts": starts, "volume": volume, "init_map": init_map}
     given: dict[str, Any] = {name: value for name, value in own.items() if value is not None}
     taken: dict[str, Any] = {"particles": particles, "output": output, "diameter": diameter}
     taken |= {"contrast": contrast, "project": project, "seed": seed, "settings": settings}
-    taken |= {"config": config, "overwrite": overwrite}
+    taken |= {"config": config, "overwrite": overwrite, "threads": threads, "json": json}
     more: dict[str, Any] = {
         "offset_range": offset_range,
         "halves": halves,

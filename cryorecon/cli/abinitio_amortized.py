@@ -4,47 +4,64 @@ from __future__ import annotations
 
 from cryorecon.cli.abinitio_options import (
     AssignAll,
-    Config,
-    Contrast,
     Decoder,
-    Device,
-    Diameter,
     Encoder,
     Finish,
-    FirstAngst,
+    FirstResolution,
     Halves,
     Heads,
     ImagesSeen,
     InputSize,
     Keep,
-    LastAngst,
+    LastResolution,
     Mask,
-    OffsetRange,
-    Output,
-    Overwrite,
-    Particles,
-    Project,
     RefineAll,
-    Seed,
-    Settings,
     Subset,
     Symmetry,
 )
-from cryorecon.cli.console import console, prepare_folder, usable_device
+from cryorecon.cli.command import examples
+from cryorecon.cli.console import messages, prepare_folder, print_job, usable_device, use_threads
+from cryorecon.cli.options import (
+    Config,
+    Contrast,
+    Device,
+    Diameter,
+    Job,
+    Json,
+    OffsetRange,
+    Overwrite,
+    Particles,
+    Project,
+    Seed,
+    Settings,
+    Threads,
+)
+
+EXAMPLES = examples(
+    ("a map of particles 120 A wide", "cryorecon abinitio-amortized p.star -o j1 --diameter 120"),
+    (
+        "the map of 20,000 particles; the encoder reads the poses of all others",
+        "cryorecon abinitio-amortized p.star -o j2 --subset 20000",
+    ),
+    (
+        "a longer training on the second GPU",
+        "cryorecon abinitio-amortized p.star -o j3 --images-seen 400000 --device cuda:1",
+    ),
+)
 
 
 def abinitio_amortized_command(
     particles: Particles,
-    output: Output,
+    output: Job,
     diameter: Diameter = None,
     offset_range: OffsetRange = None,
     encoder: Encoder = "dense",
-    decoder: Decoder = "grid",
+    volume: Decoder = "grid",
     heads: Heads = 4,
     input_size: InputSize = 0,
     images_seen: ImagesSeen = 150_000,
-    first_angst: FirstAngst = None,
-    last_angst: LastAngst = None,
+    first_resolution: FirstResolution = None,
+    last_resolution: LastResolution = None,
     finish: Finish = True,
     halves: Halves = "shared",
     contrast: Contrast = "auto",
@@ -57,11 +74,13 @@ def abinitio_amortized_command(
     device: Device = "auto",
     project: Project = None,
     seed: Seed = 0,
+    threads: Threads = None,
     settings: Settings = None,
     config: Config = None,
+    json: Json = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Map and poses from scratch, with an encoder that learns to read poses off images.
+    """Find a map and poses by an encoder that learns to read poses off images.
 
     No pose column of the STAR file is read. Half sets (rlnRandomSubset) are honoured. Training
     sees a fixed number of images however many there are; --subset trains and refines on some
@@ -71,9 +90,10 @@ def abinitio_amortized_command(
     from cryorecon.run.abinitio import AbinitioOptions, abinitio, assignment
     from cryorecon.run.settings import with_settings
 
+    use_threads(threads)
     given = AmortizedConfig(
         encoder=encoder,
-        decoder=decoder,
+        decoder=volume,
         heads=heads,
         input_size=input_size,
         images_seen=images_seen,
@@ -94,9 +114,10 @@ def abinitio_amortized_command(
         keep=images,
         subset=subset,
         assign=assignment(everyone=assign_all, refine=refine_all),
-        first_angst=first_angst,
-        last_angst=last_angst,
+        first_angst=first_resolution,
+        last_angst=last_resolution,
         device=place,
         engine=engine,
     )
-    abinitio(particles, output, options, console)
+    abinitio(particles, output, options, messages(json))
+    print_job(output, json)

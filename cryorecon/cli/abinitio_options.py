@@ -5,93 +5,155 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-import typer
+from cryorecon.cli.command import COMPUTE, EXPERT, INPUT, MOLECULE, OUTPUT
+from cryorecon.cli.options import option
 
-Particles = Annotated[
-    Path, typer.Argument(help="Particle STAR file (RELION 3.0, 3.1, 5) or cryoSPARC .cs file.")
-]
-Output = Annotated[Path, typer.Option("-o", "--output", help="Job directory.")]
-Diameter = Annotated[float | None, typer.Option(help="Of the particle, A; default 0.8 of the box.")]
-OffsetRange = Annotated[
-    float | None, typer.Option(help="Largest in-plane offset, A; default a tenth of the box.")
-]
-Starts = Annotated[
-    int, typer.Option(min=1, help="Searches from different random poses; the likeliest goes on.")
-]
-Project = Annotated[Path | None, typer.Option(help="Folder that image paths are relative to.")]
-Seed = Annotated[int, typer.Option(help="One seed gives one result on one machine.")]
-Settings = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="Rarely needed engine settings, as key=value; repeatable."),
-]
-Config = Annotated[Path | None, typer.Option(help="YAML file of engine settings.")]
 Halves = Annotated[
     Literal["independent", "shared", "none"],
-    typer.Option(help="Both half sets from scratch; half sets of one search; no half maps."),
-]
-Contrast = Annotated[
-    Literal["auto", "white", "black"],
-    typer.Option(help="Particles white on black, black on white, or as the images tell."),
+    option(OUTPUT, "Half maps: two searches (gold standard), two halves of one search, or none."),
 ]
 Symmetry = Annotated[
-    str, typer.Option(help="Point group: C1, Cn, Dn, T, O or I. The C1 map is kept as well.")
+    str,
+    option(MOLECULE, "Point group: C1, Cn, Dn, T, O or I. The C1 map is kept.", metavar="GROUP"),
 ]
 Mask = Annotated[
     Path | None,
-    typer.Option(help="Map from 0 to 1 that holds in any orientation, such as a shell."),
+    option(
+        INPUT,
+        "MRC mask, 0 to 1, that holds in any orientation, such as a shell.",
+        metavar="FILE",
+        hidden=True,
+    ),
 ]
 InitMap = Annotated[
     Path | None,
-    typer.Option(help="Start from this map, coarsely, instead of searching."),
+    option(
+        INPUT,
+        "MRC map to start from, low-passed, in place of the search.",
+        metavar="FILE",
+        hidden=True,
+    ),
 ]
 Keep = Annotated[
     Literal["auto", "memory", "disk"],
-    typer.Option("--images", help="Hold images in memory, or read them again when needed."),
+    option(
+        COMPUTE,
+        "Hold images in memory, or read them from disk whenever they are needed.",
+        "--images",
+        hidden=True,
+    ),
 ]
 Volume = Annotated[
     Literal["rmfn", "grid"],
-    typer.Option(help="What holds the map in the search: the network or a plain grid."),
+    option(EXPERT, "What holds the map in the search: the network or a plain grid.", hidden=True),
 ]
 Init = Annotated[
     Literal["random", "perturbed"],
-    typer.Option(help="Ab initio, or the published protocol, which starts near known poses."),
+    option(
+        EXPERT,
+        "Poses at the start: random, or 45 to 90 deg from those in the file, as published.",
+        hidden=True,
+    ),
 ]
 Encoder = Annotated[
     Literal["dense", "small", "paper"],
-    typer.Option(help="Fully connected, a narrow convolutional network, or the paper's."),
+    option(
+        EXPERT,
+        "Network that reads poses: fully connected, convolutional, or the paper's.",
+        hidden=True,
+    ),
 ]
 Decoder = Annotated[
     Literal["grid", "log-grid", "rmfn", "fouriernet", "siren", "positional"],
-    typer.Option(help="What holds the map in training: voxels, coefficients or a network."),
+    option(
+        EXPERT,
+        "What holds the map in the training: voxels, Fourier coefficients or a network.",
+        hidden=True,
+    ),
 ]
-Heads = Annotated[int, typer.Option(min=1, help="Guesses of the pose; the likeliest counts.")]
+Heads = Annotated[
+    int,
+    option(
+        EXPERT,
+        "Poses that the encoder proposes for an image; the likeliest counts.",
+        metavar="N",
+        min=1,
+        hidden=True,
+    ),
+]
 InputSize = Annotated[
-    int, typer.Option(min=0, help="Side of the encoder's images, px; 0: what the band needs.")
+    int,
+    option(
+        EXPERT,
+        "Side of the images that the encoder sees [px].",
+        metavar="PX",
+        min=0,
+        default="what the resolution needs",
+        hidden=True,
+    ),
 ]
-ImagesSeen = Annotated[int, typer.Option(min=1, help="Length of the training, in images.")]
-FirstAngst = Annotated[
-    float | None,
-    typer.Option(min=0.1, help="Resolution that training begins at, A; default diameter / 4."),
+ImagesSeen = Annotated[
+    int,
+    option(COMPUTE, "Length of the training, in images.", metavar="N", min=1),
 ]
-LastAngst = Annotated[
+FirstResolution = Annotated[
     float | None,
-    typer.Option(min=0.1, help="Resolution that training ends at, A; default diameter / 6.4."),
+    option(
+        EXPERT,
+        "Resolution that the training begins at [A].",
+        metavar="A",
+        min=0.1,
+        default="diameter / 4",
+        hidden=True,
+    ),
+]
+LastResolution = Annotated[
+    float | None,
+    option(
+        EXPERT,
+        "Resolution that the training ends at [A].",
+        metavar="A",
+        min=0.1,
+        default="diameter / 6.4",
+        hidden=True,
+    ),
 ]
 Finish = Annotated[
-    bool, typer.Option(help="Refine a table of poses after the training, or keep the encoder's.")
+    bool,
+    option(EXPERT, "Refine poses after the training, or keep the encoder's.", hidden=True),
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Write into a non-empty folder.")]
-
-
 Subset = Annotated[
-    int | None, typer.Option(min=20, help="Make the map of this many particles, drawn at random.")
+    int | None,
+    option(
+        COMPUTE,
+        "Make the map of this many particles, drawn at random.",
+        metavar="N",
+        min=20,
+        default="all",
+    ),
 ]
 AssignAll = Annotated[
-    bool, typer.Option(help="With --subset: give all other particles poses, or leave them out.")
+    bool,
+    option(
+        COMPUTE,
+        "With --subset: give all other particles poses, or leave them out.",
+        hidden=True,
+    ),
 ]
 RefineAll = Annotated[
-    bool, typer.Option(help="With --assign-all: refine these poses, or keep them as first read.")
+    bool,
+    option(
+        COMPUTE,
+        "With --assign-all: refine these poses, or keep them as first read.",
+        hidden=True,
+    ),
 ]
-Device = Annotated[
-    str, typer.Option(help="Where networks are trained: cpu, cuda, cuda:1 ... or auto.")
+Ambiguous = Annotated[
+    bool,
+    option(
+        EXPERT,
+        "Engine moments: write the best map even if starts disagree.",
+        "--allow-ambiguous",
+        hidden=True,
+    ),
 ]

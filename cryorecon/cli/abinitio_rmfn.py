@@ -4,33 +4,50 @@ from __future__ import annotations
 
 from cryorecon.cli.abinitio_options import (
     AssignAll,
-    Config,
-    Contrast,
-    Diameter,
     Halves,
     Init,
     InitMap,
     Keep,
     Mask,
-    OffsetRange,
-    Output,
-    Overwrite,
-    Particles,
-    Project,
     RefineAll,
-    Seed,
-    Settings,
-    Starts,
     Subset,
     Symmetry,
     Volume,
 )
-from cryorecon.cli.console import console, prepare_folder
+from cryorecon.cli.command import examples
+from cryorecon.cli.console import messages, prepare_folder, print_job, use_threads
+from cryorecon.cli.options import (
+    Config,
+    Contrast,
+    Diameter,
+    Job,
+    Json,
+    OffsetRange,
+    Overwrite,
+    Particles,
+    Project,
+    Seed,
+    Settings,
+    Starts,
+    Threads,
+)
+
+EXAMPLES = examples(
+    ("a map of particles 120 A wide", "cryorecon abinitio-rmfn p.star -o job001 --diameter 120"),
+    (
+        "from a coarse map, in place of the search",
+        "cryorecon abinitio-rmfn p.star -o job002 --init-map moments/initial_model.mrc",
+    ),
+    (
+        "the map of 20,000 particles, poses of all",
+        "cryorecon abinitio-rmfn p.star -o job003 --subset 20000 --starts 4",
+    ),
+)
 
 
 def abinitio_rmfn_command(
     particles: Particles,
-    output: Output,
+    output: Job,
     init: Init = "random",
     diameter: Diameter = None,
     offset_range: OffsetRange = None,
@@ -47,11 +64,13 @@ def abinitio_rmfn_command(
     volume: Volume = "rmfn",
     project: Project = None,
     seed: Seed = 0,
+    threads: Threads = None,
     settings: Settings = None,
     config: Config = None,
+    json: Json = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Map and poses from random starts, with a residual multiplicative filter network.
+    """Find a map and poses by a global search and refinement (engine rmfn).
 
     No pose column of the STAR file is read. Half sets (rlnRandomSubset) are honoured. --init
     perturbed runs the published protocol instead, which starts 45 to 90 degrees from the poses
@@ -64,11 +83,14 @@ def abinitio_rmfn_command(
     from cryorecon.run.paper_protocol import PaperOptions, abinitio_perturbed
     from cryorecon.run.settings import with_settings
 
+    use_threads(threads)
+    told = messages(json)
     if init == "perturbed":
         paper = with_settings(PaperConfig(), config, settings or [])
         prepare_folder(output, overwrite)
         paper_options = PaperOptions(diameter, project, seed, paper)
-        abinitio_perturbed(particles, output, paper_options, console)
+        abinitio_perturbed(particles, output, paper_options, told)
+        print_job(output, json)
         return
     engine = with_settings(RmfnConfig(n_starts=starts, volume=volume), config, settings or [])
     prepare_folder(output, overwrite)
@@ -87,4 +109,5 @@ def abinitio_rmfn_command(
         assign=assignment(everyone=assign_all, refine=refine_all),
         engine=engine,
     )
-    abinitio(particles, output, options, console)
+    abinitio(particles, output, options, told)
+    print_job(output, json)

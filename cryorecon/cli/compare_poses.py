@@ -5,28 +5,43 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
 from rich.markup import escape
 from rich.table import Table
 
-from cryorecon.cli.console import console
+from cryorecon.cli.command import INPUT, examples
+from cryorecon.cli.console import console, print_json
+from cryorecon.cli.options import Json, JsonFile, Plot, argument, option
 
 if TYPE_CHECKING:
     from cryorecon.maps.poses import PoseComparison
 
+EXAMPLES = examples(
+    (
+        "poses of a job against refined ones",
+        "cryorecon compare-poses job001/run_data.star Refine3D/job020/run_data.star",
+    ),
+    (
+        "of the particles that are in both files, with a histogram",
+        "cryorecon compare-poses a.star b.star --common --plot errors.png",
+    ),
+    (
+        "the median error alone, for a script",
+        "cryorecon compare-poses a.star b.star --json | jq .median_deg",
+    ),
+)
+
 
 def compare_poses(
-    first: Annotated[Path, typer.Argument(metavar="A.star", help="Particles with poses.")],
-    second: Annotated[Path, typer.Argument(metavar="B.star", help="The same images.")],
+    first: Annotated[Path, argument("Particles with poses (STAR).", "A.star")],
+    second: Annotated[Path, argument("The same particles with other poses.", "B.star")],
     common: Annotated[
-        bool, typer.Option("--common", help="Compare the images that are in both files.")
+        bool, option(INPUT, "Compare only the particles that are in both files.", "--common")
     ] = False,
-    json: Annotated[Path | None, typer.Option(help="Write the summary.")] = None,
-    plot: Annotated[
-        Path | None, typer.Option(help="Draw the histogram of errors: .png, .svg or .pdf.")
-    ] = None,
+    plot: Plot = None,
+    json: Json = False,
+    json_file: JsonFile = None,
 ) -> None:
-    """Pose errors between two particle files after one global alignment, hand included.
+    """Differences between the poses of two files, after one common rotation, hand included.
 
     Images are matched by rlnImageName. The global rotation, the hand and the shift of the map
     that bring the second set closest to the first are found robustly and taken out.
@@ -36,13 +51,17 @@ def compare_poses(
     from cryorecon.run.curves import write_json
 
     comparison = compare_pose_files(first, second, common_only=common)
-    console.print(_summary(f"{first.name} and {second.name}", comparison))
-    if json is not None:
-        write_json(json, poses_as_dict(comparison))
+    # Files first: whoever reads the output may stop reading early.
+    if json_file is not None:
+        write_json(json_file, poses_as_dict(comparison))
     if plot is not None:
         from cryorecon.run.plots import pose_error_figure, save_figure
 
         save_figure(pose_error_figure(comparison, f"{first.name} and {second.name}"), plot)
+    if json:
+        print_json(poses_as_dict(comparison))
+    else:
+        console.print(_summary(f"{first.name} and {second.name}", comparison))
 
 
 def _summary(title: str, comparison: PoseComparison) -> Table:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import (
@@ -19,12 +24,82 @@ from rich.progress import (
 
 from cryorecon.errors import CryoreconError
 
-console = Console(highlight=False, soft_wrap=True)
-error_console = Console(stderr=True, highlight=False, soft_wrap=True)
+# What RELION itself puts into a job's folder before the command runs.
+_RELION_FILES = frozenset(
+    (
+        *("job.star", "job_pipeline.star", "default_pipeline.star", "continue_job.star"),
+        *("note.txt", "run.out", "run.err", "run.job", "run_submit.script"),
+        "RELION_JOB_ABORT_NOW",
+    )
+)
+
+
+def _console(stderr: bool) -> Console:
+    # NO_COLOR means no escapes at all, neither colours nor bold.
+    plain = bool(os.environ.get("NO_COLOR"))
+    return Console(
+        stderr=stderr,
+        highlight=False,
+        soft_wrap=True,
+        color_system=None if plain else "auto",
+        force_terminal=None,
+    )
+
+
+console = _console(stderr=False)
+error_console = _console(stderr=True)
+
+
+def messages(json_wanted: bool) -> Console:
+    """Where a command tells what it does: with ``--json`` stdout is kept for the object."""
+    return error_console if json_wanted else console
+
+
+def print_json(values: Mapping[str, Any]) -> None:
+    """One JSON object on stdout; paths become words, NaN and infinity null."""
+    sys.stdout.write(json.dumps(_plain(values), indent=2, allow_nan=False) + "\n")
+    sys.stdout.flush()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value
+
+
+def print_job(folder: Path, json_wanted: bool) -> None:
+    """The figures of a finished job, if they are asked for."""
+    if json_wanted:
+        from cryorecon.run.summary import job_summary
+
+        print_json(job_summary(folder))
+
+
+def use_threads(threads: int | None) -> None:
+    """Give torch this many CPU threads; none given, as many as it takes by itself."""
+    if threads is not None:
+        # torch takes seconds to load: only when a command runs.
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def _shows_bars(stream: TextIO) -> bool:
+    """Whether a progress bar can be drawn: asked of the stream itself, whatever colours say."""
+    try:
+        return stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
+    except ValueError:  # closed
+        return False
 
 
 def prepare_folder(folder: Path, overwrite: bool) -> None:
     """Refuse a file, and a folder that holds something, unless told to overwrite.
+
+    What RELION puts into a new job's folder does not count.
 
     Raises
     ------
@@ -33,8 +108,12 @@ def prepare_folder(folder: Path, overwrite: bool) -> None:
     """
     if folder.is_file():
         raise CryoreconError(f"{folder} is a file", "Give a folder to write to")
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+    if folder.is_dir() and not overwrite and _foreign(folder):
         raise CryoreconError(f"{folder} is not empty", "Choose another folder or add --overwrite")
+
+
+def _foreign(folder: Path) -> bool:
+    return any(path.name not in _RELION_FILES for path in folder.iterdir())
 
 
 def usable_device(name: str) -> str:
@@ -69,7 +148,7 @@ def count_progress(title: str, unit: str) -> Iterator[Callable[[int, int], None]
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=error_console,
-        disable=not error_console.is_terminal,
+        disable=not _shows_bars(sys.stderr),
     )
     with bar:
         task = bar.add_task(title, total=None)

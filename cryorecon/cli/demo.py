@@ -6,19 +6,27 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from cryorecon.cli.console import console, count_progress, prepare_folder
+from cryorecon.cli.command import INPUT, examples
+from cryorecon.cli.console import count_progress, messages, prepare_folder, print_json, use_threads
+from cryorecon.cli.options import Folder, Json, N, Overwrite, Seed, Snr, Threads, option
 from cryorecon.run.simulate_config import SimulateConfig
+
+EXAMPLES = examples(
+    ("two minutes on a laptop", "cryorecon demo"),
+    ("fewer, clearer particles", "cryorecon demo -o demo500 -n 500 --snr 0.5"),
+    ("how far the result is from the truth, for a script", "cryorecon demo --overwrite --json"),
+)
 
 
 def demo_command(
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder.")] = Path("demo"),
-    n: Annotated[int, typer.Option("--n", help="Particles.")] = 2000,
-    box: Annotated[int, typer.Option(help="Box side in pixels; 76.8 A wide.")] = 64,
-    snr: Annotated[float, typer.Option()] = 0.1,
-    seed: Annotated[int, typer.Option()] = 0,
-    overwrite: Annotated[bool, typer.Option("--overwrite")] = False,
+    output: Folder = Path("demo"),
+    n: N = 2000,
+    box: Annotated[int, option(INPUT, "Side of the images, 76.8 A wide [px].", metavar="PX")] = 64,
+    snr: Snr = 0.1,
+    seed: Seed = 0,
+    threads: Threads = None,
+    json: Json = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Simulate adenylate kinase (PDB 4AKE, chain A), find its map from scratch, and judge it.
 
@@ -28,6 +36,8 @@ def demo_command(
     from cryorecon.run.demo import run_demo
     from cryorecon.run.simulate import simulate
 
+    use_threads(threads)
+    told = messages(json)
     prepare_folder(output, overwrite)
     config = SimulateConfig(
         n_particles=n, box=box, pixel_size_angst=76.8 / box, snr=snr, shift_angst=3.6, seed=seed
@@ -37,5 +47,8 @@ def demo_command(
         count_progress("Simulating 4AKE", "images") as progress,
     ):
         simulate(model, output / "simulated", config, progress)
-    for line in run_demo(output, seed, console):
-        console.print(line, markup=False)
+    found = run_demo(output, seed, told)
+    for line in found.lines:
+        told.print(line, markup=False)
+    if json:
+        print_json(found.figures)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from cryorecon.cli.console import console
+from cryorecon.cli.command import COMPUTE, INPUT, OUTPUT, examples
+from cryorecon.cli.console import messages, print_json
+from cryorecon.cli.options import Json, Project, argument, option
+from cryorecon.cli.options import output as output_option
 
 if TYPE_CHECKING:
     from cryorecon.run.export import MapEdits, Source
@@ -19,48 +22,57 @@ _SUFFIXES = {
     "chimerax": (".cxc",),
     "mrc": (".mrc", ".map"),
 }
-_EXAMPLES = """Examples:
-
-cryorecon export job001 -o particles.star --to relion --relion30
-
-cryorecon export J12/particles.cs --passthrough J12/passthrough.cs -o particles.star --to relion
-
-cryorecon export job001 -o drgn --to cryodrgn
-
-cryorecon export job001 -o other_hand.mrc --to mrc --flip --resample 3 --crop 128"""
+EXAMPLES = examples(
+    ("for RELION 3.0", "cryorecon export job001 -o particles.star --to relion --relion30"),
+    (
+        "a cryoSPARC job for RELION",
+        "cryorecon export J12/particles.cs --passthrough J12/passthrough.cs -o p.star --to relion",
+    ),
+    ("poses and CTFs for cryoDRGN", "cryorecon export job001 -o drgn --to cryodrgn"),
+    (
+        "the map of the other hand, at 3 A a voxel",
+        "cryorecon export job001 -o other_hand.mrc --to mrc --flip --resample 3 --crop 128",
+    ),
+)
 
 
 def export_command(
     source: Annotated[
-        Path, typer.Argument(help="Job directory of abinitio, a STAR or .cs file, or an MRC map.")
+        Path,
+        argument("Job directory of abinitio, a STAR or .cs file, or an MRC map.", "JOB_OR_FILE"),
     ],
-    output: Annotated[
-        Path, typer.Option("-o", "--output", help="File to write; for cryodrgn a folder.")
-    ],
+    output: Annotated[Path, output_option("File to write; for cryodrgn a folder.", "PATH")],
     to: Annotated[
         Literal["relion", "cryosparc", "cryodrgn", "chimerax", "mrc"],
-        typer.Option("--to", help="STAR; .cs; poses.pkl and ctf.pkl; .cxc script; MRC map."),
+        option(OUTPUT, "STAR; .cs; poses.pkl and ctf.pkl; .cxc script; MRC map.", "--to"),
     ],
     flip: Annotated[
-        bool, typer.Option("--flip", help="The other hand: of poses, and of maps (not chimerax).")
+        bool,
+        option(COMPUTE, "The other hand: of poses, and of maps (not chimerax).", "--flip"),
     ] = False,
     relion30: Annotated[
-        bool, typer.Option("--relion30", help="relion: columns of RELION 3.0, no optics table.")
+        bool,
+        option(OUTPUT, "relion: columns of RELION 3.0, no optics table.", "--relion30"),
     ] = False,
     resample: Annotated[
-        float | None, typer.Option(help="mrc: new voxel size [A/px].", min=1e-3)
+        float | None,
+        option(COMPUTE, "mrc: new voxel size [A/px].", metavar="A", min=1e-3),
     ] = None,
     lowpass: Annotated[
-        float | None, typer.Option(help="mrc: low-pass, half gain at this resolution [A].", min=0.0)
+        float | None,
+        option(COMPUTE, "mrc: low-pass, half gain at this resolution [A].", metavar="A", min=0.0),
     ] = None,
     crop: Annotated[
-        int | None, typer.Option(help="mrc: new box side, after --resample [px].", min=2)
+        int | None,
+        option(COMPUTE, "mrc: new box side, after --resample [px].", metavar="PX", min=2),
     ] = None,
-    invert: Annotated[bool, typer.Option("--invert", help="mrc: contrast inverted.")] = False,
-    project: Annotated[Path | None, typer.Option(help="Folder of the image paths.")] = None,
+    invert: Annotated[bool, option(COMPUTE, "mrc: contrast inverted.", "--invert")] = False,
+    project: Project = None,
     passthrough: Annotated[
-        Path | None, typer.Option(help="More fields of the same particles (.cs), joined by uid.")
+        Path | None,
+        option(INPUT, "More fields of the same particles (.cs), joined by uid.", metavar="FILE"),
     ] = None,
+    json: Json = False,
 ) -> None:
     """Write particles, poses and maps for RELION, cryoSPARC, cryoDRGN or ChimeraX."""
     _check_usage(to, flip, relion30, [resample, lowpass, crop, invert or None], passthrough)
@@ -74,12 +86,17 @@ def export_command(
     found = export.find_source(source)
     if to == "chimerax":
         level = export.to_chimerax(found, output)
-        console.print(f"{output}  contour level {level:.4g}", markup=False)
+        lines = [f"{output}  contour level {level:.4g}"]
+        figures: dict[str, Any] = {"files": [output], "contour_level": level}
     elif to == "mrc":
         edits = export.MapEdits(invert, flip, lowpass, resample, crop)
-        _export_map(found, output, edits, project)
+        lines, figures = _export_map(found, output, edits, project)
     else:
-        _export_table(found, output, to, flip, relion30, project, passthrough)
+        lines, figures = _export_table(found, output, to, flip, relion30, project, passthrough)
+    for line in lines:
+        messages(json).print(line, markup=False)
+    if json:
+        print_json(figures)
 
 
 def _check_usage(
@@ -95,7 +112,9 @@ def _check_usage(
         raise typer.BadParameter("--passthrough goes with particle formats")
 
 
-def _export_map(source: Source, output: Path, edits: MapEdits, project: Path | None) -> None:
+def _export_map(
+    source: Source, output: Path, edits: MapEdits, project: Path | None
+) -> tuple[list[str], dict[str, Any]]:
     """The map and half maps, and for the other hand the poses that belong to it."""
     from cryorecon.io.particles import read_particles
     from cryorecon.run import export
@@ -103,11 +122,13 @@ def _export_map(source: Source, output: Path, edits: MapEdits, project: Path | N
     star = output.with_suffix(".star")
     # Before anything is written: poses that cannot be read must not leave a lone map.
     particles = read_particles(source.table, project) if edits.flip and source.table else None
-    for path in export.to_mrc(source, output, edits):
-        console.print(str(path), markup=False)
+    written = export.to_mrc(source, output, edits)
+    lines = [str(path) for path in written]
     if particles is not None:
         export.to_relion(particles, star, flip=True, old=not particles.has_optics_table)
-        console.print(f"{star}  poses for the map of this hand", markup=False)
+        lines.append(f"{star}  poses for the map of this hand")
+        written = [*written, star]
+    return lines, {"files": written}
 
 
 def _export_table(
@@ -118,21 +139,19 @@ def _export_table(
     relion30: bool,
     project: Path | None,
     passthrough: Path | None,
-) -> None:
+) -> tuple[list[str], dict[str, Any]]:
     from cryorecon.io.particles import read_particles
     from cryorecon.run import export
 
     particles = read_particles(source.need_table(), project, passthrough=passthrough)
-    count = f"{len(particles)} particles"
+    count, order = f"{len(particles)} particles", ""
+    written = [output]
     if to == "relion":
         export.to_relion(particles, output, flip=flip, old=relion30)
-        console.print(f"{output}  {count}", markup=False)
     elif to == "cryosparc":
         export.to_cryosparc(particles, output, flip=flip)
-        console.print(f"{output}  {count}", markup=False)
     else:
-        for path in export.to_cryodrgn(particles, output, flip=flip):
-            console.print(f"{path}  {count}, in the order of {particles.path}", markup=False)
-
-
-export_command.__doc__ = f"{export_command.__doc__}\n\n{_EXAMPLES}"
+        written = export.to_cryodrgn(particles, output, flip=flip)
+        order = f", in the order of {particles.path}"
+    lines = [f"{path}  {count}{order}" for path in written]
+    return lines, {"files": written, "particles": len(particles)}

@@ -5,10 +5,26 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
 from rich.table import Table
 
-from cryorecon.cli.console import console, count_progress, prepare_folder
+from cryorecon.cli.command import COMPUTE, EXPERT, INPUT, examples
+from cryorecon.cli.console import (
+    console,
+    count_progress,
+    prepare_folder,
+    print_json,
+    use_threads,
+)
+from cryorecon.cli.options import (
+    LEARNING_RATE_HELP,
+    Folder,
+    Json,
+    Overwrite,
+    Seed,
+    Threads,
+    argument,
+    option,
+)
 from cryorecon.errors import CryoreconError
 
 if TYPE_CHECKING:
@@ -16,26 +32,47 @@ if TYPE_CHECKING:
     from cryorecon.run.fit_image import Row
 
 
+EXAMPLES = examples(
+    ("all networks, as published: hours", "cryorecon fit-image camera.png -o fits"),
+    (
+        "one network at 128 px, in a minute",
+        "cryorecon fit-image camera.png -o fits --method residual --size 128 --width 64"
+        " --iterations 100,100,200,800",
+    ),
+    (
+        "two networks beside each other",
+        "cryorecon fit-image a.png b.png -o fits --method residual --method sape",
+    ),
+)
+
+
 def fit_image_command(
-    images: Annotated[list[Path], typer.Argument(help="Pictures (PNG, JPEG, TIFF).")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder.")],
+    images: Annotated[list[Path], argument("Pictures (PNG, JPEG, TIFF).", "PICTURE")],
+    output: Folder,
     method: Annotated[
         list[str] | None,
-        typer.Option(
-            help="residual, residual-bacon, bacon-fair, bacon-unfair, bacon-unstaged, sape; "
-            "repeatable; default all."
+        option(
+            COMPUTE,
+            "residual, residual-bacon, bacon-fair, bacon-unfair, bacon-unstaged or sape; "
+            "repeatable.",
+            metavar="NAME",
+            default="all",
         ),
     ] = None,
     size: Annotated[
-        int | None, typer.Option(min=16, help="Full side in pixels, even; default the picture's.")
+        int | None,
+        option(INPUT, "Full side, even [px].", metavar="PX", min=16, default="the picture's"),
     ] = None,
-    width: Annotated[int, typer.Option(min=4, help="Hidden units a layer.")] = 256,
+    width: Annotated[int, option(COMPUTE, "Hidden units a layer.", metavar="N", min=4)] = 256,
     iterations: Annotated[
-        str, typer.Option(help="Length of each scale's stage, coarse to fine.")
+        str,
+        option(COMPUTE, "Length of each scale's stage, coarse to fine.", metavar="N,N,..."),
     ] = "500,500,1000,8000",
-    learning_rate: Annotated[float, typer.Option(help="Of Adam.")] = 5e-3,
-    seed: Annotated[int, typer.Option()] = 0,
-    overwrite: Annotated[bool, typer.Option("--overwrite")] = False,
+    learning_rate: Annotated[float, option(EXPERT, LEARNING_RATE_HELP, metavar="X")] = 5e-3,
+    seed: Seed = 0,
+    threads: Threads = None,
+    json: Json = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Fit networks to pictures at half size, scale by scale, and query them at full size.
 
@@ -46,6 +83,7 @@ def fit_image_command(
     from cryorecon.engines.image_fit import METHODS
     from cryorecon.run.fit_image import fit_picture, read_image, summarise, write_table
 
+    use_threads(threads)
     unknown = [m for m in method or [] if m not in METHODS]
     if unknown:
         raise CryoreconError(f"Unknown method {unknown[0]}", f"Known: {', '.join(METHODS)}")
@@ -70,6 +108,9 @@ def fit_image_command(
         write_table(output / "fits.csv", rows)
     summary = summarise(rows)
     write_table(output / "summary.csv", summary)
+    if json:
+        print_json({"fits": output / "fits.csv", "images": len(images), "methods": summary})
+        return
     console.print(_shown(summary))
     console.print(f"{output / 'fits.csv'}  {output / 'summary.csv'}")
 

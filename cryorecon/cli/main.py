@@ -4,44 +4,100 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
 from cryorecon import __version__
-from cryorecon.cli.abinitio import abinitio_command
-from cryorecon.cli.abinitio_amortized import abinitio_amortized_command
-from cryorecon.cli.abinitio_rmfn import abinitio_rmfn_command
-from cryorecon.cli.compare_poses import compare_poses
+from cryorecon.cli import (
+    abinitio,
+    abinitio_amortized,
+    abinitio_rmfn,
+    compare_poses,
+    demo,
+    export,
+    fit_image,
+    fsc,
+    reconstruct,
+    simulate,
+)
+from cryorecon.cli.command import (
+    CONVERT,
+    INSPECT,
+    METHODS,
+    SOLVE,
+    START,
+    Command,
+    Group,
+    write_commands,
+)
 from cryorecon.cli.console import error_console
-from cryorecon.cli.demo import demo_command
-from cryorecon.cli.export import export_command
-from cryorecon.cli.fit_image import fit_image_command
-from cryorecon.cli.fsc import fsc
 from cryorecon.cli.moments import moments_app
 from cryorecon.cli.mra import mra_app
-from cryorecon.cli.reconstruct import reconstruct_command
-from cryorecon.cli.simulate import simulate_command
 from cryorecon.errors import CryoreconError
+
+ABOUT = "From a RELION particle stack to a first 3-D map: poses, half maps and an honest FSC."
 
 app = typer.Typer(
     name="cryorecon",
-    help="From a RELION particle stack to a first 3-D map: poses, half maps and an honest FSC.",
-    no_args_is_help=True,
+    cls=Group,
+    help=ABOUT,
+    invoke_without_command=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.command("simulate")(simulate_command)
-app.command("abinitio")(abinitio_command)
-app.command("abinitio-rmfn")(abinitio_rmfn_command)
-app.command("abinitio-amortized")(abinitio_amortized_command)
-app.command("reconstruct")(reconstruct_command)
-app.command("export")(export_command)
-app.command("fsc")(fsc)
-app.command("compare-poses")(compare_poses)
-app.command("fit-image")(fit_image_command)
-app.add_typer(moments_app, name="moments")
-app.command("demo")(demo_command)
-app.add_typer(mra_app)
+
+
+def _add(panel: str, name: str, short: str, function: Callable[..., None], examples: str) -> None:
+    """Register a command in its group of the overview."""
+    more: dict[str, Any] = {"epilog": examples, "short_help": short, "rich_help_panel": panel}
+    app.command(name, cls=Command, **more)(function)
+
+
+_add(
+    START, "demo", "A simulated protein, its map, and how true it is",
+    demo.demo_command, demo.EXAMPLES,
+)  # fmt: skip
+_add(
+    START, "simulate", "Particles of a PDB, mmCIF or MRC file, with known poses",
+    simulate.simulate_command, simulate.EXAMPLES,
+)  # fmt: skip
+_add(
+    SOLVE, "abinitio", "A map and poses of your particles, with any engine",
+    abinitio.abinitio_command, abinitio.EXAMPLES,
+)  # fmt: skip
+_add(
+    SOLVE, "abinitio-rmfn", "The same by search and refinement (the default)",
+    abinitio_rmfn.abinitio_rmfn_command, abinitio_rmfn.EXAMPLES,
+)  # fmt: skip
+_add(
+    SOLVE, "abinitio-amortized", "The same by an encoder that learns to read poses",
+    abinitio_amortized.abinitio_amortized_command, abinitio_amortized.EXAMPLES,
+)  # fmt: skip
+_add(
+    INSPECT, "fsc", "How far two maps agree, and to which resolution",
+    fsc.fsc, fsc.EXAMPLES,
+)  # fmt: skip
+_add(
+    INSPECT, "compare-poses", "How far the poses of two files agree",
+    compare_poses.compare_poses, compare_poses.EXAMPLES,
+)  # fmt: skip
+_add(
+    CONVERT, "reconstruct", "A map from particles with known poses",
+    reconstruct.reconstruct_command, reconstruct.EXAMPLES,
+)  # fmt: skip
+_add(
+    CONVERT, "export", "To RELION, cryoSPARC, cryoDRGN, ChimeraX; edits of maps",
+    export.export_command, export.EXAMPLES,
+)  # fmt: skip
+app.add_typer(moments_app, name="moments", rich_help_panel=METHODS)
+app.add_typer(mra_app, name="mra", rich_help_panel=METHODS)
+_add(
+    METHODS, "fit-image", "Filter networks on pictures, coarse to fine",
+    fit_image.fit_image_command, fit_image.EXAMPLES,
+)  # fmt: skip
 
 
 def _version(show: bool) -> None:
@@ -52,34 +108,99 @@ def _version(show: bool) -> None:
 
 @app.callback()
 def _root(
-    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True),
+    ctx: typer.Context,
+    version: Annotated[  # noqa: ARG001
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Show the version."),
+    ] = False,
 ) -> None:
-    pass
+    if ctx.invoked_subcommand is None:
+        typer.echo(_overview(ctx))
+
+
+def _overview(ctx: Any) -> str:
+    """What there is to do, on one screen."""
+    formatter = ctx.make_formatter()
+    formatter.write(f"cryorecon {__version__}\n{ABOUT}\n")
+    write_commands(ctx.command, ctx, formatter)
+    formatter.write_paragraph()
+    formatter.write(
+        "cryorecon abinitio particles.star -o job001   a first map of your particles\n"
+        "cryorecon COMMAND --help                      options and examples\n"
+    )
+    return str(formatter.getvalue().rstrip("\n"))
 
 
 # Typer's exit status when a command is interrupted from the keyboard.
 _INTERRUPTED = 130
+_RELION_MARKERS = {
+    1: "RELION_JOB_EXIT_FAILURE",
+    2: "RELION_JOB_EXIT_FAILURE",
+    3: "RELION_JOB_EXIT_ABORTED",
+}
 
 
 def main() -> None:
-    """Run the command line; user errors exit with status 1, interruption with 3."""
+    """Run the command line; exit status 0 done, 1 failed, 2 wrong usage, 3 interrupted."""
     # Threads of torch's OpenMP spin between loops: two jobs on one machine would hold each other
     # up for many times their own length. torch is not loaded before a command runs.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    status = _run()
+    _tell_relion(sys.argv[1:], status)
+    sys.exit(status)
+
+
+def _run() -> int:
     try:
-        app()
+        app(prog_name="cryorecon")
+        sys.stdout.flush()
     except CryoreconError as error:
-        error_console.print(f"Error: {error}", style="bold red", markup=False)
-        sys.exit(1)
+        _say_error(f"Error: {error}")
+        return 1
+    except BrokenPipeError:
+        return _reader_left()
     except OSError as error:
-        error_console.print(
-            f"Error: {error}. Check the disk and the folder's permissions.",
-            style="bold red",
-            markup=False,
-        )
-        sys.exit(1)
+        _say_error(f"Error: {error}. Check the disk and the folder's permissions.")
+        return 1
+    except KeyboardInterrupt:
+        return _interrupted()
     except SystemExit as stop:
-        if stop.code != _INTERRUPTED:
-            raise
-        error_console.print("Interrupted.", style="bold red")
-        sys.exit(3)
+        if stop.code == _INTERRUPTED:
+            return _interrupted()
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        return code if _flushed() else _reader_left()
+    return 0
+
+
+def _interrupted() -> int:
+    error_console.print("Interrupted.", style="bold red")
+    return 3
+
+
+def _say_error(words: str) -> None:
+    error_console.print(words, style="bold red", markup=False)
+
+
+def _flushed() -> bool:
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return False
+    return True
+
+
+def _reader_left() -> int:
+    """Whoever read the output, such as ``head``, has stopped: end without a word."""
+    # What is still to be written goes nowhere, else Python complains at exit.
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    return 1
+
+
+def _tell_relion(words: list[str], status: int) -> None:
+    """Leave RELION's marker for a job that failed before it began; RELION would wait for ever."""
+    if status not in _RELION_MARKERS or "--o" not in words[:-1]:
+        return
+    folder = Path(words[words.index("--o") + 1])
+    if folder.is_dir() and not any(folder.glob("RELION_JOB_EXIT_*")):
+        (folder / _RELION_MARKERS[status]).touch()

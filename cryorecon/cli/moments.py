@@ -5,64 +5,111 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from cryorecon.cli.abinitio_options import Contrast, Diameter, Project
-from cryorecon.cli.console import console, count_progress, error_console, usable_device
+from cryorecon.cli.command import COMPUTE, INPUT, Command, Group, examples
+from cryorecon.cli.console import (
+    count_progress,
+    error_console,
+    messages,
+    print_json,
+    usable_device,
+    use_threads,
+)
+from cryorecon.cli.moments_reconstruct import EXAMPLES as RECONSTRUCT_EXAMPLES
 from cryorecon.cli.moments_reconstruct import reconstruct_command
+from cryorecon.cli.options import (
+    Contrast,
+    Device,
+    Diameter,
+    Json,
+    NoiseStd,
+    Overwrite,
+    Particles,
+    Project,
+    Threads,
+    argument,
+    option,
+    output,
+)
 from cryorecon.errors import CryoreconError
 
 if TYPE_CHECKING:
     from cryorecon.engines.moments import Moments
 
+MomentsFile = Annotated[Path, output("Moments file to write (.h5).", "FILE")]
+
 moments_app = typer.Typer(
-    help="Moments of a particle stack: averages over all views, without poses.",
+    cls=Group,
+    help="Average particles over all views, without poses, and find maps from the averages.",
+    short_help="Averages over all views, and maps from them",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
-moments_app.command("reconstruct")(reconstruct_command)
+
+ESTIMATE_EXAMPLES = examples(
+    ("moments of a stack", "cryorecon moments estimate particles.star -o moments.h5"),
+    (
+        "to 15 A, of a molecule 120 A wide",
+        "cryorecon moments estimate p.star -o m.h5 --diameter 120 --resolution 15",
+    ),
+    (
+        "go on after an interruption",
+        "cryorecon moments estimate particles.star -o moments.h5 --continue",
+    ),
+)
 
 
-@moments_app.command("estimate")
 def estimate_command(
-    particles: Annotated[
-        Path, typer.Argument(help="Particle STAR file (RELION 3.0, 3.1, 5) or cryoSPARC .cs file.")
-    ],
-    output: Annotated[Path, typer.Option("-o", "--output", help="File to write (.h5).")],
+    particles: Particles,
+    output: MomentsFile,
     form: Annotated[
         Literal["steerable", "full"],
-        typer.Option(help="In-plane averaged blocks of angular order, or all Fourier pixels."),
+        option(COMPUTE, "Averaged over in-plane rotations, or all pairs of Fourier pixels."),
     ] = "steerable",
     diameter: Diameter = None,
     max_radius: Annotated[
         int | None,
-        typer.Option(min=1, help="Cycles per particle box (full: per image); default 16."),
+        option(
+            COMPUTE,
+            "Largest Fourier radius [cycles per 1.25 diameters; full form: per image].",
+            metavar="N",
+            min=1,
+            default="16",
+        ),
     ] = None,
     resolution: Annotated[
-        float | None, typer.Option(min=0.1, help="A, in place of --max-radius.")
+        float | None,
+        option(COMPUTE, "Finest resolution [A], in place of --max-radius.", metavar="A", min=0.1),
     ] = None,
     max_order: Annotated[
-        int | None, typer.Option(min=0, help="Angular order; default what the diameter needs.")
+        int | None,
+        option(
+            COMPUTE,
+            "Largest angular order.",
+            metavar="N",
+            min=0,
+            default="what the diameter needs",
+            hidden=True,
+        ),
     ] = None,
-    noise_std: Annotated[
-        float | None,
-        typer.Option(min=0, help="Of white noise, in the file's units; images as they are."),
-    ] = None,
-    ctf: Annotated[bool, typer.Option(help="Correct for the CTF.")] = True,
+    noise_std: NoiseStd = None,
+    ctf: Annotated[bool, option(INPUT, "Correct for the CTF.")] = True,
     contrast: Contrast = "auto",
     project: Project = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ... or auto.")] = "cpu",
+    device: Device = "cpu",
+    threads: Threads = None,
     checkpoint: Annotated[
-        int, typer.Option(min=1, help="Images between two states on disk.")
+        int,
+        option(COMPUTE, "Images between two states on disk.", metavar="N", min=1, hidden=True),
     ] = 20_000,
-    resume: Annotated[
-        bool, typer.Option("--continue", help="Go on after an interruption.")
-    ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+    resume: Annotated[bool, option(INPUT, "Go on after an interruption.", "--continue")] = False,
+    json: Json = False,
+    overwrite: Overwrite = False,
 ) -> None:
-    """Moments of the Fourier images: noise subtracted, CTF divided out, errors beside them.
+    """Average first and second moments of the images: noise and CTF out, errors beside.
 
     One pass in file order; memory does not grow with the stack. Angles of the STAR file are not
     read; origins are, where it has them, and images are centred by them.
@@ -70,6 +117,7 @@ def estimate_command(
     # torch takes seconds to load: only when the command runs.
     from cryorecon.run.moments import MomentsOptions, StoppedError, estimate_moments
 
+    use_threads(threads)
     _check_output(output, overwrite)
     options = MomentsOptions(
         form=form,
@@ -91,22 +139,46 @@ def estimate_command(
         again = shlex.join(["cryorecon", *(a for a in sys.argv[1:] if a != "--continue")])
         error_console.print(f"{stop}. Go on with:\n{again} --continue", markup=False)
         raise KeyboardInterrupt from stop
-    _report(output, result)
+    _report(output, result, json)
 
 
-@moments_app.command("merge")
+MERGE_EXAMPLES = examples(
+    ("of two halves of a data set", "cryorecon moments merge a.h5 b.h5 -o both.h5"),
+    (
+        "of a third, and over an older file",
+        "cryorecon moments merge both.h5 c.h5 -o all.h5 --overwrite",
+    ),
+    ("how many images there are now", "cryorecon moments merge a.h5 b.h5 -o ab.h5 --json"),
+)
+
+
 def merge_command(
-    first: Annotated[Path, typer.Argument(help="Moments (.h5).")],
-    second: Annotated[Path, typer.Argument(help="Moments of other particles (.h5).")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="File to write (.h5).")],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+    first: Annotated[Path, argument("Moments (.h5).", "A.h5")],
+    second: Annotated[Path, argument("Moments of other particles (.h5).", "B.h5")],
+    output: MomentsFile,
+    json: Json = False,
+    overwrite: Overwrite = False,
 ) -> None:
-    """Moments of the images of two files together, as if estimated in one pass."""
+    """Add the moments of two files, as if all images were averaged in one pass."""
     # torch takes seconds to load: only when the command runs.
     from cryorecon.run.moments_store import merge_moments
 
     _check_output(output, overwrite)
-    _report(output, merge_moments(first, second, output))
+    _report(output, merge_moments(first, second, output), json)
+
+
+moments_app.command(
+    "estimate", cls=Command, epilog=ESTIMATE_EXAMPLES, short_help="Moments of a particle stack"
+)(estimate_command)
+moments_app.command(
+    "merge", cls=Command, epilog=MERGE_EXAMPLES, short_help="Moments of two files together"
+)(merge_command)
+moments_app.command(
+    "reconstruct",
+    cls=Command,
+    epilog=RECONSTRUCT_EXAMPLES,
+    short_help="A low-resolution map from moments, if they determine one",
+)(reconstruct_command)
 
 
 def _check_output(output: Path, overwrite: bool) -> None:
@@ -118,19 +190,39 @@ def _check_output(output: Path, overwrite: bool) -> None:
         raise CryoreconError(f"The folder {output.parent} does not exist", "Create it first")
 
 
-def _report(output: Path, result: Moments) -> None:
+def _report(output: Path, result: Moments, json: bool) -> None:
+    told = _figures(output, result)
+    if json:
+        print_json(told)
+        return
+    out = messages(json)
     geometry = result.geometry
-    side, radius = geometry.side_angst, geometry.max_radius
-    console.print(f"[bold]{output}[/]  {result.n_images} images")
+    out.print(f"[bold]{output}[/]  {result.n_images} images")
     what = f"orders 0 to {geometry.max_order}, " if geometry.form == "steerable" else ""
-    console.print(
-        f"{geometry.form}: {what}radii to {radius} cycles per {side:.1f} A ({side / radius:.1f} A)"
+    out.print(
+        f"{geometry.form}: {what}radii to {geometry.max_radius} cycles per "
+        f"{geometry.side_angst:.1f} A ({told['resolution_angst']:.1f} A)"
     )
-    kept = result.measured
+    out.print(
+        f"error of the second moment: {told['second_relative_error']:.3g} of its norm; "
+        f"{100 * told['unmeasured_fraction']:.0f} % of the pairs of radii not measured; "
+        f"weights from 1 down to {told['smallest_weight']:.2g}"
+    )
+
+
+def _figures(output: Path, result: Moments) -> dict[str, Any]:
+    geometry, kept = result.geometry, result.measured
     power = float((result.second.abs() ** 2)[..., kept].sum())
     error = float((result.second_error**2)[..., kept].sum())
-    console.print(
-        f"error of the second moment: {(error / max(power, 1e-300)) ** 0.5:.3g} of its norm; "
-        f"{100 * float((~kept).double().mean()):.0f} % of the pairs of radii not measured; "
-        f"weights from 1 down to {float(result.conditioning.min()):.2g}"
-    )
+    return {
+        "moments": output,
+        "images": result.n_images,
+        "form": geometry.form,
+        "max_order": geometry.max_order,
+        "max_radius": geometry.max_radius,
+        "side_angst": geometry.side_angst,
+        "resolution_angst": geometry.side_angst / geometry.max_radius,
+        "second_relative_error": (error / max(power, 1e-300)) ** 0.5,
+        "unmeasured_fraction": float((~kept).double().mean()),
+        "smallest_weight": float(result.conditioning.min()),
+    }

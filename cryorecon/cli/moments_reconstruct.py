@@ -8,49 +8,81 @@ from typing import Annotated, Literal
 
 import typer
 
-from cryorecon.cli.abinitio_options import Config, Contrast, Overwrite, Seed, Settings
+from cryorecon.cli.abinitio_options import Ambiguous
+from cryorecon.cli.command import COMPUTE, EXPERT, INPUT, examples
 from cryorecon.cli.console import (
-    console,
     error_console,
+    messages,
     prepare_folder,
+    print_job,
     usable_device,
+    use_threads,
+)
+from cryorecon.cli.options import (
+    Config,
+    Contrast,
+    Device,
+    Job,
+    Json,
+    Overwrite,
+    Seed,
+    Settings,
+    Starts,
+    Threads,
+    argument,
+    option,
 )
 
-VolumeOption = Annotated[
-    Literal["beads", "grid", "rmfn", "fouriernet"],
-    typer.Option(help="Gaussians, positive voxels, residual MFN, or the paper's network."),
-]
-ViewsOption = Annotated[
-    Literal["harmonics", "free"],
-    typer.Option(help="Density of viewing directions: smooth, or a weight for each."),
-]
-Radius = Annotated[int, typer.Option(min=3, help="Largest radius fitted, cycles per particle box.")]
-Starts = Annotated[int, typer.Option(min=2, help="Random starts, compared at the end.")]
-Reference = Annotated[
-    Path | None, typer.Option(help="Map to align the result to; it plays no other part.")
-]
-Ambiguous = Annotated[
-    bool, typer.Option("--allow-ambiguous", help="Write the best map even if starts disagree.")
-]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ... or auto.")]
+EXAMPLES = examples(
+    ("a map from moments", "cryorecon moments reconstruct moments.h5 -o job001"),
+    (
+        "more starts, and the result turned onto a known map",
+        "cryorecon moments reconstruct moments.h5 -o job002 --starts 12 --reference known.mrc",
+    ),
+    (
+        "the best map even if the moments do not determine it",
+        "cryorecon moments reconstruct moments.h5 -o job003 --allow-ambiguous",
+    ),
+)
 
 
 def reconstruct_command(
-    moments: Annotated[Path, typer.Argument(help="From `moments estimate` (.h5), steerable.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Job folder.")],
-    volume: VolumeOption = "beads",
-    views: ViewsOption = "harmonics",
-    radius: Radius = 8,
+    moments: Annotated[
+        Path, argument("Moments (.h5) of moments estimate, steerable form.", "MOMENTS")
+    ],
+    output: Job,
+    volume: Annotated[
+        Literal["beads", "grid", "rmfn", "fouriernet"],
+        option(EXPERT, "What holds the map: Gaussians, positive voxels or a network."),
+    ] = "beads",
+    views: Annotated[
+        Literal["harmonics", "free"],
+        option(EXPERT, "Density of viewing directions: smooth, or a weight for each."),
+    ] = "harmonics",
+    max_radius: Annotated[
+        int,
+        option(
+            COMPUTE,
+            "Largest Fourier radius fitted [cycles per 1.25 diameters].",
+            metavar="N",
+            min=3,
+        ),
+    ] = 8,
     starts: Starts = 6,
-    reference: Reference = None,
+    reference: Annotated[
+        Path | None,
+        option(INPUT, "MRC map to turn the result onto; it plays no other part.", metavar="FILE"),
+    ] = None,
     allow_ambiguous: Ambiguous = False,
     device: Device = "cpu",
     seed: Seed = 0,
+    threads: Threads = None,
     settings: Settings = None,
     config: Config = None,
+    json: Json = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Fit a map and a density of views to the moments, from several random starts.
+    """Fit a low-resolution map and a density of views to moments, from several starts.
 
     The map counts only as far as starts that fit the moments equally well agree. If they disagree
     within the radii that were fitted, no map is written and the status is 1. The hand is unknown.
@@ -60,13 +92,17 @@ def reconstruct_command(
     from cryorecon.run.moment_reconstruct import MomentReconstructOptions, reconstruct_moments
     from cryorecon.run.settings import with_settings
 
-    plain = MomentFitConfig(volume=volume, density=views, radius=radius, starts=starts)
+    use_threads(threads)
+    if starts < 2:
+        raise typer.BadParameter("starts are compared: give --starts 2 or more")
+    plain = MomentFitConfig(volume=volume, density=views, radius=max_radius, starts=starts)
     engine = with_settings(plain, config, settings or [])
     options = MomentReconstructOptions(
         engine, reference, allow_ambiguous, seed, usable_device(device)
     )
     prepare_folder(output, overwrite)
-    reconstruct_moments(moments, output, options, console)
+    reconstruct_moments(moments, output, options, messages(json))
+    print_job(output, json)
 
 
 def moments_command(
@@ -81,6 +117,8 @@ def moments_command(
     config: Path | None,
     overwrite: bool,
     allow_ambiguous: bool,
+    threads: int | None,
+    json: bool,
     starts: int = 6,
 ) -> None:
     """Both steps, `moments estimate` and `moments reconstruct`, in one folder."""
@@ -90,6 +128,7 @@ def moments_command(
     from cryorecon.run.moments import MomentsOptions, StoppedError
     from cryorecon.run.settings import with_settings
 
+    use_threads(threads)
     if starts < 2:
         raise typer.BadParameter("engine moments compares starts: give --starts 2 or more")
     engine = with_settings(MomentFitConfig(starts=starts), config, settings or [])
@@ -97,7 +136,7 @@ def moments_command(
     wanted = MomentsOptions(diameter_angst=diameter, contrast=contrast, project=project)
     options = MomentReconstructOptions(engine, None, allow_ambiguous, seed)
     try:
-        abinitio_moments(particles, output, wanted, options, console)
+        abinitio_moments(particles, output, wanted, options, messages(json))
     except StoppedError as stop:
         words = ["cryorecon", "moments", "estimate", particles, "-o", output / "moments.h5"]
         words += [] if diameter is None else ["--diameter", diameter]
@@ -110,3 +149,4 @@ def moments_command(
         second = shlex.join(map(str, words))
         error_console.print(f"{stop}. Go on with:\n{first}\n{second}", markup=False)
         raise KeyboardInterrupt from stop
+    print_job(output, json)

@@ -7,56 +7,82 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from cryorecon.cli.console import console, count_progress, prepare_folder
+from cryorecon.cli.command import COMPUTE, EXPERT, INPUT, Command, Group, examples
+from cryorecon.cli.console import (
+    count_progress,
+    messages,
+    prepare_folder,
+    print_json,
+    use_threads,
+)
+from cryorecon.cli.options import (
+    LEARNING_RATE_HELP,
+    Config,
+    Folder,
+    Json,
+    NoiseStd,
+    Overwrite,
+    Seed,
+    Settings,
+    Starts,
+    Threads,
+    argument,
+    option,
+)
 from cryorecon.errors import CryoreconError
 from cryorecon.io.files import make_folder
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from cryorecon.engines.mra_training import TrainingConfig
+    from cryorecon.run.mra import Solved
 
 mra_app = typer.Typer(
-    name="mra",
+    cls=Group,
     help="A signal from noisy, circularly shifted copies of it: multireference alignment in 1-D.",
+    short_help="The method of moments in one dimension",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
 
-Output = Annotated[Path, typer.Option("-o", "--output", help="Folder.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite")]
-Seed = Annotated[int, typer.Option(help="One seed gives one result on one machine.")]
-Settings = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="Rarely needed settings, as key=value; repeatable."),
-]
-Recipe = Annotated[
-    Literal["ours", "paper"],
-    typer.Option(
-        help="paper: moments over frequencies, fixed pairs, squared error, rates 1e-4, 1e-5, 1e-6."
+RECIPE_HELP = "paper: moments over frequencies, fixed pairs, squared error, rates 1e-4, 1e-5, 1e-6."
+ITERATIONS_HELP = "Iterations of a trained encoder's refinement."
+
+SOLVE_EXAMPLES = examples(
+    ("by least squares", "cryorecon mra solve observations.npy -o solved"),
+    (
+        "by a trained encoder",
+        "cryorecon mra solve observations.npy -o solved --method encoder --model trained",
     ),
-]
+    (
+        "the misfit alone, for a script",
+        "cryorecon mra solve observations.npy -o solved --json | jq .misfit",
+    ),
+)
 
 
-@mra_app.command("solve")
 def solve_command(
     observations: Annotated[
-        Path, typer.Argument(help="NumPy file (.npy), shape (observations, points).")
+        Path,
+        argument("NumPy file (.npy), shape (observations, points).", "OBSERVATIONS"),
     ],
-    output: Output,
+    output: Folder,
     method: Annotated[
         Literal["direct", "spectral", "encoder"],
-        typer.Option(help="Least squares; one eigenvector; a trained encoder, refined."),
+        option(COMPUTE, "Least squares; one eigenvector; a trained encoder, refined."),
     ] = "direct",
     model: Annotated[
-        Path | None, typer.Option(help="Folder of mra train, for --method encoder.")
+        Path | None,
+        option(INPUT, "Folder of mra train, for --method encoder.", metavar="DIR"),
     ] = None,
-    noise_std: Annotated[
-        float | None,
-        typer.Option(min=0, help="Of the white noise; default from the smallest eigenvalues."),
-    ] = None,
-    iterations: Annotated[int, typer.Option(min=1, help="At most, of method encoder.")] = 3000,
-    learning_rate: Annotated[float, typer.Option(help="Of method encoder.")] = 1e-4,
-    starts: Annotated[int, typer.Option(min=0, help="Random starts of method direct.")] = 4,
+    noise_std: NoiseStd = None,
+    iterations: Annotated[int, option(COMPUTE, ITERATIONS_HELP, metavar="N", min=1)] = 3000,
+    learning_rate: Annotated[float, option(EXPERT, LEARNING_RATE_HELP, metavar="X")] = 1e-4,
+    starts: Starts = 4,
     seed: Seed = 0,
+    threads: Threads = None,
+    json: Json = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Signal and density of shifts from a file of observations, up to one common shift.
@@ -69,6 +95,7 @@ def solve_command(
     from cryorecon.engines.mra_solvers import DirectConfig
     from cryorecon.run.mra import solve_file
 
+    use_threads(threads)
     if (method == "encoder") != (model is not None):
         raise CryoreconError(
             "Method encoder and --model go together",
@@ -82,8 +109,14 @@ def solve_command(
             observations, output, method, noise_std, model, DirectConfig(starts=starts),
             RefineConfig(iterations, learning_rate), seed, bar,
         )  # fmt: skip
+    _tell(solved, output, messages(json))
+    if json:
+        print_json(solved.figures | {"folder": output})
+
+
+def _tell(solved: Solved, output: Path, out: Console) -> None:
     told = solved.figures
-    console.print(
+    out.print(
         f"noise         {told['noise_std']:.4g} ({told['noise_std_source']})\n"
         f"moment errors {told['moment_1_relative_error']:.4f} and "
         f"{told['moment_2_relative_error']:.4f}; expected of noise "
@@ -91,33 +124,45 @@ def solve_command(
         markup=False,
     )
     if told["misfit"] > 1.5:
-        console.print(
+        out.print(
             f"The moments are not explained to within their noise (misfit {told['misfit']:.3g}, "
             "1 expected): the estimate may be far off."
         )
-    console.print(
+    out.print(
         f"{output / 'signal.npy'}  {output / 'density.npy'}  {output / 'solution.png'}",
         markup=False,
     )
 
 
-@mra_app.command("train")
+TRAIN_EXAMPLES = examples(
+    ("encoders of signals of 32 points: an hour", "cryorecon mra train -o trained"),
+    ("a short try", "cryorecon mra train -o short --pairs 2000 --epochs 2"),
+    ("go on after an interruption", "cryorecon mra train -o trained --continue"),
+)
+
+
 def train_command(
-    output: Output,
-    gaussians: Annotated[int, typer.Option(min=1, max=10, help="In a mixture.")] = 2,
-    points: Annotated[int, typer.Option(min=8, max=256, help="Of a signal.")] = 32,
-    pairs: Annotated[int, typer.Option(min=1, help="Signals and densities an epoch.")] = 50_000,
-    epochs: Annotated[int, typer.Option(min=1)] = 24,
-    batch: Annotated[int, typer.Option(min=1)] = 256,
+    output: Folder,
+    gaussians: Annotated[
+        int, option(INPUT, "Gaussians in a mixture.", metavar="N", min=1, max=10)
+    ] = 2,
+    points: Annotated[int, option(INPUT, "Points of a signal.", metavar="N", min=8, max=256)] = 32,
+    pairs: Annotated[
+        int, option(COMPUTE, "Signals and densities an epoch.", metavar="N", min=1)
+    ] = 50_000,
+    epochs: Annotated[int, option(COMPUTE, "Epochs.", metavar="N", min=1)] = 24,
+    batch: Annotated[int, option(COMPUTE, "Pairs in a batch.", metavar="N", min=1)] = 256,
     learning_rate: Annotated[
-        float | None, typer.Option(help="Of Adam; default 6e-3, of the paper's recipe 1e-4.")
+        float | None,
+        option(EXPERT, LEARNING_RATE_HELP, metavar="X", default="6e-3, of the paper's recipe 1e-4"),
     ] = None,
-    recipe: Recipe = "ours",
+    recipe: Annotated[Literal["ours", "paper"], option(COMPUTE, RECIPE_HELP)] = "ours",
     seed: Seed = 0,
-    continued: Annotated[
-        bool, typer.Option("--continue", help="Go on from the folder's checkpoint.")
-    ] = False,
+    threads: Threads = None,
+    continued: Annotated[bool, option(INPUT, "Go on after an interruption.", "--continue")] = False,
     settings: Settings = None,
+    config: Config = None,
+    json: Json = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Teach encoders to read signal and density off exact moments of random mixtures.
@@ -128,40 +173,65 @@ def train_command(
     from cryorecon.run.mra import train_encoders
     from cryorecon.run.settings import with_settings
 
-    config = _training(recipe, gaussians, points, pairs, epochs, seed)
+    use_threads(threads)
+    training = _training(recipe, gaussians, points, pairs, epochs, seed)
     chosen = [f"batch={batch}"]
     if learning_rate is not None:
         chosen.append(f"learning_rate={learning_rate}")
     try:
-        config = with_settings(config, None, chosen + (settings or []))
+        training = with_settings(training, config, chosen + (settings or []))
     except ValueError as error:
         raise CryoreconError(str(error), "Change the settings") from error
     if not continued:
         prepare_folder(output, overwrite)
     with count_progress("Training", "batches") as bar:
-        told = train_encoders(config, output, continued, 10_000, bar)
-    console.print(
+        told = train_encoders(training, output, continued, 10_000, bar)
+    if json:
+        print_json(told | {"encoder": output / "encoder.safetensors"})
+        return
+    messages(json).print(
         f"error on {told['test_pairs']:,} unseen pairs: signal {told['signal_error_mean']:.4f}, "
         f"density {told['density_error_mean']:.4f}\n{output / 'encoder.safetensors'}",
         markup=False,
     )
 
 
-@mra_app.command("reproduce")
+REPRODUCE_EXAMPLES = examples(
+    ("at sizes for a CPU: hours", "cryorecon mra reproduce -o mra"),
+    ("a short try", "cryorecon mra reproduce -o short --pairs 2000 --epochs 2 --instances 2"),
+    ("the paper's sizes: days", "cryorecon mra reproduce -o mra_full --full"),
+)
+
+
 def reproduce_command(
-    output: Output,
+    output: Folder,
     full: Annotated[
-        bool, typer.Option("--full", help="The paper's sizes and recipe: days on a CPU.")
+        bool, option(COMPUTE, "The paper's sizes and recipe: days on a CPU.", "--full")
     ] = False,
     recipe: Annotated[
-        Literal["ours", "paper"] | None, typer.Option(help="Default ours; paper with --full.")
+        Literal["ours", "paper"] | None,
+        option(COMPUTE, RECIPE_HELP, default="ours, with --full paper"),
     ] = None,
-    pairs: Annotated[int | None, typer.Option(min=1, help="An epoch; default 50,000.")] = None,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Default 24.")] = None,
-    iterations: Annotated[int | None, typer.Option(min=1, help="Default 1,000; 3,000.")] = None,
-    instances: Annotated[int, typer.Option(min=1, help="Problems that are averaged.")] = 20,
-    observations: Annotated[int, typer.Option(min=10, help="Of each problem.")] = 1_000_000,
+    pairs: Annotated[
+        int | None,
+        option(COMPUTE, "Signals and densities an epoch.", metavar="N", min=1, default="50000"),
+    ] = None,
+    epochs: Annotated[
+        int | None, option(COMPUTE, "Epochs.", metavar="N", min=1, default="24")
+    ] = None,
+    iterations: Annotated[
+        int | None,
+        option(COMPUTE, ITERATIONS_HELP, metavar="N", min=1, default="1000, with --full 3000"),
+    ] = None,
+    instances: Annotated[
+        int, option(INPUT, "Problems that are averaged.", metavar="N", min=1)
+    ] = 20,
+    observations: Annotated[
+        int, option(INPUT, "Observations of each problem.", metavar="N", min=10)
+    ] = 1_000_000,
     seed: Seed = 0,
+    threads: Threads = None,
+    json: Json = False,
 ) -> None:
     """Table 1 and figure 4 of Khoo, Paul and Sharon (2024), and rivals on the same moments.
 
@@ -169,6 +239,8 @@ def reproduce_command(
     """
     from cryorecon.run.mra_reproduce import ReproduceConfig, figure_4, rivals, table_1
 
+    use_threads(threads)
+    out = messages(json)
     recipe = recipe or ("paper" if full else "ours")
     pairs, epochs = pairs or (1_750_000 if full else 50_000), epochs or (30_000 if full else 24)
     make_folder(output)
@@ -181,11 +253,27 @@ def reproduce_command(
         seed=seed,
     )
     with count_progress("Table 1", "batches") as bar:
-        table_1(trainings, output, config, bar, console.print)
-    rivals(trainings, output, config, console.print)
+        table = table_1(trainings, output, config, bar, out.print)
+    others = rivals(trainings, output, config, out.print)
     with count_progress("Figure 4", "iterations") as bar:
-        figure_4(trainings[2], output, config, bar, console.print)
-    console.print(f"{output / 'table1.csv'}  {output / 'rivals.csv'}  {output / 'figure4.png'}")
+        curves = figure_4(trainings[2], output, config, bar, out.print)
+    out.print(f"{output / 'table1.csv'}  {output / 'rivals.csv'}  {output / 'figure4.png'}")
+    if json:
+        print_json({"table_1": table, "rivals": others, "figure_4": curves})
+
+
+mra_app.command(
+    "solve", cls=Command, epilog=SOLVE_EXAMPLES, short_help="Signal and shifts of observations"
+)(solve_command)
+mra_app.command("train", cls=Command, epilog=TRAIN_EXAMPLES, short_help="Encoders for mra solve")(
+    train_command
+)
+mra_app.command(
+    "reproduce",
+    cls=Command,
+    epilog=REPRODUCE_EXAMPLES,
+    short_help="Table 1 and figure 4 of Khoo, Paul and Sharon (2024)",
+)(reproduce_command)
 
 
 def _training(

@@ -3,49 +3,109 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-import typer
+from rich.console import Console
 
-from cryorecon.cli.console import console, count_progress
+from cryorecon.cli.command import COMPUTE, EXPERT, OUTPUT, examples
+from cryorecon.cli.console import (
+    count_progress,
+    messages,
+    prepare_folder,
+    print_json,
+    use_threads,
+)
+from cryorecon.cli.options import Json, Overwrite, Particles, Project, Seed, Threads, option, output
+
+EXAMPLES = examples(
+    ("a map from refined poses", "cryorecon reconstruct Refine3D/job020/run_data.star -o map.mrc"),
+    (
+        "with half maps and their resolution",
+        "cryorecon reconstruct run_data.star -o map.mrc --half-maps",
+    ),
+    (
+        "into a job directory, with the markers that RELION looks for",
+        "cryorecon reconstruct run_data.star -o External/job030 --half-maps --threads 4",
+    ),
+)
 
 
 def reconstruct_command(
-    particles: Annotated[Path, typer.Argument(help="Particle STAR or .cs file with poses.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Map to write (.mrc).")],
-    halves: Annotated[
-        bool, typer.Option("--halves", help="Also half maps (rlnRandomSubset, else random).")
+    particles: Particles,
+    output: Annotated[Path, output("Map to write (.mrc), or a job directory.", "FILE")],
+    half_maps: Annotated[
+        bool,
+        option(OUTPUT, "Half maps too, by rlnRandomSubset, else at random.", "--half-maps"),
     ] = False,
     wiener: Annotated[
-        float, typer.Option(help="Regularisation, as a fraction of a shell's mean weight.")
+        float,
+        option(
+            EXPERT, "Regularisation, as a fraction of a shell's mean weight.", metavar="X",
+            hidden=True,
+        ),
     ] = 1e-3,
-    padding: Annotated[int, typer.Option(help="Oversampling of the transform.")] = 2,
-    project: Annotated[Path | None, typer.Option(help="Folder of the image paths.")] = None,
-    seed: Annotated[int, typer.Option(help="For random half sets.")] = 0,
-) -> None:
+    padding: Annotated[
+        int, option(COMPUTE, "Oversampling of the transform.", metavar="N", hidden=True)
+    ] = 2,
+    project: Project = None,
+    seed: Seed = 0,
+    threads: Threads = None,
+    json: Json = False,
+    overwrite: Overwrite = False,
+) -> None:  # fmt: skip
     """Backproject particles with the poses and CTFs in their file."""
     # torch takes seconds to load: only when the command runs.
+    from cryorecon.io.particles import read_particles
+    from cryorecon.run.job import open_job, write_output_nodes
+
+    use_threads(threads)
+    told = messages(json)
+    settings = {"half_maps": half_maps, "wiener": wiener, "padding": padding}
+    if output.suffix:
+        figures = _reconstruct(read_particles(particles, project), output, settings, seed, told)
+    else:
+        prepare_folder(output, overwrite)
+        source = read_particles(particles, project)
+        with open_job(output, told, particles, len(source), settings, seed):
+            figures = _reconstruct(source, output / "reconstruction.mrc", settings, seed, told)
+            write_output_nodes(output, {"reconstruction.mrc": 6})
+    if json:
+        print_json(figures)
+
+
+def _reconstruct(
+    source: Any, output: Path, settings: dict[str, Any], seed: int, told: Console
+) -> dict[str, Any]:
     import torch
 
     from cryorecon.io.mrc import write_map
-    from cryorecon.io.particles import read_particles
     from cryorecon.maps.fsc import fsc_curve, resolution_at
     from cryorecon.run.load import half_sets
     from cryorecon.run.reconstruct import reconstruct
 
-    source = read_particles(particles, project)
+    halves = settings["half_maps"]
     half = half_sets(source, torch.Generator().manual_seed(seed)) if halves else None
     with count_progress("Backprojecting", "images") as progress:
-        result = reconstruct(source, half=half, wiener=wiener, padding=padding, progress=progress)
+        result = reconstruct(
+            source, half=half, wiener=settings["wiener"], padding=settings["padding"],
+            progress=progress,
+        )  # fmt: skip
     pixel = source.pixel_size_angst
     write_map(output, result.volume.numpy(), pixel)
-    console.print(f"[bold]{output}[/]  {source.box} px at {pixel:g} A")
+    told.print(f"[bold]{output}[/]  {source.box} px at {pixel:g} A")
+    figures: dict[str, Any] = {
+        "map": output,
+        "particles": len(source),
+        "box": source.box,
+        "pixel_size_angst": pixel,
+    }
     if result.halves is None:
-        return
-    for number, volume in enumerate(result.halves, 1):
-        name = output.with_name(f"{output.stem}_half{number}_unfil.mrc")
+        return figures
+    names = [output.with_name(f"{output.stem}_half{number}_unfil.mrc") for number in (1, 2)]
+    for name, volume in zip(names, result.halves, strict=True):
         write_map(name, volume.numpy(), pixel)
-        console.print(str(name))
+        told.print(str(name))
     curve = fsc_curve(*result.halves)
     resolution = resolution_at(curve, 0.143, source.box, pixel)
-    console.print(f"FSC 0.143 between the half maps, unmasked, poses as given: {resolution:.2f} A")
+    told.print(f"FSC 0.143 between the half maps, unmasked, poses as given: {resolution:.2f} A")
+    return figures | {"half_maps": names, "resolution_angst": {"0.143": resolution}}

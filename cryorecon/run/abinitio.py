@@ -118,7 +118,7 @@ def _with_bands(
         first, last = (diameter_angst / c for c in (config.first_cycles, config.last_cycles))
         raise CryoreconError(
             f"The training would begin at {first:.1f} A and end coarser, at {last:.1f} A",
-            "Give --first-angst larger than --last-angst",
+            "Give --first-resolution larger than --last-resolution",
         )
     return config
 

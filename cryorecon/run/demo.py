@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -14,18 +16,29 @@ from cryorecon.maps.align import align_maps, apply_alignment
 from cryorecon.maps.fsc import fsc_curve
 from cryorecon.maps.poses import compare_pose_sets
 from cryorecon.run.abinitio import AbinitioOptions, abinitio
-from cryorecon.run.curves import FscCurve
+from cryorecon.run.curves import THRESHOLDS, FscCurve
 from cryorecon.run.plots import fsc_figure, pose_error_figure, save_figure
+from cryorecon.run.summary import job_summary
 
 
-def run_demo(folder: Path, seed: int, console: Console) -> list[str]:
-    """Reconstruct ``folder/simulated`` into ``folder/abinitio`` and compare with the truth.
+@dataclass(frozen=True)
+class Demo:
+    """What the demonstration found.
 
-    Returns
-    -------
-    list of str
-        What was found and where it lies.
+    Attributes
+    ----------
+    lines : list of str
+        What was found and where it lies, in words.
+    figures : dict
+        The same as plain data.
     """
+
+    lines: list[str]
+    figures: dict[str, Any]
+
+
+def run_demo(folder: Path, seed: int, console: Console) -> Demo:
+    """Reconstruct ``folder/simulated`` into ``folder/abinitio`` and compare with the truth."""
     simulated, job = folder / "simulated", folder / "abinitio"
     abinitio(simulated / "particles.star", job, AbinitioOptions(seed=seed), console)
     truth, found = read_map(simulated / "map.mrc"), read_map(job / "initial_model.mrc")
@@ -45,7 +58,7 @@ def run_demo(folder: Path, seed: int, console: Console) -> list[str]:
         torch.from_numpy(true.origins_angst()),
     )
     save_figure(pose_error_figure(poses), folder / "pose_errors.png")
-    return [
+    lines = [
         "",
         f"map         {job / 'initial_model.mrc'}",
         f"poses       {job / 'run_data.star'}",
@@ -54,3 +67,11 @@ def run_demo(folder: Path, seed: int, console: Console) -> list[str]:
         f"plots       {folder / 'fsc_truth.png'}, {folder / 'pose_errors.png'}, "
         f"{job / 'map.png'}, {job / 'views.png'}, {job / 'fsc.png'}",
     ]
+    thresholds = {f"{t:g}": curve.resolution_angst(t) for t in THRESHOLDS}
+    figures = job_summary(job) | {
+        "against_truth": {
+            "resolution_angst": thresholds,
+            "pose_error_median_deg": poses.median_deg,
+        }
+    }
+    return Demo(lines, figures)

@@ -17,6 +17,11 @@ class Update(Protocol):
         """Images done, and a word on the state."""
 
 
+def _draws(console: Console) -> bool:
+    """Whether the output is a terminal, which FORCE_COLOR does not make it."""
+    return console.is_terminal and not console.is_dumb_terminal and console.file.isatty()
+
+
 @contextmanager
 def stage_bar(console: Console, title: str, total: int, unit: str = "images") -> Iterator[Update]:
     """A bar with rate, time left and a note; nothing where the output is no terminal."""
@@ -29,7 +34,7 @@ def stage_bar(console: Console, title: str, total: int, unit: str = "images") ->
         TextColumn("{task.fields[note]}"),
     )
     with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
+        *columns, console=console, transient=True, disable=not _draws(console)
     ) as progress:
         task = progress.add_task(title, total=total, rate="", note="")
 

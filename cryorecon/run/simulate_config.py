@@ -74,7 +74,7 @@ class SimulateConfig:
             ("box", "--box", 8, 4096),
             ("pixel_size_angst", "--pixel-size", tiny, inf),
             ("astigmatism_angst", "--astigmatism", 0, inf),
-            ("shift_angst", "--shift", 0, inf),
+            ("shift_angst", "--offset-range", 0, inf),
             ("view_clusters", "--view-clusters", 0, inf),
             ("view_concentration", "--view-concentration", 0, inf),
             ("noise_falloff_angst", "--noise-falloff", 0, inf),
