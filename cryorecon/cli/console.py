@@ -34,7 +34,8 @@ _RELION_FILES = frozenset(
 )
 
 
-def _console(stderr: bool) -> Console:
+def new_console(*, stderr: bool) -> Console:
+    """Where messages go: plain text in pipes and with NO_COLOR."""
     # NO_COLOR means no escapes at all, neither colours nor bold.
     plain = bool(os.environ.get("NO_COLOR"))
     return Console(
@@ -46,8 +47,8 @@ def _console(stderr: bool) -> Console:
     )
 
 
-console = _console(stderr=False)
-error_console = _console(stderr=True)
+console = new_console(stderr=False)
+error_console = new_console(stderr=True)
 
 
 def messages(json_wanted: bool) -> Console:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable
@@ -192,8 +193,8 @@ def _flushed() -> bool:
 def _reader_left() -> int:
     """Whoever read the output, such as ``head``, has stopped: end without a word."""
     # What is still to be written goes nowhere, else Python complains at exit.
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1
 
 
