@@ -112,6 +112,21 @@ def test_all_options_are_shown_on_demand():
     assert "--wiener" in shown("reconstruct", "--help-all")
 
 
+def test_commands_in_the_pages_parse():
+    seen = 0
+    for page in (PAGE.parents[1] / "README.md", *PAGE.parent.glob("*.md")):
+        for block in re.findall(r"(?ms)^```\w*\n(.*?)^```", page.read_text("utf-8")):
+            for line in re.findall(r"(?m)^cryorecon .*", block.replace("\\\n", "")):
+                if "[OPTIONS]" in line:
+                    continue
+                words = shlex.split(line.partition(" | ")[0].partition(" #")[0])
+                deep = 2 if " ".join(words[:2]) in COMMANDS else 3
+                command, ctx = COMMANDS[" ".join(words[:deep])]
+                command.make_context(words[deep - 1], words[deep:], parent=ctx.parent)
+                seen += 1
+    assert seen > 50
+
+
 def test_a_misspelt_example_would_not_parse():
     command, ctx = COMMANDS["cryorecon fsc"]
     with pytest.raises(Exception, match=r"No such option: --algin. Did you mean --align\?"):

@@ -94,7 +94,7 @@ InputSize = Annotated[
 ]
 ImagesSeen = Annotated[
     int,
-    option(COMPUTE, "Length of the training, in images.", metavar="N", min=1),
+    option(COMPUTE, "Length of the training, in images.", metavar="N", min=1, hidden=True),
 ]
 FirstResolution = Annotated[
     float | None,

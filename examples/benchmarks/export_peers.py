@@ -98,8 +98,8 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     os.chdir(folder)  # Stacks are named from here: RELION looks for them here.
     ours("simulate", model, "-o", ".", "--n", IMAGES, "--box", BOX, "--seed", 3,
-         "--pixel-size", args.pixel_size, "--snr", args.snr, "--shift", 4, "--astigmatism", 300,
-         "--overwrite")  # fmt: skip
+         "--pixel-size", args.pixel_size, "--snr", args.snr, "--offset-range", 4,
+         "--astigmatism", 300, "--overwrite")  # fmt: skip
     star = Path("particles.star")
     ours("reconstruct", star, "-o", "own.mrc")
     for to, name in (("cryodrgn", "drgn"), ("cryosparc", "p.cs"), ("relion", "r31.star")):

@@ -59,7 +59,7 @@ def simulated(folder: Path, n: int, box: int) -> Path:
     if not (folder / "particles.star").exists():
         command = [sys.executable, "-m", "cryorecon", "simulate", str(model), "-o", str(folder)]
         command += ["--n", str(n), "--box", str(box), "--pixel-size", str(76.8 / box)]
-        command += ["--snr", "1", "--shift", "5", "--seed", "3"]
+        command += ["--snr", "1", "--offset-range", "5", "--seed", "3"]
         subprocess.run(command, check=True)
     return folder
 
