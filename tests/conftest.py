@@ -2,24 +2,66 @@
 
 from __future__ import annotations
 
+import io
 import os
+import subprocess
+import sys
+from contextlib import chdir, redirect_stderr, redirect_stdout
 from importlib.resources import files
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
+from matplotlib.figure import Figure
+from PIL import Image
 
 # As the command does: torch's threads must not spin while other programs wait for a core.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
 
+from cryorecon.cli.main import main
 from cryorecon.io.atoms import read_atoms
+from cryorecon.maps import align
 from cryorecon.physics.potential import potential_map
 from cryorecon.run.simulate import simulate
 from cryorecon.run.simulate_config import SimulateConfig
 
 GOLDEN = Path(__file__).parent / "golden"
 MODEL = Path(str(files("cryorecon") / "data" / "4ake_chain_a_heavy.pdb"))
+
+
+def cryorecon(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """The whole command in this process: a process of its own spends seconds to load torch."""
+    words, out, err, code = ["cryorecon", *map(str, arguments)], io.StringIO(), io.StringIO(), 0
+    streams = redirect_stdout(out), redirect_stderr(err)
+    with chdir(cwd or Path()), patch.object(sys, "argv", words), streams[0], streams[1]:
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Picture files of one pixel: drawing costs a second a job. Other tests look at pictures."""
+    draw = Figure.savefig
+
+    def one_pixel(self: Figure, target: object, *args: object, **options: object) -> None:
+        kind = options.get("format")
+        if kind == "png" and isinstance(target, str | Path):
+            Image.new("RGB", (1, 1)).save(target, "png")
+        else:
+            draw(self, target, *args, **options)
+
+    monkeypatch.setattr(Figure, "savefig", one_pixel)
+
+
+@pytest.fixture
+def coarse_alignment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Maps are aligned from 1,944 rotations in place of 9,000, in a third of the time."""
+    monkeypatch.setattr(align, "_GRID_NSIDE", 3)
 
 
 @pytest.fixture

@@ -6,17 +6,21 @@ import json
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
-from conftest import GOLDEN, MODEL
+from conftest import GOLDEN, MODEL, cryorecon
 
 from cryorecon.io.mrc import read_map
 from cryorecon.io.star import read_star, write_star
 
 
-def cryorecon(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "cryorecon", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+def test_the_program_runs_as_a_module(tmp_path):
+    """A process of its own: entry, streams and exit status. The other tests call its `main`."""
+    for words, code in ((["--version"], 0), (["fsc", "none.mrc", "none.mrc"], 1), (["none"], 2)):
+        command = [sys.executable, "-m", "cryorecon", *words]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == code, words
+        assert ("cryorecon 0." in done.stdout) == (code == 0)
+        assert done.stderr.startswith("Error: ") == (code == 1)
 
 
 def test_version_and_help():
@@ -95,7 +99,8 @@ def test_reconstruct_needs_poses(tmp_path):
 
 def test_the_first_line_comes_before_the_end(tmp_path):
     star = GOLDEN / "relion31_32.star"
-    settings = ["--set", "temperatures=[5, 1]", "--set", "half_rounds=1", "--set", "joint_rounds=1"]
+    settings = ["temperatures=[5, 1]", "half_rounds=1", "joint_rounds=1", "final_steps=2"]
+    settings = [word for setting in settings for word in ("--set", setting)]
     done = cryorecon("abinitio-rmfn", star, "-o", tmp_path / "job", "--starts", 1, *settings)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
