@@ -19,6 +19,8 @@ from cryorecon.run.abinitio import AbinitioOptions, abinitio
 from cryorecon.run.simulate import simulate
 from cryorecon.run.simulate_config import SimulateConfig
 
+pytestmark = pytest.mark.usefixtures("no_pictures", "coarse_alignment")
+
 
 def power_by_shell(volume):
     shells = (radius_grid(len(volume), 3) + 0.5).long().flatten()
@@ -33,7 +35,9 @@ def test_noise_has_the_power_of_the_map_and_nothing_else_of_it(molecule_32, gene
     assert fsc_curve(noise, molecule_32)[4:16].abs().max() < 0.3
 
 
-def test_alignment_makes_noise_agree_at_low_resolution_only(molecule_32, generator):
+def test_alignment_makes_noise_agree_at_low_resolution_only(
+    molecule_32, generator, coarse_alignment
+):
     mask = soft_ball(32, 12.0, 2.0, 3)
     chance = chance_fsc(molecule_32, molecule_32, mask, 2.4, generator, n_trials=2)
     assert chance[1:4].min() > 0.2
@@ -65,7 +69,10 @@ def pure_noise(tmp_path, generator):
 def test_independent_maps_of_noise_do_not_agree(pure_noise, tmp_path, monkeypatch):
     """Were the job not to stop at "No signal found": below 0.143 from the first shells on."""
     monkeypatch.setattr(stages, "_SURE", float("-inf"))
-    engine = RmfnConfig(n_starts=1, half_rounds=4, joint_rounds=1, final_steps=1)
+    engine = RmfnConfig(
+        search_nside=3, temperatures=(5.0, 1.0), width=16, n_starts=1, half_rounds=3,
+        joint_rounds=1, final_steps=1,
+    )  # fmt: skip
     options = AbinitioOptions(halves="independent", engine=engine)
     abinitio(pure_noise, tmp_path / "job", options, Console(quiet=True))
     table = read_star(tmp_path / "job" / "fsc.star")["fsc"]
