@@ -163,20 +163,20 @@ def test_one_seed_gives_one_stack(tmp_path):
 
 
 def test_memory_does_not_grow_with_the_number_of_particles(tmp_path):
-    """Peak memory of 6,000 images, 94 MB on disk, is that of 600."""
+    """Peak memory of 3,000 images, 47 MB on disk, is that of 600."""
     code = (
         "import resource, sys; from cryorecon.run.simulate import simulate;"
-        "from cryorecon.run.simulate_config import SimulateConfig as C;"
-        "simulate(sys.argv[1], sys.argv[2], C(n_particles=int(sys.argv[3])));"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
+        "from cryorecon.run.simulate_config import SimulateConfig as C\n"
+        "for n in (600, 600, 3000):\n"
+        "    simulate(sys.argv[1], sys.argv[2], C(n_particles=n))\n"
+        "    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
     )
-    peaks = []
-    for n in (600, 6000):
-        command = [sys.executable, "-c", code, MODEL, str(tmp_path), str(n)]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-        peaks.append(float(done.stdout))
-    assert (tmp_path / "particles.mrcs").stat().st_size > 90e6
-    assert peaks[1] - peaks[0] < 40
+    command = [sys.executable, "-c", code, MODEL, str(tmp_path)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    # What the first call leaves behind, 70 MB, the second finds.
+    _, few, many = map(float, done.stdout.split())
+    assert (tmp_path / "particles.mrcs").stat().st_size > 45e6
+    assert many - few < 20
 
 
 def test_views_cluster_when_asked(tmp_path):
