@@ -199,10 +199,11 @@ def _file(path, stack):
     return path
 
 
-FEW = ["--starts", 2, "--radius", 4, "--set", "iterations=4", "--set", "first_iterations=2"]
+FEW = ["--starts", 2, "--radius", 4, "--set", "iterations=4", "--set", "first_iterations=2",
+       "--set", "beads=20"]  # fmt: skip
 
 
-def test_moments_that_no_start_explains_give_no_map(tmp_path, stack_32):
+def test_moments_that_no_start_explains_give_no_map(tmp_path, stack_32, coarse_alignment):
     """Two blobs after a few steps agree with each other, and say nothing of the molecule."""
     moments = _file(tmp_path / "m.h5", stack_32)
     job = tmp_path / "job"
@@ -292,7 +293,7 @@ def test_full_moments_are_not_fitted(tmp_path, stack_32):
         run("moments", "reconstruct", tmp_path / "f.h5", "-o", tmp_path / "job")
 
 
-def test_both_steps_in_one_command(tmp_path, stack_32):
+def test_both_steps_in_one_command(tmp_path, stack_32, no_pictures, coarse_alignment):
     few = [str(word) for word in FEW if word not in ("--radius", 4)]
     result = run("abinitio", stack_32 / "particles.star", "-o", tmp_path / "job", "--method",
                  "moments", "--diameter", 50, *few, "--set", "radius=4",
