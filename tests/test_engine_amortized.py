@@ -27,6 +27,8 @@ from cryorecon.run.load import load_observations
 from cryorecon.run.simulate import simulate
 from cryorecon.run.simulate_config import SimulateConfig
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 QUIET = Console(quiet=True)
 TINY = AmortizedConfig(images_seen=640, half_rounds=2, joint_rounds=1, width=32)
 

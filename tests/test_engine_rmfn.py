@@ -312,7 +312,7 @@ def test_the_job_directory_is_whole(recovered, stack_32):
     assert all(h.pixel_size_angst == pytest.approx(2.4) for h in halves)
 
 
-def test_one_seed_gives_one_result_and_half_sets_are_honoured(tmp_path):
+def test_one_seed_gives_one_result_and_half_sets_are_honoured(tmp_path, no_pictures):
     from rich.console import Console
 
     simulate(MODEL, tmp_path / "s", SimulateConfig(n_particles=60, box=24, snr=1.0))
@@ -320,8 +320,9 @@ def test_one_seed_gives_one_result_and_half_sets_are_honoured(tmp_path):
     tables["particles"]["rlnRandomSubset"] = ["1", "1", "2"] * 20
     write_star(tmp_path / "p.star", tables)
     tiny = RmfnConfig(
-        n_starts=1, temperatures=(5.0, 1.0), half_rounds=2, joint_rounds=1, final_steps=2
-    )
+        search_nside=2, n_starts=1, temperatures=(5.0, 1.0), width=16, half_rounds=2,
+        joint_rounds=1, final_steps=2,
+    )  # fmt: skip
     for name in ("a", "b"):
         options = AbinitioOptions(seed=1, engine=tiny)
         abinitio(tmp_path / "p.star", tmp_path / name, options, Console(quiet=True))
