@@ -5,16 +5,20 @@ BIN := $(VENV)/bin
 # torch goes first and alone: a plain `pip install` would fetch a build with CUDA libraries.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test quick lint clean
+.PHONY: demo docs test quick lint clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) torch
-	$(INSTALL) -e '.[test]'
+	$(INSTALL) -e '.[test,docs]'
 	touch $@
 
 demo: $(VENV)/.installed
 	$(BIN)/cryorecon demo -o demo --overwrite
+
+# The pages of docs/ as a site in build/site; a broken link is an error.
+docs: $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -26,7 +30,7 @@ lint: $(VENV)/.installed
 quick: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadscope -m 'not slow'
 
-test: quick
+test: quick docs
 	$(BIN)/python -m pytest -m slow
 
 clean:
