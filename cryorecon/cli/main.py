@@ -21,6 +21,7 @@ from cryorecon.cli import (
     export,
     fit_image,
     fsc,
+    import_particles,
     reconstruct,
     simulate,
 )
@@ -92,6 +93,10 @@ _add(
 _add(
     CONVERT, "export", "To RELION, cryoSPARC, cryoDRGN, ChimeraX; edits of maps",
     export.export_command, export.EXAMPLES,
+)  # fmt: skip
+_add(
+    CONVERT, "import", "Stacks with the pickles of cryoDRGN; its poses into STAR files",
+    import_particles.import_command, import_particles.EXAMPLES,
 )  # fmt: skip
 app.add_typer(moments_app, name="moments", rich_help_panel=METHODS)
 app.add_typer(mra_app, name="mra", rich_help_panel=METHODS)

@@ -13,13 +13,16 @@ import torch
 from numpy.typing import NDArray
 
 from cryorecon.errors import CryoreconError
+from cryorecon.io.cryodrgn_input import is_stack, read_stack_table
 from cryorecon.io.cryosparc import is_cryosparc_file, read_cryosparc
 from cryorecon.io.mrc import open_stack
 from cryorecon.io.stacks import check_stacks, parse_image_names, resolve_stacks
-from cryorecon.io.star import Tables, numbers, star_blocks, write_star
+from cryorecon.io.star import Tables, integers, numbers, star_blocks, write_star
 from cryorecon.io.text_table import TextTable
 from cryorecon.physics.ctf import CtfParameters
 
+# Far from what float32 holds, and from any image.
+_LARGEST_SUM_OF_SQUARES = 1e30
 _ANGLES = ["rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi"]
 _PER_PARTICLE_CTF = {
     "defocus_u_angst": "rlnDefocusU",
@@ -90,7 +93,7 @@ class Particles:
         Raises
         ------
         CryoreconError
-            If a pixel is NaN or infinite.
+            If a pixel is NaN or infinite, or so large that sums of squares would be.
         """
         index = np.asarray(rows, dtype=np.int64)
         images = np.empty((len(index), self.box, self.box), np.float32)
@@ -99,12 +102,14 @@ class Particles:
             chosen = order[self._stack_of[index][order] == stack]
             data = open_stack(self._stacks[stack])
             images[chosen] = data[self._section[index[chosen]]]
-        bad = np.flatnonzero(~np.isfinite(images.sum((1, 2), dtype=np.float64)))
+        with np.errstate(invalid="ignore"):
+            squares = np.einsum("byx,byx->b", images, images, dtype=np.float64)
+        bad = np.flatnonzero(~(squares < _LARGEST_SUM_OF_SQUARES))
         if len(bad):
             row = index[bad[0]]
             raise CryoreconError(
                 f"{self.path}, row {self.rows[row] + 1}: image {self._section[row] + 1} of "
-                f"{self._stacks[self._stack_of[row]]} holds NaN or infinite pixels "
+                f"{self._stacks[self._stack_of[row]]} holds NaN, infinite or huge pixels "
                 f"({len(bad)} of {len(index)} images read)",
                 "Remove these rows or write the stack again",
             )
@@ -140,7 +145,7 @@ class Particles:
         """Half set, 1 or 2, of each particle, or None when the file has none."""
         if "rlnRandomSubset" not in self.table:
             return None
-        subsets = self._column("rlnRandomSubset").astype(np.int64)
+        subsets = integers(self.path, self.table, "rlnRandomSubset", rows=self.rows)
         if not np.isin(subsets, (1, 2)).all():
             row = int(np.flatnonzero(~np.isin(subsets, (1, 2)))[0])
             raise CryoreconError(
@@ -153,7 +158,7 @@ class Particles:
         """Row of the optics table for each particle; zeros in RELION 3.0 files."""
         if not self.has_optics_table:
             return np.zeros(len(self), dtype=np.int64)
-        return _optics_index(self.path, self.table, self.blocks["optics"])
+        return _optics_index(self.path, self.table, self.blocks["optics"], self.rows)
 
     def ctf_parameters(self) -> CtfParameters:
         """CTF of each particle.
@@ -230,6 +235,7 @@ def read_particles(
     project: str | Path | None = None,
     *,
     passthrough: str | Path | None = None,
+    ctf: str | Path | None = None,
 ) -> Particles:
     """Read particles of RELION 3.0, 3.1, 5 or cryoSPARC and check the stacks they name.
 
@@ -240,6 +246,8 @@ def read_particles(
         Folder that image paths are relative to; tried after the current directory.
     passthrough : path, optional
         Second cryoSPARC file with further fields of the same particles.
+    ctf : path, optional
+        ``ctf.pkl`` of cryoDRGN; then `path` is its stack, or its list of stacks.
 
     Raises
     ------
@@ -248,9 +256,12 @@ def read_particles(
     """
     path = Path(path)
     blocks: Tables
-    if is_cryosparc_file(path):
-        optics, cs_table = read_cryosparc(path, passthrough)
-        blocks, tables = {"optics": optics}, {"particles": cs_table}
+    if ctf is not None or is_stack(path):
+        optics, found = _read_stack(path, ctf)
+        blocks, tables = {"optics": optics}, {"particles": found}
+    elif is_cryosparc_file(path):
+        optics, found = read_cryosparc(path, passthrough)
+        blocks, tables = {"optics": optics}, {"particles": found}
     else:
         blocks, tables = _read_blocks(path)
     name = _particle_block(path, blocks, tables)
@@ -266,6 +277,21 @@ def read_particles(
     return Particles(
         path, table, blocks, name, box, pixel_size, rows, stack_of, section, tuple(stacks)
     )
+
+
+def _read_stack(path: Path, ctf: str | Path | None) -> tuple[pd.DataFrame, TextTable]:
+    if not is_stack(path):
+        raise CryoreconError(
+            f"{path} is no stack of images, which ctf.pkl belongs to",
+            "Give an .mrcs file or a .txt list of them; STAR and .cs files hold their CTF themselves",
+        )
+    if ctf is None:
+        raise CryoreconError(
+            f"{path} holds images, but neither their pixel size nor their CTF",
+            "Give a STAR or .cs file of particles, or make one: cryorecon import "
+            f"{path.name} --ctf ctf.pkl -o particles.star",
+        )
+    return read_stack_table(path, ctf)
 
 
 def _read_blocks(path: Path) -> tuple[Tables, dict[str, TextTable]]:
@@ -294,7 +320,9 @@ def _particle_block(path: Path, blocks: Tables, tables: dict[str, TextTable]) ->
     )
 
 
-def _optics_index(path: Path, table: TextTable, optics: pd.DataFrame) -> NDArray[np.int64]:
+def _optics_index(
+    path: Path, table: TextTable, optics: pd.DataFrame, rows: NDArray[np.int32]
+) -> NDArray[np.int64]:
     if len(optics) == 1 and "rlnOpticsGroup" not in table:
         return np.zeros(len(table), dtype=np.int64)
     if "rlnOpticsGroup" not in table or "rlnOpticsGroup" not in optics:
@@ -302,13 +330,18 @@ def _optics_index(path: Path, table: TextTable, optics: pd.DataFrame) -> NDArray
             f"{path} has an optics table but no rlnOpticsGroup to join it by",
             "Add the column rlnOpticsGroup to both tables",
         )
-    groups = numbers(path, optics, "rlnOpticsGroup").astype(np.int64)
-    wanted = numbers(path, table, "rlnOpticsGroup").astype(np.int64)
+    groups = integers(path, optics, "rlnOpticsGroup")
+    wanted = integers(path, table, "rlnOpticsGroup", rows=rows)
+    if len(np.unique(groups)) < len(groups):
+        twice = next(g for k, g in enumerate(groups) if g in groups[:k])
+        raise CryoreconError(
+            f"{path}: optics group {twice} occurs twice in the optics table", "Remove one of them"
+        )
     position = pd.Index(groups).get_indexer(pd.Index(wanted))
     if (position < 0).any():
         row = int(np.flatnonzero(position < 0)[0])
         raise CryoreconError(
-            f"{path}, row {row + 1}: optics group {wanted[row]} is not in the optics table",
+            f"{path}, row {rows[row] + 1}: optics group {wanted[row]} is not in the optics table",
             f"Its groups are {', '.join(map(str, groups))}; correct the row or add the group",
         )
     return position.astype(np.int64)
@@ -321,7 +354,7 @@ def _pixel_size(
         raise CryoreconError(f"{path}: its optics table is empty", "Add a row for each group")
     source = optics if optics is not None else table
     if optics is not None and "rlnImageSize" in optics:
-        sizes = numbers(path, optics, "rlnImageSize").astype(int)
+        sizes = integers(path, optics, "rlnImageSize")
         if (sizes != box).any():
             raise CryoreconError(
                 f"{path}: the optics table says {sizes[sizes != box][0]} px boxes, "
@@ -352,4 +385,4 @@ def _pixel_size(
         )
     if sizes_angst[0] <= 0:
         raise CryoreconError(f"{path} states a pixel size of {sizes_angst[0]:g} A", "Correct it")
-    return float(sizes_angst[0])
+    return float(found[0])
