@@ -1,20 +1,18 @@
-"""Damaged particle tables and stacks: commands do their work or say what to mend, soon and small."""
+"""Damaged particle tables and stacks: commands do their work or say what to mend."""
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from bad_inputs import BOX, COUNT, cases, damaged, particle_table, project, run
+from bad_inputs import cases, damaged, particle_table, project, run
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cryorecon.io.mrc import read_map
-from cryorecon.io.star import write_star
 
 # What commands make of particles; {} is the table.
 COMMANDS = [
@@ -99,48 +97,45 @@ WORDS = [
 ]
 
 
+def altered(data: st.DataObject, table: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    """A table with a value, a column or a row changed, and what was done."""
+    column, other = (data.draw(st.sampled_from(list(table.columns))) for _ in range(2))
+    word, row = data.draw(st.sampled_from(WORDS)), data.draw(st.integers(0, max(len(table) - 1, 0)))
+    exchanged = table.rename(columns={column: other, other: column})
+    changed = {
+        "value": table.mask((table.index == row)[:, None] & (table.columns == column)[None], word),
+        "column": table.assign(**{column: word}),
+        "drop": table.drop(columns=[column]),
+        "rename": table.rename(columns={column: "rlnNoSuchColumn"}),
+        "twice": pd.concat([table, table[[column]]], axis=1),
+        "swap": exchanged,
+        "rows": table.iloc[: row % 2],
+        "block": table,
+    }
+    kind = data.draw(st.sampled_from(sorted(changed)))
+    return changed[kind], kind
+
+
+def as_star(tables: dict[str, pd.DataFrame]) -> str:
+    """STAR text of tables as they are, without any care."""
+    text = ""
+    for name, table in tables.items():
+        labels = "".join(f"_{column} #{k + 1}\n" for k, column in enumerate(table.columns))
+        rows = "".join(" ".join(map(str, row)) + "\n" for row in table.to_numpy(object).tolist())
+        text += f"\ndata_{name}\n\nloop_\n{labels}{rows}"
+    return text
+
+
 @cases(200)
 @given(st.data())
 def test_wrong_values_and_columns(folder: Path, data: st.DataObject) -> None:
     tables = particle_table()
-    for _ in range(data.draw(st.integers(1, 2))):
-        name = data.draw(st.sampled_from(["optics", "particles"]))
-        table = tables[name].astype(object)
-        if not len(table.columns):
-            continue
-        column = data.draw(st.sampled_from(list(table.columns)))
-        other = data.draw(st.sampled_from(list(table.columns)))
-        kind = data.draw(
-            st.sampled_from(["value", "column", "drop", "rename", "twice", "swap", "rows", "block"])
-        )
-        word = data.draw(st.sampled_from(WORDS))
-        if kind == "value" and len(table):
-            table.loc[data.draw(st.integers(0, len(table) - 1)), column] = word
-        elif kind == "column":
-            table[column] = word
-        elif kind == "drop":
-            table = table.drop(columns=[column])
-        elif kind == "rename":
-            table = table.rename(columns={column: "rlnNoSuchColumn"})
-        elif kind == "twice":
-            table = pd.concat([table, table[[column]]], axis=1)
-        elif kind == "swap":
-            table[[column, other]] = table[[other, column]].to_numpy()
-        elif kind == "rows":
-            table = table.iloc[: data.draw(st.integers(0, 1))]
-        tables[name] = table
+    for name in data.draw(st.sampled_from([["optics"], ["particles"], ["optics", "particles"]])):
+        tables[name], kind = altered(data, tables[name].astype(object))
         if kind == "block":
-            tables = {data.draw(st.sampled_from(["", "images", "x", "optics"])): table}
+            tables = {data.draw(st.sampled_from(["", "images", "x", "optics"])): tables[name]}
             break
-        if kind == "twice":
-            break
-    text = ""
-    for name, table in tables.items():
-        text += f"\ndata_{name}\n\nloop_\n" + "".join(
-            f"_{c} #{k + 1}\n" for k, c in enumerate(table.columns)
-        )
-        text += "".join(" ".join(map(str, row)) + "\n" for row in table.itertuples(index=False))
-    (folder / "p.star").write_text(text, "utf-8")
+    (folder / "p.star").write_text(as_star(tables), "utf-8")
     process(folder, data.draw(st.integers(0, len(COMMANDS) - 1)))
 
 

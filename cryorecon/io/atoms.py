@@ -55,19 +55,25 @@ def read_atoms(
         model.remove_hydrogens()
     if not keep_waters:
         model.remove_waters()
-    picked = [
-        pick
-        for chain in model
-        for _, residues in groupby(chain, key=lambda residue: str(residue.seqid))
-        for pick in _pick_atoms(list(residues))
-    ]
+    try:
+        picked = [
+            pick
+            for chain in model
+            for _, residues in groupby(chain, key=lambda residue: str(residue.seqid))
+            for pick in _pick_atoms(list(residues))
+        ]
+        for residue, atom, occupancy in picked:
+            _check_atom(path, residue, atom, occupancy)
+    except UnicodeDecodeError as error:
+        raise CryoreconError(
+            f"{path} is damaged: the name of an atom or a residue is no text",
+            "Give an undamaged PDB or mmCIF file",
+        ) from error
     if not picked:
         raise CryoreconError(
             f"{path} holds no atoms besides waters and hydrogens",
             "Keep them with --keep-waters and --keep-hydrogens, or give another model",
         )
-    for residue, atom, occupancy in picked:
-        _check_atom(path, residue, atom, occupancy)
     occupancies = np.array([occupancy for _, _, occupancy in picked])
     if not occupancies.sum() > 0:
         raise CryoreconError(
@@ -88,7 +94,7 @@ def read_atoms(
 def _first_model(path: Path) -> gemmi.Model:
     try:
         structure = gemmi.read_structure(str(path))
-    except (RuntimeError, ValueError, OSError) as error:
+    except (RuntimeError, ValueError, IndexError, OSError) as error:
         reason = (str(error).splitlines() or ["damaged file"])[0].rstrip(" :.")
         raise CryoreconError(
             f"{path} cannot be read as an atomic model: {reason}",

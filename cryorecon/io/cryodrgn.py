@@ -80,11 +80,10 @@ def with_poses(particles: Particles, path: str | Path) -> Particles:
     CryoreconError
         As :func:`cryorecon.io.cryodrgn_input.pose_columns`.
     """
-    pixel_angst = particles.pixel_size_angst
     euler_deg, origins_angst = pose_columns(
-        path, particles.path, len(particles), particles.box * pixel_angst
+        path, particles.path, len(particles), particles.box * particles.pixel_size_angst
     )
-    unit, scale = ("Angst", 1.0) if particles.has_optics_table else ("", pixel_angst)
+    unit, scale = particles.origin_unit()
     names = [
         *(f"rlnAngle{a}" for a in ("Rot", "Tilt", "Psi")),
         *(f"rlnOrigin{a}{unit}" for a in "XY"),

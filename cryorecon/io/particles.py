@@ -141,6 +141,12 @@ class Particles:
             return pixels * self.pixel_size_angst
         return np.zeros((len(self), 2))
 
+    def origin_unit(self) -> tuple[str, float]:
+        """What the names of the origin columns end in, and their unit in angstrom."""
+        if self.has_optics_table or "rlnOriginXAngst" in self.table:
+            return "Angst", 1.0
+        return "", self.pixel_size_angst
+
     def random_subsets(self) -> NDArray[np.int64] | None:
         """Half set, 1 or 2, of each particle, or None when the file has none."""
         if "rlnRandomSubset" not in self.table:
@@ -212,7 +218,7 @@ class Particles:
         ----------
         euler_deg : array, shape (n, 3), optional
         origins_angst : array, shape (n, 2), optional
-            Written as pixels to a RELION 3.0 file.
+            Written as pixels to a RELION 3.0 file, unless it holds them in angstrom.
         random_subsets : array of 1 and 2, optional
         class_number : int, optional
         """
@@ -220,7 +226,7 @@ class Particles:
         if euler_deg is not None:
             new |= zip(_ANGLES, np.asarray(euler_deg, np.float64).T, strict=True)
         if origins_angst is not None:
-            unit, scale = ("Angst", 1.0) if self.has_optics_table else ("", self.pixel_size_angst)
+            unit, scale = self.origin_unit()
             for axis, values in zip("XY", np.asarray(origins_angst, np.float64).T, strict=True):
                 new[f"rlnOrigin{axis}{unit}"] = values / scale
         if class_number is not None:
@@ -283,7 +289,7 @@ def _read_stack(path: Path, ctf: str | Path | None) -> tuple[pd.DataFrame, TextT
     if not is_stack(path):
         raise CryoreconError(
             f"{path} is no stack of images, which ctf.pkl belongs to",
-            "Give an .mrcs file or a .txt list of them; STAR and .cs files hold their CTF themselves",
+            "Give an .mrcs file or a .txt list of them; other tables hold their CTF themselves",
         )
     if ctf is None:
         raise CryoreconError(

@@ -1,4 +1,4 @@
-"""Arrays from pickles of other programs, without running what such a file holds.
+"""Arrays in pickles of other programs, without running what such a file holds.
 
 A pickle is a program for a small stack machine, and may call any function there is. Here only the
 instructions are followed that put together numbers, text and tuples; numpy's functions are known
@@ -39,7 +39,7 @@ _CONSTANTS: dict[str, object] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": Fals
 _TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
-class _Refused(Exception):
+class _RefusedError(Exception):
     """What the file asks for and does not get."""
 
 
@@ -87,7 +87,7 @@ def read_pickled_arrays(path: str | Path, what: str) -> tuple[NDArray[Any], ...]
         found = _Machine(len(raw)).run(raw)
         items = found if isinstance(found, (tuple, list)) else [found]
         return tuple(_numbers(item) for item in items)
-    except _Refused as refused:
+    except _RefusedError as refused:
         raise CryoreconError(f"{path} holds {refused}, not just arrays", _REMEDY) from refused
     except OSError as error:
         raise CryoreconError(f"{path} cannot be read: {error.strerror}", "Check it") from error
@@ -109,7 +109,7 @@ class _Machine:
         """Follow the instructions; what is left at the end."""
         for count, (opcode, argument, _) in enumerate(pickletools.genops(raw)):
             if count > _MOST_INSTRUCTIONS:
-                raise _Refused("too many parts")
+                raise _RefusedError("too many parts")
             if opcode.name == "STOP":
                 break
             self._step(opcode.name, argument)
@@ -146,7 +146,7 @@ class _Machine:
             items = stack[at:]
             del stack[at:]
             if not isinstance(stack[-1], list):
-                raise _Refused("a list that is none")
+                raise _RefusedError("a list that is none")
             stack[-1].extend(items)
         elif name in ("GLOBAL", "INST"):
             stack.append(_function(*argument.split(" ", 1)))
@@ -160,11 +160,11 @@ class _Machine:
             state = stack.pop()
             _fill(stack[-1], state)
         elif name not in ("PROTO", "FRAME"):
-            raise _Refused(f"the pickle instruction {name}")
+            raise _RefusedError(f"the pickle instruction {name}")
 
     def _group(self, at: int) -> None:
         if at < 0:
-            raise _Refused("a tuple of nothing")
+            raise _RefusedError("a tuple of nothing")
         items = tuple(self._stack[at:])
         del self._stack[at:]
         self._stack.append(items)
@@ -185,16 +185,16 @@ class _Machine:
             # One text may be asked for many times.
             self._left -= len(arguments[0])
             if self._left < 0:
-                raise _Refused("more bytes than the file has")
+                raise _RefusedError("more bytes than the file has")
             return arguments[0].encode("latin1")
-        raise _Refused(f"a call of {name or 'something unknown'}")
+        raise _RefusedError(f"a call of {name or 'something unknown'}")
 
 
 def _function(module: str, name: str) -> _Function:
     full = f"{module}.{name}"
     if full not in _KNOWN:
         shown = full if full.isprintable() and len(full) < 100 else "something unknown"
-        raise _Refused(shown)
+        raise _RefusedError(shown)
     return _Function(full)
 
 
@@ -204,26 +204,26 @@ def _fill(target: Any, state: Any) -> None:
     elif isinstance(target, _Kind):
         _, order, parts, names, *_ = state
         if parts is not None or names is not None:
-            raise _Refused("an array of records")
+            raise _RefusedError("an array of records")
         target.order = order
     else:
-        raise _Refused("an object")
+        raise _RefusedError("an object")
 
 
 def _numbers(item: Any) -> NDArray[Any]:
     """The array that was described, in this machine's byte order."""
     if not isinstance(item, _Array) or not isinstance(item.kind, _Kind):
-        raise _Refused("something else")
+        raise _RefusedError("something else")
     if not re.fullmatch(r"f[248]|[iu][1248]", item.kind.code):
-        raise _Refused("an array of something other than numbers")
+        raise _RefusedError("an array of something other than numbers")
     dtype = np.dtype(item.kind.code).newbyteorder(">" if item.kind.order == ">" else "<")
     shape = item.shape
     if not isinstance(shape, tuple) or len(shape) > _MOST_DIMENSIONS:
-        raise _Refused("an array of a strange shape")
+        raise _RefusedError("an array of a strange shape")
     if not isinstance(item.data, (bytes, bytearray)):
-        raise _Refused("an array without bytes")
+        raise _RefusedError("an array without bytes")
     if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != len(item.data):
-        raise _Refused(f"an array of another size than its {len(item.data)} bytes")
+        raise _RefusedError(f"an array of another size than its {len(item.data)} bytes")
     values = np.frombuffer(item.data, dtype).reshape(shape, order="F" if item.by_columns else "C")
     if item.axes is not None:
         values = values.transpose(item.axes)

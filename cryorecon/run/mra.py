@@ -296,6 +296,9 @@ def load_encoders(folder: Path) -> EncoderPair:
     try:
         with safe_open(path, "pt") as file:
             config = config_from(json.loads((file.metadata() or {})["config"]))
+            # Two networks of float32; a config must not ask for more than the file holds.
+            if 8 * config.encoder.weight_count() > path.stat().st_size:
+                raise ValueError("the file is smaller than its networks")
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         pair = EncoderPair(config)
         pair.load_state_dict(weights)

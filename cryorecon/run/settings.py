@@ -12,6 +12,8 @@ import yaml
 
 from cryorecon.errors import CryoreconError, require_file
 
+# Settings take a few lines; yaml takes long over megabytes.
+_LARGEST_FILE = 2**16
 Settings = TypeVar("Settings")
 
 
@@ -25,17 +27,13 @@ def with_settings(config: Settings, path: Path | None, pairs: list[str]) -> Sett
     CryoreconError
         For an unknown key (with the nearest known one) or a value of the wrong kind.
     """
-    updates: dict[str, Any] = {}
     if path is not None:
-        try:
-            loaded = yaml.safe_load(require_file(path, "YAML file").read_text("utf-8")) or {}
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise CryoreconError(
-                f"{path} is not valid YAML", "Write lines of key: value"
-            ) from error
-        if not isinstance(loaded, dict):
-            raise CryoreconError(f"{path} is not a list of settings", "Write lines of key: value")
-        updates.update(loaded)
+        for key, value in _of_file(path).items():
+            try:
+                config = _replaced(config, str(key).split("."), value, str(key))
+            except CryoreconError as error:
+                raise CryoreconError(f"{path}: {error.problem}", error.remedy) from error
+    updates: dict[str, Any] = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals:
@@ -47,6 +45,21 @@ def with_settings(config: Settings, path: Path | None, pairs: list[str]) -> Sett
     for key, value in updates.items():
         config = _replaced(config, str(key).split("."), value, str(key))
     return config
+
+
+def _of_file(path: Path) -> dict[Any, Any]:
+    require_file(path, "YAML file")
+    no_yaml = CryoreconError(f"{path} is not valid YAML", "Write lines of key: value")
+    if path.stat().st_size > _LARGEST_FILE:
+        raise no_yaml
+    try:
+        loaded = yaml.safe_load(path.read_text("utf-8")) or {}
+    except (yaml.YAMLError, ValueError, RecursionError, TypeError, KeyError, OSError) as error:
+        # Dates that do not exist, numbers of thousands of digits, lists as keys.
+        raise no_yaml from error
+    if not isinstance(loaded, dict):
+        raise CryoreconError(f"{path} is not a list of settings", "Write lines of key: value")
+    return loaded
 
 
 def _replaced(config: Settings, path: list[str], value: Any, full_key: str) -> Settings:
