@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import zlib
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
@@ -14,6 +16,7 @@ from cryorecon.physics.potential import Atoms
 
 DEFAULT_B_FACTOR_ANGST2 = 20.0
 _NO_LETTER = "\0"
+_LARGEST_BYTES = 2**30
 
 
 def read_atoms(
@@ -91,7 +94,27 @@ def read_atoms(
     )
 
 
+def _require_unpacked_size(path: Path) -> None:
+    """Refuse a small file that unpacks to something far larger than any model."""
+    size = 0
+    try:
+        with gzip.open(path) as file:
+            while block := file.read(2**20):
+                size += len(block)
+                if size > _LARGEST_BYTES:
+                    raise CryoreconError(
+                        f"{path} is more than {_LARGEST_BYTES:,} bytes unpacked",
+                        "Give a file of an atomic model",
+                    )
+    except (OSError, EOFError, zlib.error) as error:
+        raise CryoreconError(
+            f"{path} cannot be unpacked: {error}", "Give an undamaged gzip file"
+        ) from error
+
+
 def _first_model(path: Path) -> gemmi.Model:
+    if path.suffix == ".gz":
+        _require_unpacked_size(path)
     try:
         structure = gemmi.read_structure(str(path))
     except (RuntimeError, ValueError, IndexError, OSError) as error:

@@ -16,6 +16,7 @@ from cryorecon.errors import CryoreconError
 from cryorecon.io.cryodrgn_input import is_stack, read_stack_table
 from cryorecon.io.cryosparc import is_cryosparc_file, read_cryosparc
 from cryorecon.io.mrc import open_stack
+from cryorecon.io.optics import optics_index, pixel_size_of, require_within
 from cryorecon.io.stacks import check_stacks, parse_image_names, resolve_stacks
 from cryorecon.io.star import Tables, integers, numbers, star_blocks, write_star
 from cryorecon.io.text_table import TextTable
@@ -34,6 +35,7 @@ _MICROSCOPE = {
     "spherical_aberration_mm": "rlnSphericalAberration",
     "amplitude_contrast": "rlnAmplitudeContrast",
 }
+_OPTIONAL_CTF = {"phase_shift_deg": "rlnPhaseShift", "b_factor_angst2": "rlnCtfBfactor"}
 
 
 @dataclass(frozen=True)
@@ -134,12 +136,16 @@ class Particles:
 
     def origins_angst(self) -> NDArray[np.float64]:
         """In-plane origins (x, y) in angstrom, shape (n, 2); zero where the file has none."""
-        if {"rlnOriginXAngst", "rlnOriginYAngst"} <= set(self.table):
-            return np.stack([self._column(f"rlnOrigin{a}Angst") for a in "XY"], -1)
-        if {"rlnOriginX", "rlnOriginY"} <= set(self.table):
-            pixels = np.stack([self._column(f"rlnOrigin{a}") for a in "XY"], -1)
-            return pixels * self.pixel_size_angst
-        return np.zeros((len(self), 2))
+        unit, scale = self.origin_unit()
+        names = [f"rlnOrigin{axis}{unit}" for axis in "XY"]
+        if not set(names) <= set(self.table):
+            names, scale = ["rlnOriginX", "rlnOriginY"], self.pixel_size_angst
+        if not set(names) <= set(self.table):
+            return np.zeros((len(self), 2))
+        origins = [self._column(name) * scale for name in names]
+        for name, values in zip(names, origins, strict=True):
+            require_within(self.path, self.rows, name, values)
+        return np.stack(origins, -1)
 
     def origin_unit(self) -> tuple[str, float]:
         """What the names of the origin columns end in, and their unit in angstrom."""
@@ -164,7 +170,7 @@ class Particles:
         """Row of the optics table for each particle; zeros in RELION 3.0 files."""
         if not self.has_optics_table:
             return np.zeros(len(self), dtype=np.int64)
-        return _optics_index(self.path, self.table, self.blocks["optics"], self.rows)
+        return optics_index(self.path, self.table, self.blocks["optics"], self.rows)
 
     def ctf_parameters(self) -> CtfParameters:
         """CTF of each particle.
@@ -172,7 +178,7 @@ class Particles:
         Raises
         ------
         CryoreconError
-            If a column is missing or holds something that is not a number.
+            If a column is missing, or holds something that is no number or that no microscope has.
         """
         optics = self.blocks.get("optics")
         index = self.optics_index()
@@ -185,23 +191,22 @@ class Particles:
                 "Run CTF estimation first, or add the column to the particle or the optics table",
             )
 
-        def values(column: str, default: float = 0.0) -> torch.Tensor:
+        def values(column: str) -> torch.Tensor:
             if column in self.table:
                 found = self._column(column)
             elif optics is not None and column in optics:
                 found = numbers(self.path, optics, column)[index]
             else:
-                found = np.array([default])
+                found = np.array([0.0])
             if (found == found[0]).all():  # Millions of equal numbers are one.
                 return torch.tensor(found[0], dtype=torch.float64).expand(len(self))
             return torch.from_numpy(found)
 
-        columns = {**_PER_PARTICLE_CTF, **_MICROSCOPE}
-        return CtfParameters(
-            **{name: values(column) for name, column in columns.items()},
-            phase_shift_deg=values("rlnPhaseShift", 0.0),
-            b_factor_angst2=values("rlnCtfBfactor", 0.0),
-        )
+        columns = {**_PER_PARTICLE_CTF, **_MICROSCOPE, **_OPTIONAL_CTF}
+        found = {name: values(column) for name, column in columns.items()}
+        for name, column in columns.items():
+            require_within(self.path, self.rows, column, found[name].numpy())
+        return CtfParameters(**found)
 
     def write(
         self,
@@ -278,7 +283,7 @@ def read_particles(
     stack_of, section, names = parse_image_names(path, table)
     stacks = resolve_stacks(path, names, project)
     box = check_stacks(path, stacks, stack_of, section)
-    pixel_size = _pixel_size(path, table, blocks.get("optics"), stacks[0], box)
+    pixel_size = pixel_size_of(path, table, blocks.get("optics"), stacks[0], box)
     rows = np.arange(len(table), dtype=np.int32)
     return Particles(
         path, table, blocks, name, box, pixel_size, rows, stack_of, section, tuple(stacks)
@@ -324,71 +329,3 @@ def _particle_block(path: Path, blocks: Tables, tables: dict[str, TextTable]) ->
         f"{path} has no table with a column rlnImageName (blocks: {', '.join(blocks) or 'none'})",
         "Give a particle STAR file, not one of micrographs or jobs",
     )
-
-
-def _optics_index(
-    path: Path, table: TextTable, optics: pd.DataFrame, rows: NDArray[np.int32]
-) -> NDArray[np.int64]:
-    if len(optics) == 1 and "rlnOpticsGroup" not in table:
-        return np.zeros(len(table), dtype=np.int64)
-    if "rlnOpticsGroup" not in table or "rlnOpticsGroup" not in optics:
-        raise CryoreconError(
-            f"{path} has an optics table but no rlnOpticsGroup to join it by",
-            "Add the column rlnOpticsGroup to both tables",
-        )
-    groups = integers(path, optics, "rlnOpticsGroup")
-    wanted = integers(path, table, "rlnOpticsGroup", rows=rows)
-    if len(np.unique(groups)) < len(groups):
-        twice = next(g for k, g in enumerate(groups) if g in groups[:k])
-        raise CryoreconError(
-            f"{path}: optics group {twice} occurs twice in the optics table", "Remove one of them"
-        )
-    position = pd.Index(groups).get_indexer(pd.Index(wanted))
-    if (position < 0).any():
-        row = int(np.flatnonzero(position < 0)[0])
-        raise CryoreconError(
-            f"{path}, row {rows[row] + 1}: optics group {wanted[row]} is not in the optics table",
-            f"Its groups are {', '.join(map(str, groups))}; correct the row or add the group",
-        )
-    return position.astype(np.int64)
-
-
-def _pixel_size(
-    path: Path, table: TextTable, optics: pd.DataFrame | None, stack: Path, box: int
-) -> float:
-    if optics is not None and len(optics) == 0:
-        raise CryoreconError(f"{path}: its optics table is empty", "Add a row for each group")
-    source = optics if optics is not None else table
-    if optics is not None and "rlnImageSize" in optics:
-        sizes = integers(path, optics, "rlnImageSize")
-        if (sizes != box).any():
-            raise CryoreconError(
-                f"{path}: the optics table says {sizes[sizes != box][0]} px boxes, "
-                f"{stack} has {box} px",
-                "Correct rlnImageSize or give the stack it was written for",
-            )
-    for table_ in (source, table):
-        if "rlnImagePixelSize" in table_:
-            found = numbers(path, table_, "rlnImagePixelSize")
-            break
-    else:
-        if {"rlnDetectorPixelSize", "rlnMagnification"} <= set(table):
-            detector_um = numbers(path, table, "rlnDetectorPixelSize")
-            found = detector_um * 1e4 / numbers(path, table, "rlnMagnification")
-        elif {"rlnPixelSize"} <= set(table):
-            found = numbers(path, table, "rlnPixelSize")
-        else:
-            raise CryoreconError(
-                f"{path} does not state the pixel size",
-                "Add rlnImagePixelSize to the optics table (3.1) or rlnDetectorPixelSize and "
-                "rlnMagnification to the particles (3.0)",
-            )
-    sizes_angst = np.unique(np.round(found, 6))
-    if len(sizes_angst) > 1:
-        listed = ", ".join(f"{s:g}" for s in sizes_angst[:4])
-        raise CryoreconError(
-            f"{path} mixes pixel sizes ({listed} A)", "Rescale all particles to one pixel size"
-        )
-    if sizes_angst[0] <= 0:
-        raise CryoreconError(f"{path} states a pixel size of {sizes_angst[0]:g} A", "Correct it")
-    return float(found[0])

@@ -69,7 +69,7 @@ def _pieces(path: str | Path) -> Iterator[tuple[str, int, pd.DataFrame]]:
     path = require_file(path, "STAR file")
     number = 0
     try:
-        with path.open(encoding="utf-8") as lines:
+        with path.open(encoding="utf-8-sig") as lines:
             for name, labels, first, rows in _blocks(lines):
                 number += first == 0
                 yield name, number, _as_table(path, name, labels, first, rows)

@@ -107,7 +107,13 @@ def _pixel_sizes_angst(path: Path, table: pd.DataFrame, blocks: Tables) -> NDArr
         return numbers(path, table, "rlnImagePixelSize")
     if {"rlnDetectorPixelSize", "rlnMagnification"} <= set(table):
         detector_um = numbers(path, table, "rlnDetectorPixelSize")
-        return detector_um * 1e4 / numbers(path, table, "rlnMagnification")
+        magnification = numbers(path, table, "rlnMagnification")
+        if not (magnification > 0).all():
+            row = int((magnification > 0).argmin())
+            raise CryoreconError(
+                f"{path}, row {row + 1}: rlnMagnification is {magnification[row]:g}", "Correct it"
+            )
+        return detector_um * 1e4 / magnification
     optics = blocks.get("optics")
     if optics is not None and {"rlnImagePixelSize", "rlnOpticsGroup"} <= set(optics):
         sizes = numbers(path, optics, "rlnImagePixelSize")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cryorecon.conventions import angst_to_shell, euler_to_matrix, matrix_to_euler
-from cryorecon.errors import CryoreconError
+from cryorecon.errors import CryoreconError, require_file
 from cryorecon.io.cryodrgn import write_ctf, write_poses
 from cryorecon.io.cryosparc_export import write_cryosparc
 from cryorecon.io.files import make_folder, replacing
@@ -82,8 +82,7 @@ def find_source(path: Path) -> Source:
         If it does not exist, or is a directory without results.
     """
     if not path.is_dir():
-        if not path.is_file():
-            raise CryoreconError(f"{path} does not exist", "Give a job directory or a file")
+        require_file(path, "job directory, table or map")
         is_table = path.suffix in _TABLES
         return Source(path, path if is_table else None, None if is_table else path)
     table, volume = path / "run_data.star", path / "initial_model.mrc"

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -302,7 +302,8 @@ def load_encoders(folder: Path) -> EncoderPair:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         pair = EncoderPair(config)
         pair.load_state_dict(weights)
-    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, OSError) as error:
+    except Exception as error:
+        # Damage shows as exceptions of many kinds.
         raise CryoreconError(
             f"{path} is no trained encoder of this version", "Train it again with mra train"
         ) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import reprlib
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
@@ -12,6 +13,9 @@ import yaml
 
 from cryorecon.errors import CryoreconError, require_file
 
+# Lists that hold each other, in eight lines of YAML, have more words than fit anywhere.
+_SHOWN = reprlib.Repr()
+_SHOWN.maxlevel = 2
 # Settings take a few lines; yaml takes long over megabytes.
 _LARGEST_FILE = 2**16
 Settings = TypeVar("Settings")
@@ -53,7 +57,7 @@ def _of_file(path: Path) -> dict[Any, Any]:
     if path.stat().st_size > _LARGEST_FILE:
         raise no_yaml
     try:
-        loaded = yaml.safe_load(path.read_text("utf-8")) or {}
+        loaded = yaml.safe_load(path.read_text("utf-8-sig")) or {}
     except (yaml.YAMLError, ValueError, RecursionError, TypeError, KeyError, OSError) as error:
         # Dates that do not exist, numbers of thousands of digits, lists as keys.
         raise no_yaml from error
@@ -82,7 +86,7 @@ def _replaced(config: Settings, path: list[str], value: Any, full_key: str) -> S
     except ValueError as error:
         told = str(error).splitlines()[0] if str(error) else "it does not fit the others"
         raise CryoreconError(
-            f"Setting {full_key} cannot be {value!r}: {told}", "Correct the setting"
+            f"Setting {full_key} cannot be {_SHOWN.repr(value)}: {told}", "Correct the setting"
         ) from error
 
 
@@ -90,7 +94,7 @@ def _converted(current: Any, value: Any, key: str, choices: tuple[Any, ...] = ()
     """A value of the kind of the current one; of words, one of the choices."""
     try:
         if isinstance(current, tuple) and isinstance(value, (list, tuple)):
-            return tuple(type(current[0])(v) for v in value)
+            return tuple(type(current[0])(_scalar(v)) for v in value)
         if isinstance(current, str) and value in choices:
             return value
         if isinstance(current, bool) == isinstance(value, bool):
@@ -102,7 +106,14 @@ def _converted(current: Any, value: Any, key: str, choices: tuple[Any, ...] = ()
     words = [c for c in choices if isinstance(c, str)] if isinstance(current, str) else []
     kind = "a list" if isinstance(current, tuple) else type(current).__name__
     remedy = f"Give one of {', '.join(words)}" if words else f"Give {kind}, such as {current!r}"
-    raise CryoreconError(f"Setting {key} cannot be {value!r}", remedy)
+    raise CryoreconError(f"Setting {key} cannot be {_SHOWN.repr(value)}", remedy)
+
+
+def _scalar(value: Any) -> Any:
+    """What is no list of lists: those may be endless."""
+    if isinstance(value, (list, tuple, dict, set)):
+        raise TypeError
+    return value
 
 
 def _number(current: Any, value: Any) -> Any:
