@@ -84,11 +84,12 @@ def contents(folder: Path) -> dict[str, tuple[int, int]]:
     return found
 
 
-def is_told(error: BaseException, folder: Path) -> bool:
+def is_told(error: BaseException, folder: Path, arguments: tuple[object, ...] = ()) -> bool:
     """Whether an error is two sentences that name a file and what to do."""
     if not isinstance(error, CryoreconError) or not error.remedy or "\n" in str(error):
         return False
     names = [path.name for path in folder.rglob("*")] + [folder.name]
+    names += [Path(str(a)).name for a in arguments if "." in str(a)]
     return len(str(error)) < 2000 and any(name in error.problem for name in names)
 
 
@@ -103,7 +104,7 @@ def run(folder: Path, *arguments: object) -> Result:
     error = result.exception
     if error is None or (isinstance(error, SystemExit) and error.code in (0, 2)):
         return result
-    if not is_told(error, folder):
+    if not is_told(error, folder, arguments):
         raise AssertionError(f"{arguments}: {error!r}") from error
     return result
 

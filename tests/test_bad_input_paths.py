@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import json
 import os
 import shutil
 import struct
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import h5py
 import mrcfile
 import numpy as np
+import pandas as pd
 import pytest
+import torch
 from bad_inputs import BOX, COUNT, PIXEL, moments_file, particle_table, project, run
 from click.testing import Result
 
+from cryorecon.engines.mra_training import TrainingConfig
 from cryorecon.errors import CryoreconError
 from cryorecon.io.mrc import read_map, write_map
 from cryorecon.io.particles import read_particles
@@ -37,7 +42,7 @@ READERS = {
     "mask": ("x.mrc", ("fsc", "good.mrc", "good.mrc", "--mask", "{}")),
     "first map": (
         "x.mrc",
-        ("abinitio", "good.star", "-o", "out/job", "--diameter", "24", "--init-map", "{}"),
+        ("abinitio", "many.star", "-o", "out/job", "--diameter", "24", "--init-map", "{}"),
     ),
     "exported map": ("x.mrc", ("export", "{}", "-o", "out/y.mrc", "--to", "mrc")),
     "model": ("x.pdb", ("simulate", "{}", "-o", "out/s", "--n", "2", "--box", "16")),
@@ -94,6 +99,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("good.cs", "poses.pkl", "ctf.pkl"):
         shutil.move(folder / "out" / name, folder / name)
     shutil.rmtree(folder / "out")
+    tables = particle_table()
+    tables["particles"] = pd.concat([tables["particles"]] * 4)
+    write_star(folder / "many.star", tables)
     np.save(folder / "o.npy", np.random.default_rng(0).standard_normal((30, 8)).astype("f4"))
     return folder
 
@@ -107,6 +115,8 @@ def folder(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("place", PLACES)
 def test_what_is_no_file_of_its_kind(folder: Path, reader: str, place: str) -> None:
+    if (reader, place) == ("settings", "an empty file"):
+        return  # It is none: nothing is set.
     name, arguments = READERS[reader]
     PLACES[place](folder / name)
     result = run(folder, *(a.format(name) for a in arguments))
@@ -342,6 +352,69 @@ def test_poses_in_a_30_table_with_origins_in_angstrom(folder: Path) -> None:
     again = read_particles("old2.star")
     assert np.allclose(again.origins_angst(), 3.0)
     assert "rlnOriginX" not in again.table
+
+
+def test_a_model_that_unpacks_to_gigabytes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cryorecon.io.atoms._LARGEST_BYTES", 10_000)
+    (folder / "x.pdb.gz").write_bytes(gzip.compress(b"REMARK\n" * 10_000))
+    refused(folder, "x.pdb.gz is more than", "simulate", "x.pdb.gz", "-o", "out/s", "--n", "2")
+
+
+def test_lists_of_lists_without_end(folder: Path) -> None:
+    """A text of 500 characters that would have 10^8 words."""
+    for name in ("n_starts", "temperatures", "memory"):
+        text = f"{name}: [&a0 [x, x, x, x, x, x, x, x]"
+        for k in range(1, 9):
+            text += f", &a{k} [{', '.join([f'*a{k - 1}'] * 8)}]"
+        (folder / "x.yaml").write_text(text + "]\n")
+        refused(folder, f"x.yaml: Setting {name} cannot be", "abinitio", "good.star", "-o",
+                "out/j", "--config", "x.yaml")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("block", "column", "value"),
+    [
+        ("particles", "rlnDefocusU", "1e300"),
+        ("optics", "rlnAmplitudeContrast", "1.5"),
+        ("optics", "rlnVoltage", "0"),
+        ("optics", "rlnSphericalAberration", "-1e9"),
+        ("particles", "rlnOriginXAngst", "1e30"),
+    ],
+)
+def test_values_that_overflow(folder: Path, block: str, column: str, value: str) -> None:
+    with_column(folder, block, column, value)
+    reconstruct(folder, f"p.star, row 1, column {column}: {float(value):g} is not between")
+
+
+@pytest.mark.parametrize("value", ["0", "-2", "1e9", "1e-300"])
+def test_impossible_pixel_sizes(folder: Path, value: str) -> None:
+    with_column(folder, "optics", "rlnImagePixelSize", value)
+    reconstruct(folder, f"p.star states a pixel size of {float(value):g} A")
+    text = (folder / "old.star").read_text().replace("\t10000\n", "\t0\n")
+    (folder / "p.star").write_text(text)
+    reconstruct(folder, "p.star states a pixel size of inf A")
+
+
+def test_an_encoder_that_claims_more_than_its_file_holds(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is refused before the networks are made."""
+    from safetensors.torch import save
+
+    config = asdict(TrainingConfig())
+    config["encoder"]["hidden"] = [30_000, 30_000]
+    text = json.dumps(config)
+    (folder / "x.safetensors").write_bytes(save({"a": torch.zeros(3)}, {"config": text}))
+    monkeypatch.setattr("cryorecon.run.mra.EncoderPair", lambda _: pytest.fail("it was made"))
+    solve = ("mra", "solve", "o.npy", "-o", "out/m", "--method", "encoder")
+    refused(folder, "is no trained encoder", *solve, "--model", "x.safetensors")
+
+
+def test_a_picture_of_a_gigapixel(folder: Path) -> None:
+    from PIL import Image
+
+    Image.new("1", (8192, 8192)).save(folder / "x.png")
+    refused(folder, "x.png has 8192 x 8192 pixels", "fit-image", "x.png", "-o", "out/i")
 
 
 def test_a_map_of_huge_values(folder: Path) -> None:

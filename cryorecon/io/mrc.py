@@ -18,7 +18,7 @@ from cryorecon.io.files import replacing
 
 _HEADER_BYTES = 1024
 # Far from where sums of squares overflow, and from any map.
-_LARGEST_VOXEL = 1e15
+_LARGEST_VOXEL = 1e12
 _MODES = {0: "i1", 1: "i2", 2: "f4", 6: "u2", 12: "f2"}
 
 
