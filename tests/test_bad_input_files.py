@@ -60,7 +60,7 @@ def altered_words(data: st.DataObject, raw: bytes) -> bytes:
 MAP_COMMANDS = [
     ("fsc", "bad.mrc", "good.mrc", "--star", "out/f.star"),
     ("fsc", "good.mrc", "good.mrc", "--mask", "bad.mrc"),
-    ("export", "bad.mrc", "-o", "out/x.mrc", "--to", "mrc", "--lowpass", "8", "--resample", "3"),
+    ("export", "bad.mrc", "-o", "out/x.mrc", "--to", "mrc", "--lowpass", "2e3", "--crop", "24"),
     ("export", "bad.mrc", "-o", "out/x.cxc", "--to", "chimerax"),
     ("simulate", "bad.mrc", "-o", "out", "--n", "2", "--box", "16", "--overwrite"),
 ]

@@ -21,6 +21,7 @@ import torch
 from bad_inputs import BOX, COUNT, PIXEL, moments_file, particle_table, project, run
 from click.testing import Result
 
+from cryorecon.cli.main import main
 from cryorecon.engines.mra_training import TrainingConfig
 from cryorecon.errors import CryoreconError
 from cryorecon.io.mrc import read_map, write_map
@@ -345,6 +346,13 @@ def test_atoms_whose_names_are_no_text(folder: Path) -> None:
     refused(folder, "x.pdb is damaged", "simulate", "x.pdb", "-o", "out/s", "--n", "2")
 
 
+@pytest.mark.parametrize("number", [b"  9e37", b" -1e30", b"   nan"])
+def test_atoms_far_beyond_any_molecule(folder: Path, number: bytes) -> None:
+    """One of them took the program for ever."""
+    (folder / "x.pdb").write_bytes((folder / "m.pdb").read_bytes().replace(b"11.104", number))
+    refused(folder, "x.pdb: atom N", "simulate", "x.pdb", "-o", "out/s", "--n", "2", "--box", "16")
+
+
 def test_poses_in_a_30_table_with_origins_in_angstrom(folder: Path) -> None:
     """Its unit stays: origins in both units would contradict each other."""
     old = read_particles("old.star")
@@ -417,7 +425,40 @@ def test_a_picture_of_a_gigapixel(folder: Path) -> None:
     refused(folder, "x.png has 8192 x 8192 pixels", "fit-image", "x.png", "-o", "out/i")
 
 
+@pytest.mark.parametrize("cell", [1e-30, 1e-3, 1e5, 1e30, 3e4 * BOX])
+def test_maps_of_impossible_voxels(folder: Path, cell: float) -> None:
+    """Resampling one took all the memory there is."""
+    raw = bytearray((folder / "good.mrc").read_bytes())
+    struct.pack_into("<f", raw, 40, cell)
+    (folder / "x.mrc").write_bytes(raw)
+    words = f"x.mrc states voxels of {np.float32(cell) / BOX:g} A"
+    resample = ("export", "x.mrc", "-o", "out/y.mrc", "--to", "mrc", "--resample", "3")
+    refused(folder, words, *resample)
+    refused(folder, words, "simulate", "x.mrc", "-o", "out/s", "--n", "2", "--pixel-size", "3")
+
+
+def test_finer_voxels_than_memory_holds(folder: Path) -> None:
+    resample = ("export", "good.mrc", "-o", "out/y.mrc", "--to", "mrc", "--resample", "0.001")
+    refused(folder, "good.mrc: Voxels of 0.001 A divide 32 A into 32000 px", *resample)
+    finer = ("simulate", "good.mrc", "-o", "out/s", "--n", "2", "--pixel-size", "0.001")
+    refused(folder, "good.mrc is 32 A wide: more than 4096 px", *finer)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("you tried to allocate memory")])
+def test_too_little_memory_is_told(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr("cryorecon.cli.main.app", fail)
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 1
+    assert "not enough memory" in capsys.readouterr().err
+
+
 def test_a_map_of_huge_values(folder: Path) -> None:
-    write_map(folder / "x.mrc", np.full((BOX,) * 3, 3e38, "f4"), PIXEL)
+    write_map(folder / "x.mrc", np.full((BOX,) * 3, 1e14, "f4"), PIXEL)
     with pytest.raises(CryoreconError, match=r"x\.mrc"):
         read_map(folder / "x.mrc")

@@ -165,6 +165,12 @@ def _run() -> int:
         return 1
     except BrokenPipeError:
         return _reader_left()
+    except (MemoryError, RuntimeError) as error:
+        # torch has no type of its own for it.
+        if not isinstance(error, MemoryError) and "allocate memory" not in str(error):
+            raise
+        _say_error("Error: There is not enough memory. Use a smaller box or a larger machine.")
+        return 1
     except OSError as error:
         _say_error(f"Error: {error}. Check the disk and the folder's permissions.")
         return 1

@@ -17,6 +17,7 @@ from cryorecon.physics.potential import Atoms
 DEFAULT_B_FACTOR_ANGST2 = 20.0
 _NO_LETTER = "\0"
 _LARGEST_BYTES = 2**30
+_LARGEST_NUMBER = 1e6
 
 
 def read_atoms(
@@ -50,7 +51,8 @@ def read_atoms(
     ------
     CryoreconError
         If the file is missing, cannot be parsed, holds no atoms, an atom's element is unknown or
-        has no electron scattering factor, or a coordinate, occupancy or B-factor is no number.
+        has no electron scattering factor, or a coordinate, occupancy or B-factor is no number
+        or far too large.
     """
     path = require_file(path, "PDB or mmCIF file")
     model = _first_model(path)
@@ -171,8 +173,9 @@ def _check_atom(path: Path, residue: gemmi.Residue, atom: gemmi.Atom, occupancy:
             f"{where}: no electron scattering factor is tabulated for {element.name}",
             "Remove the atom",
         )
-    if not np.isfinite([*atom.pos.tolist(), occupancy, atom.b_iso]).all():
+    values = np.abs([*atom.pos.tolist(), occupancy, atom.b_iso])
+    if not (values < _LARGEST_NUMBER).all():
+        what = "not a finite number" if not np.isfinite(values).all() else "far too large"
         raise CryoreconError(
-            f"{where} has a coordinate, occupancy or B-factor that is not a finite number",
-            "Correct the file",
+            f"{where} has a coordinate, occupancy or B-factor that is {what}", "Correct the file"
         )
