@@ -117,7 +117,8 @@ def read_map(path: str | Path) -> Map:
     Raises
     ------
     CryoreconError
-        If the map is not cubic, holds NaN, infinite or huge values, or names no voxel size or an impossible one.
+        If the map is not cubic, holds NaN, infinite or huge values, or names no voxel size or an
+        impossible one.
     """
     header = read_header(path)
     if len(set(header.shape)) != 1:

@@ -73,7 +73,8 @@ class ObservationFile:
         """
         size = max(1, _BLOCK_NUMBERS // self.points)
         for begin in range(0, self.count, size):
-            block = np.array(self.values[begin : begin + size], dtype=np.float64)
+            with np.errstate(invalid="ignore"):
+                block = np.array(self.values[begin : begin + size], dtype=np.float64)
             bad = ~np.isfinite(block).all(1)
             if bad.any():
                 raise CryoreconError(
