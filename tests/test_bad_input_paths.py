@@ -134,7 +134,7 @@ def refused(folder: Path, words: str, *arguments: object) -> Result:
 
 def reconstruct(folder: Path, words: str = "") -> None:
     """Refused with these words, or not at all."""
-    arguments = ("reconstruct", "p.star", "-o", "out/m.mrc", "--halves")
+    arguments = ("reconstruct", "p.star", "-o", "out/m.mrc", "--half-maps")
     if words:
         refused(folder, words, *arguments)
     else:
@@ -448,10 +448,11 @@ def test_finer_voxels_than_memory_holds(folder: Path) -> None:
 def test_too_little_memory_is_told(
     error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail() -> None:
+    def fail(**_: object) -> None:
         raise error
 
     monkeypatch.setattr("cryorecon.cli.main.app", fail)
+    monkeypatch.setattr("sys.argv", ["cryorecon"])
     with pytest.raises(SystemExit) as caught:
         main()
     assert caught.value.code == 1
