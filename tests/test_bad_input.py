@@ -46,7 +46,7 @@ def process(folder: Path, number: int, table: str = "p.star") -> None:
         assert np.isfinite(read_map("out/m.mrc").data).all()
 
 
-@cases(150)
+@cases(110)
 @given(st.data())
 def test_damaged_bytes_of_a_table(folder: Path, data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(["good.star", "old.star"]))
@@ -126,7 +126,7 @@ def as_star(tables: dict[str, pd.DataFrame]) -> str:
     return text
 
 
-@cases(200)
+@cases(160)
 @given(st.data())
 def test_wrong_values_and_columns(folder: Path, data: st.DataObject) -> None:
     tables = particle_table()
@@ -139,7 +139,7 @@ def test_wrong_values_and_columns(folder: Path, data: st.DataObject) -> None:
     process(folder, data.draw(st.integers(0, len(COMMANDS) - 1)))
 
 
-@cases(120)
+@cases(90)
 @given(st.data())
 def test_a_damaged_stack(folder: Path, data: st.DataObject) -> None:
     raw = bytearray((folder / "good.mrc").parent.joinpath("s.mrcs").read_bytes())

@@ -66,7 +66,7 @@ MAP_COMMANDS = [
 ]
 
 
-@cases(100)
+@cases(70)
 @given(st.data())
 def test_a_damaged_map(folder: Path, data: st.DataObject) -> None:
     raw = (folder / "good.mrc").read_bytes()
@@ -89,7 +89,7 @@ def test_a_damaged_map(folder: Path, data: st.DataObject) -> None:
     shutil.rmtree(folder / "out")
 
 
-@cases(80)
+@cases(60)
 @given(st.data())
 def test_a_damaged_atomic_model(folder: Path, data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(["x.pdb", "x.cif"]))
@@ -116,7 +116,7 @@ def test_a_damaged_atomic_model(folder: Path, data: st.DataObject) -> None:
     shutil.rmtree(folder / "out", ignore_errors=True)
 
 
-@cases(80)
+@cases(60)
 @given(st.data())
 def test_a_damaged_cryosparc_file(folder: Path, data: st.DataObject) -> None:
     table = np.load(folder / "good.cs")
@@ -198,7 +198,7 @@ def altered_hdf5(data: st.DataObject, path: Path) -> None:
             file[name] = h5py.ExternalLink(target, name)
 
 
-@cases(120)
+@cases(90)
 @given(st.data())
 def test_a_damaged_moments_file(folder: Path, data: st.DataObject) -> None:
     raw = (folder / "good.h5").read_bytes()
@@ -213,7 +213,7 @@ def test_a_damaged_moments_file(folder: Path, data: st.DataObject) -> None:
         tell(folder, read_moments, folder / "bad.h5")
 
 
-@cases(120)
+@cases(90)
 @given(st.data())
 def test_damaged_pickles_of_cryodrgn(folder: Path, data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(["poses", "ctf"]))

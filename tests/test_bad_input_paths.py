@@ -394,6 +394,12 @@ def test_values_that_overflow(folder: Path, block: str, column: str, value: str)
     reconstruct(folder, f"p.star, row 1, column {column}: {float(value):g} is not between")
 
 
+def test_origins_that_overflow_are_not_compared(folder: Path) -> None:
+    """They ended in an internal error of the linear algebra."""
+    with_column(folder, "particles", "rlnOriginXAngst", "-1e308")
+    refused(folder, "p.star, row 1, column rlnOriginXAngst", "compare-poses", "p.star", "good.star")
+
+
 @pytest.mark.parametrize("value", ["0", "-2", "1e9", "1e-300"])
 def test_impossible_pixel_sizes(folder: Path, value: str) -> None:
     with_column(folder, "optics", "rlnImagePixelSize", value)

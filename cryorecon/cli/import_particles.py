@@ -18,6 +18,10 @@ EXAMPLES = examples(
         "cryorecon import particles.mrcs --ctf ctf.pkl --poses poses.pkl -o particles.star",
     ),
     (
+        "many stacks, one a line",
+        "cryorecon import stacks.txt --ctf ctf.pkl -o particles.star",
+    ),
+    (
         "poses that cryoDRGN found, back into the STAR file",
         "cryorecon import particles.star --poses drgn/pose.pkl -o with_poses.star",
     ),

@@ -14,6 +14,7 @@ from torch import Tensor
 from cryorecon.conventions import euler_to_matrix
 from cryorecon.errors import CryoreconError
 from cryorecon.io.cryosparc import is_cryosparc_file, read_cryosparc
+from cryorecon.io.optics import require_within
 from cryorecon.io.star import Tables, numbers, read_star
 from cryorecon.maps.poses import FRACTION_LIMITS_DEG, PoseComparison, compare_pose_sets
 from cryorecon.run.curves import matrix_as_list
@@ -97,6 +98,9 @@ def _origins_angst(path: Path, table: pd.DataFrame, blocks: Tables) -> Tensor | 
         if set(names) <= set(table):
             origins = np.stack([numbers(path, table, name) for name in names], -1)
             scale = _pixel_sizes_angst(path, table, blocks)[:, None] if in_px else 1.0
+            rows = np.arange(len(table), dtype=np.int32)
+            for name, values in zip(names, (origins * scale).T, strict=True):
+                require_within(path, rows, name, values)
             return torch.from_numpy(origins * scale)
     return None
 
