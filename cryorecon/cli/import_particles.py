@@ -36,11 +36,11 @@ def import_command(
     output: Annotated[Path, output_option("File to write (.star).", "FILE")],
     ctf: Annotated[
         Path | None,
-        option(INPUT, "ctf.pkl: a row for each image of the stack.", metavar="FILE"),
+        option(INPUT, "ctf.pkl of cryoDRGN, where PARTICLES is a stack.", metavar="FILE"),
     ] = None,
     poses: Annotated[
         Path | None,
-        option(INPUT, "poses.pkl: rotations, with shifts or without.", metavar="FILE"),
+        option(INPUT, "poses.pkl of cryoDRGN, in place of the file's.", metavar="FILE"),
     ] = None,
     project: Project = None,
     json: Json = False,
