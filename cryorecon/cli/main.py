@@ -21,6 +21,7 @@ from cryorecon.cli import (
     export,
     fit_image,
     fsc,
+    import_particles,
     reconstruct,
     simulate,
 )
@@ -93,6 +94,10 @@ _add(
     CONVERT, "export", "To RELION, cryoSPARC, cryoDRGN, ChimeraX; edits of maps",
     export.export_command, export.EXAMPLES,
 )  # fmt: skip
+_add(
+    CONVERT, "import", "Stacks with the pickles of cryoDRGN; its poses into STAR files",
+    import_particles.import_command, import_particles.EXAMPLES,
+)  # fmt: skip
 app.add_typer(moments_app, name="moments", rich_help_panel=METHODS)
 app.add_typer(mra_app, name="mra", rich_help_panel=METHODS)
 _add(
@@ -160,6 +165,12 @@ def _run() -> int:
         return 1
     except BrokenPipeError:
         return _reader_left()
+    except (MemoryError, RuntimeError) as error:
+        # torch has no type of its own for it.
+        if not isinstance(error, MemoryError) and "allocate memory" not in str(error):
+            raise
+        _say_error("Error: There is not enough memory. Use a smaller box or a larger machine.")
+        return 1
     except OSError as error:
         _say_error(f"Error: {error}. Check the disk and the folder's permissions.")
         return 1

@@ -56,6 +56,19 @@ class MomentEncoderConfig:
         if self.kernel % 2 == 0 or self.kernel > self.n or self.n < 4:
             raise ValueError(f"needs an odd kernel no wider than n, and n of 4 or more, got {self}")
 
+    def weight_count(self) -> int:
+        """Weights and biases of the network, without making it."""
+        parts = 2 if self.domain == "fourier" else 1
+        merged = (2 * self.branch[-1], *self.merged)
+        dense = (self.n * merged[-1], *self.hidden, self.n)
+        convolved = ((parts, *self.branch), (parts * self.n, *self.branch), merged)
+        return sum(
+            n_out * (n_in * kernel + 1)
+            for kernel, chains in ((self.kernel, convolved), (1, (dense,)))
+            for widths in chains
+            for n_in, n_out in itertools.pairwise(widths)
+        )
+
 
 class PeriodicConvolution(nn.Module):
     """One-dimensional convolution of a periodic field, channels last.

@@ -14,6 +14,7 @@ from torch import Tensor
 from cryorecon.conventions import euler_to_matrix
 from cryorecon.errors import CryoreconError
 from cryorecon.io.cryosparc import is_cryosparc_file, read_cryosparc
+from cryorecon.io.optics import require_within
 from cryorecon.io.star import Tables, numbers, read_star
 from cryorecon.maps.poses import FRACTION_LIMITS_DEG, PoseComparison, compare_pose_sets
 from cryorecon.run.curves import matrix_as_list
@@ -97,6 +98,9 @@ def _origins_angst(path: Path, table: pd.DataFrame, blocks: Tables) -> Tensor | 
         if set(names) <= set(table):
             origins = np.stack([numbers(path, table, name) for name in names], -1)
             scale = _pixel_sizes_angst(path, table, blocks)[:, None] if in_px else 1.0
+            rows = np.arange(len(table), dtype=np.int32)
+            for name, values in zip(names, (origins * scale).T, strict=True):
+                require_within(path, rows, name, values)
             return torch.from_numpy(origins * scale)
     return None
 
@@ -107,7 +111,13 @@ def _pixel_sizes_angst(path: Path, table: pd.DataFrame, blocks: Tables) -> NDArr
         return numbers(path, table, "rlnImagePixelSize")
     if {"rlnDetectorPixelSize", "rlnMagnification"} <= set(table):
         detector_um = numbers(path, table, "rlnDetectorPixelSize")
-        return detector_um * 1e4 / numbers(path, table, "rlnMagnification")
+        magnification = numbers(path, table, "rlnMagnification")
+        if not (magnification > 0).all():
+            row = int((magnification > 0).argmin())
+            raise CryoreconError(
+                f"{path}, row {row + 1}: rlnMagnification is {magnification[row]:g}", "Correct it"
+            )
+        return detector_um * 1e4 / magnification
     optics = blocks.get("optics")
     if optics is not None and {"rlnImagePixelSize", "rlnOpticsGroup"} <= set(optics):
         sizes = numbers(path, optics, "rlnImagePixelSize")

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -296,10 +296,14 @@ def load_encoders(folder: Path) -> EncoderPair:
     try:
         with safe_open(path, "pt") as file:
             config = config_from(json.loads((file.metadata() or {})["config"]))
+            # Two networks of float32; a config must not ask for more than the file holds.
+            if 8 * config.encoder.weight_count() > path.stat().st_size:
+                raise ValueError("the file is smaller than its networks")
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         pair = EncoderPair(config)
         pair.load_state_dict(weights)
-    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, OSError) as error:
+    except Exception as error:
+        # Damage shows as exceptions of many kinds.
         raise CryoreconError(
             f"{path} is no trained encoder of this version", "Train it again with mra train"
         ) from error
