@@ -197,7 +197,8 @@ def _report(output: Path, result: Moments, json: bool) -> None:
         return
     out = messages(json)
     geometry = result.geometry
-    out.print(f"[bold]{output}[/]  {result.n_images} images")
+    source = f"{result.n_images} images" if result.n_images else "exact moments"
+    out.print(f"[bold]{output}[/]  {source}")
     what = f"orders 0 to {geometry.max_order}, " if geometry.form == "steerable" else ""
     out.print(
         f"{geometry.form}: {what}radii to {geometry.max_radius} cycles per "

@@ -123,6 +123,7 @@ class SteerableMoments:
     ----------
     geometry : MomentsGeometry
     n_images : int
+        0 for exact moments of a known map.
     first : Tensor, shape (K,), float64
         M1, particles white.
     second : Tensor, shape (M + 1, K, K), complex128
@@ -161,6 +162,7 @@ class FullMoments:
     ----------
     geometry : MomentsGeometry
     n_images : int
+        0 for exact moments of a known map.
     frequencies : Tensor, shape (h, 2), int64
         (kx, ky) in cycles per image box, sorted by radius; the first is the origin.
     first : Tensor, shape (h,), complex128

@@ -165,7 +165,8 @@ def _radius(path: Path, moments: SteerableMoments, config: MomentFitConfig, job:
     radius = min(config.radius, visible)
     why = "the file holds no more" if radius == held else "beyond that, errors exceed the signal"
     why = "as asked" if radius == config.radius else why
-    job.say(f"{moments.n_images} images; radii to {radius}, {side / radius:.1f} A ({why})")
+    source = f"{moments.n_images} images" if moments.n_images else "exact moments"
+    job.say(f"{source}; radii to {radius}, {side / radius:.1f} A ({why})")
     return radius
 
 

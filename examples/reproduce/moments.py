@@ -67,7 +67,7 @@ def write_exact(path: Path, volume: torch.Tensor, radius: int) -> None:
     none = torch.zeros_like(second)
     tiny = 1e-9 * float(second.abs().max())
     kept, even = torch.ones(radius, radius, dtype=torch.bool), torch.ones(radius)
-    moments = SteerableMoments(geometry, 1, first, second, tiny + 0 * first, tiny + none.real, none,
+    moments = SteerableMoments(geometry, 0, first, second, tiny + 0 * first, tiny + none.real, none,
                                kept, even)  # fmt: skip
     save_progress(path, Progress(SteerableSums(geometry), 1, 1, ("exact",)), moments)
 
