@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cryorecon.engines.moment_sums import MomentBatch, MomentSums
 from cryorecon.engines.moment_sums_full import check_full
-from cryorecon.engines.moments import Contrast, Form, Moments, MomentsGeometry
+from cryorecon.engines.moments import BOX_OVER_DIAMETER, Contrast, Form, Moments, MomentsGeometry
 from cryorecon.errors import CryoreconError
 from cryorecon.io.files import sha256_of
 from cryorecon.io.particles import Particles, read_particles
@@ -33,8 +33,6 @@ _BLOCK = 128
 _DEFAULT_RADIUS = 16
 # Beyond this radius the moments take seconds to solve for once all images are summed.
 _LONG_FINISH = 32
-# The particle's box is this many diameters wide, or as wide as the image if that is less.
-_BOX_OVER_DIAMETER = 1.25
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,7 @@ def resolve_geometry(options: MomentsOptions, box: int, pixel_size_angst: float)
             "Give --diameter in angstrom, at most 0.95 of the box",
         )
     steerable = options.form == "steerable"
-    side = min(_BOX_OVER_DIAMETER * diameter, image_side) if steerable else image_side
+    side = min(BOX_OVER_DIAMETER * diameter, image_side) if steerable else image_side
     largest = int(max_band(box) * side / image_side + 1e-9)
     radius = options.max_radius or min(_DEFAULT_RADIUS, largest)
     if options.max_radius is None and options.resolution_angst is not None:
