@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -134,7 +135,8 @@ def estimate_command(
     )
     try:
         with count_progress("Averaging", "images") as progress:
-            result = estimate_moments(particles, output, options, resume, progress)
+            finishing = partial(progress, title="Subtracting the noise", unit="shells")
+            result = estimate_moments(particles, output, options, resume, progress, finishing)
     except StoppedError as stop:
         again = shlex.join(["cryorecon", *(a for a in sys.argv[1:] if a != "--continue")])
         error_console.print(f"{stop}. Go on with:\n{again} --continue", markup=False)

@@ -11,6 +11,8 @@ division by ``sum C^2 C'^2``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -134,10 +136,16 @@ class SteerableSums:
         waves = torch.polar(torch.ones_like(phases), phases) / len(phases)
         return (values.to(torch.complex128) @ waves.to(values.device)).permute(2, 0, 1)
 
-    def finalise(self) -> SteerableMoments:
-        """Subtract the noise, divide by the weights."""
+    def finalise(self, progress: Callable[[int, int], None] | None = None) -> SteerableMoments:
+        """Subtract the noise, divide by the weights.
+
+        Parameters
+        ----------
+        progress : callable, optional
+            Called with (shells of the noise done, shells in all): what takes long.
+        """
         sums = {name: array.cpu() for name, array in self.arrays.items()}
-        bias = self._noise(sums["spread"])
+        bias = self._noise(sums["spread"], progress)
         weight = sums["weight"][0].real
         measured = is_measured(weight)
         both = torch.stack([sums["second"] - bias, bias])
@@ -174,7 +182,7 @@ class SteerableSums:
         measured = is_measured(weight).expand_as(level)
         return divided(level, weight.expand_as(level), measured)
 
-    def _noise(self, spread: Tensor) -> Tensor:
+    def _noise(self, spread: Tensor, progress: Callable[[int, int], None] | None = None) -> Tensor:
         """What the noise adds to ``second``, shape (M + 1, K, K)."""
         geometry, orders = self.geometry, self.geometry.max_order + 1
         box = geometry.box
@@ -193,6 +201,8 @@ class SteerableSums:
                 if abs(2 * index) <= reach and bool(coupling.any()):
                     low = middle - 2 * index
                     bias += coupling * covariance[low : low + orders]
+            if progress is not None:
+                progress(shell + 1, spread.shape[1])
         return bias
 
 

@@ -112,7 +112,13 @@ def abinitio_moments(
     with open_job(output, console, star, len(particles), both, options.seed) as job:
         path = job.path("moments.h5")
         with stage_bar(console, "Averaging", len(particles)) as bar:
-            found = moments_of(particles, path, wanted, progress=lambda done, _: bar(done))
+            found = moments_of(
+                particles,
+                path,
+                wanted,
+                progress=lambda done, _: bar(done),
+                finishing=lambda *done: bar(len(particles), "noise: shell {} of {}".format(*done)),
+            )
         _fit_and_write(job, path, found, options, None)
 
 

@@ -204,6 +204,7 @@ def estimate_moments(
     options: MomentsOptions,
     resume: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    finishing: Callable[[int, int], None] | None = None,
 ) -> Moments:
     """Estimate moments and write them; the state is kept beside the output while it runs.
 
@@ -217,6 +218,8 @@ def estimate_moments(
         Go on from the state that an interrupted run left.
     progress : callable, optional
         Called with (images done, images in all).
+    finishing : callable, optional
+        Called with (shells done, shells in all) while the noise is subtracted at the end.
 
     Raises
     ------
@@ -226,7 +229,7 @@ def estimate_moments(
         After Ctrl-C, with the state on disk.
     """
     particles = read_particles(path, options.project)
-    return moments_of(particles, output, options, resume, progress)
+    return moments_of(particles, output, options, resume, progress, finishing)
 
 
 def moments_of(
@@ -235,6 +238,7 @@ def moments_of(
     options: MomentsOptions,
     resume: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    finishing: Callable[[int, int], None] | None = None,
 ) -> Moments:
     """The same for particles whose table is read."""
     geometry = resolve_geometry(options, particles.box, particles.pixel_size_angst)
@@ -250,7 +254,7 @@ def moments_of(
     if geometry.max_radius > _LONG_FINISH:
         # Solving for the moments takes long at high radii: an interruption must lose no sums.
         save_progress(state, done)
-    result = done.sums.finalise()
+    result = done.sums.finalise(finishing)
     save_progress(output, done, result)
     state.unlink(missing_ok=True)
     return result
