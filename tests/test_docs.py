@@ -19,14 +19,7 @@ _PAGES = [_ROOT / "README.md", *sorted((_ROOT / "docs").glob("*.md"))]
 _CODE = re.compile(r"```[a-z]*\n(.*?)```|`([^`\n]+(?:\n[^`\n]+)?)`", re.S)
 # Small data need no more than this; the commands are the page's otherwise.
 _SHORT = {
-    "rmfn": [
-        "--set",
-        "half_rounds=2",
-        "--set",
-        "joint_rounds=1",
-        "--set",
-        "temperatures=[5.0,1.0]",
-    ],
+    "rmfn": ["--set", "half_rounds=2", "--set", "joint_rounds=1", "--set", "temperatures=[5.0,1.0]"],
     "amortized": ["--set", "images_seen=1280", "--set", "half_rounds=2", "--set", "joint_rounds=1"],
 }
 
@@ -121,7 +114,9 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", _scripts(), ids=lambda path: path.name)
-def test_blocks_run(page: Path, lab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_run(
+    page: Path, lab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "lab"
     shutil.copytree(lab, folder)
     text = page.read_text("utf-8")
