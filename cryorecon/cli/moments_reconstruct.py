@@ -48,7 +48,7 @@ EXAMPLES = examples(
 
 def reconstruct_command(
     moments: Annotated[
-        Path, argument("Moments (.h5) of moments estimate, steerable form.", "MOMENTS")
+        Path, argument("Moments (.h5) of moments estimate, either form.", "MOMENTS")
     ],
     output: Job,
     volume: Annotated[
@@ -56,8 +56,8 @@ def reconstruct_command(
         option(EXPERT, "What holds the map: Gaussians, positive voxels or a network."),
     ] = "beads",
     views: Annotated[
-        Literal["harmonics", "free"],
-        option(EXPERT, "Density of viewing directions: smooth, or a weight for each."),
+        Literal["harmonics", "free", "encoder"],
+        option(EXPERT, "Density of views: smooth, a weight for each, or a network of the moments."),
     ] = "harmonics",
     max_radius: Annotated[
         int,

@@ -9,14 +9,14 @@ out. What other solutions far away there are, this does not tell: agreement of s
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from cryorecon.engines.moment_fit import Fitter, MomentFit
-from cryorecon.engines.moment_models import Beads
-from cryorecon.engines.moments import steerable_moments
+from cryorecon.engines.moment_models import Beads, ViewDensity
 from cryorecon.physics.fourier import fft_centred, radius_grid
 
 # Standard deviations of the prior: centres in box sides; logarithms of masses, width and density.
@@ -50,8 +50,10 @@ def expected_fsc(fitter: Fitter, fit: MomentFit) -> Tensor:
     model = fit.volume
     if not isinstance(model, Beads):
         raise TypeError("the information is computed for maps of Gaussians")
-    radius = int(fitter.targets[-1].grid.radii[-1])
-    parameters = [*model.parameters(), fit.density.coefficients]
+    radius = fitter.reach
+    density = ViewDensity.around(fit.density, fitter.views[-1])
+    fit = replace(fit, density=density)
+    parameters = [*model.parameters(), density.coefficients]
     transform, shell = _coefficients(model, radius)
     with torch.no_grad():
         slopes = _slopes(lambda: _weighted_moments(fitter, fit), parameters)
@@ -72,6 +74,12 @@ def expected_fsc(fitter: Fitter, fit: MomentFit) -> Tensor:
     return result.cpu()
 
 
+def information_bytes(fitter: Fitter, fit: MomentFit) -> float:
+    """Memory that `expected_fsc` takes for the derivatives of all entries."""
+    count = sum(p.numel() for p in fit.volume.parameters()) + fitter.views[-1].harmonics.shape[1]
+    return 16.0 * fitter.targets[-1].count * count
+
+
 def _coefficients(model: Beads, radius: int) -> tuple[Callable[[], Tensor], Tensor]:
     """The map's Fourier coefficients up to a radius, real parts then imaginary; their shells."""
     size = 2 * (2 * radius + 2)
@@ -89,12 +97,9 @@ def _coefficients(model: Beads, radius: int) -> tuple[Callable[[], Tensor], Tens
 def _weighted_moments(fitter: Fitter, fit: MomentFit) -> Tensor:
     """Both moments in units of their standard errors."""
     target, views = fitter.targets[-1], fitter.views[-1]
-    first, second = steerable_moments(
-        fit.volume.harmonics(views), *fit.density.probabilities(views)
+    return target.whitened(
+        *views.moments(fit.volume.harmonics(views), *fit.density.probabilities(views))
     )
-    root = target.second_weight.sqrt()
-    parts = (target.first_weight.sqrt() * first, root * second.real, root * second.imag)
-    return torch.cat([part.double().flatten() for part in parts])
 
 
 def _slopes(function: Callable[[], Tensor], parameters: list[torch.nn.Parameter]) -> Tensor:

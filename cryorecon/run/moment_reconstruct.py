@@ -13,9 +13,10 @@ from rich.console import Console
 from torch import Tensor
 
 from cryorecon.engines.moment_fit import Fitter, MomentFit, MomentFitConfig, visible_radius
-from cryorecon.engines.moment_information import expected_fsc
-from cryorecon.engines.moment_models import Beads, grid_size
-from cryorecon.engines.moments import Moments, MomentsGeometry, SteerableMoments
+from cryorecon.engines.moment_full_fit import FullViews, in_plane_departure
+from cryorecon.engines.moment_information import expected_fsc, information_bytes
+from cryorecon.engines.moment_models import Beads, ViewDensity, grid_size
+from cryorecon.engines.moments import Moments, MomentsGeometry
 from cryorecon.errors import CryoreconError
 from cryorecon.io.mrc import write_map
 from cryorecon.io.particles import read_particles
@@ -36,6 +37,8 @@ _AS_GOOD = 2.0
 # Cells of the picture of viewing directions.
 _NSIDE = 16
 _LEAST_RADIUS = 3
+# Bytes of derivatives beyond which the information is left out.
+_LARGEST_INFORMATION = 500e6
 # Moments are explained up to this misfit; 1 is expected of standard errors.
 _EXPLAINED = 2.0
 
@@ -70,7 +73,7 @@ def reconstruct_moments(
     Parameters
     ----------
     path : Path
-        From ``cryorecon moments estimate``, steerable form.
+        From ``cryorecon moments estimate``, in either form.
     output : Path
         Job directory.
 
@@ -79,7 +82,7 @@ def reconstruct_moments(
     CryoreconError
         If the file does not fit, shows no signal, or does not determine a map.
     """
-    moments = _steerable(read_moments(path), path)
+    moments = read_moments(path)
     reference = None
     if options.reference is not None:
         reference = map_like(options.reference, moments.geometry, "reference")
@@ -109,22 +112,29 @@ def abinitio_moments(
     with open_job(output, console, star, len(particles), both, options.seed) as job:
         path = job.path("moments.h5")
         with stage_bar(console, "Averaging", len(particles)) as bar:
-            found = moments_of(particles, path, wanted, progress=lambda done, _: bar(done))
-        _fit_and_write(job, path, _steerable(found, path), options, None)
+            found = moments_of(
+                particles,
+                path,
+                wanted,
+                progress=lambda done, _: bar(done),
+                finishing=lambda *done: bar(len(particles), "noise: shell {} of {}".format(*done)),
+            )
+        _fit_and_write(job, path, found, options, None)
 
 
 def _fit_and_write(
     job: Job,
     path: Path,
-    moments: SteerableMoments,
+    moments: Moments,
     options: MomentReconstructOptions,
     reference: Tensor | None,
 ) -> None:
     radius = _radius(path, moments, options.engine, job)
     fitter = Fitter.of(moments, options.engine, radius, options.device)
     fits = _all_starts(fitter, options, job)
-    best, geometry = fits[0][1], moments.geometry
+    best, geometry = fits[0][1], moments.geometry.in_particle_box()
     _tell_information(fitter, best, geometry, job)
+    _tell_in_plane(fitter, best, job)
     maps = [_on_images(fit, geometry, radius) for _, fit in fits]
     agreement = _agreement([fit for _, fit in fits], maps, geometry, radius, job)
     _write_starts(job, fits, agreement)
@@ -142,19 +152,10 @@ def _fit_and_write(
         _compare(job, maps[0], reference, str(options.reference), geometry.pixel_size_angst)
 
 
-def _steerable(moments: Moments, path: Path) -> SteerableMoments:
-    if not isinstance(moments, SteerableMoments):
-        raise CryoreconError(
-            f"{path} holds moments over all Fourier pixels, which are not fitted",
-            "Estimate them again with --form steerable",
-        )
-    return moments
-
-
-def _radius(path: Path, moments: SteerableMoments, config: MomentFitConfig, job: Job) -> int:
+def _radius(path: Path, moments: Moments, config: MomentFitConfig, job: Job) -> int:
     """How far the moments are fitted: as asked, while they stand above their errors."""
-    visible, side = visible_radius(moments), moments.geometry.side_angst
-    held = moments.geometry.max_radius
+    inside = moments.geometry.in_particle_box()
+    visible, side, held = visible_radius(moments), inside.side_angst, inside.max_radius
     if visible < _LEAST_RADIUS:
         raise CryoreconError(
             f"No signal found: the second moment of {path} stands above its error only up to "
@@ -165,7 +166,8 @@ def _radius(path: Path, moments: SteerableMoments, config: MomentFitConfig, job:
     radius = min(config.radius, visible)
     why = "the file holds no more" if radius == held else "beyond that, errors exceed the signal"
     why = "as asked" if radius == config.radius else why
-    job.say(f"{moments.n_images} images; radii to {radius}, {side / radius:.1f} A ({why})")
+    source = f"{moments.n_images} images" if moments.n_images else "exact moments"
+    job.say(f"{source}; radii to {radius}, {side / radius:.1f} A ({why})")
     return radius
 
 
@@ -205,6 +207,9 @@ def _tell_information(fitter: Fitter, best: MomentFit, geometry: MomentsGeometry
     """How far the moments determine the map near the best start."""
     if not isinstance(best.volume, Beads):
         return
+    if information_bytes(fitter, best) > _LARGEST_INFORMATION:
+        job.say("how far the moments determine the map is not computed: too many entries")
+        return
     curve = expected_fsc(fitter, best)
     radii = np.arange(1, len(curve))
     table = pd.DataFrame(
@@ -218,6 +223,16 @@ def _tell_information(fitter: Fitter, best: MomentFit, geometry: MomentsGeometry
     shell = crossing_shell(curve, 0.5)
     reach = f"to {geometry.side_angst / shell:.1f} A" if shell > 0 else "to no radius"
     job.say(f"near the best start the moments determine the map {reach} (expected FSC 0.5)")
+
+
+def _tell_in_plane(fitter: Fitter, best: MomentFit, job: Job) -> None:
+    """How uniform in-plane angles are, where the moments tell."""
+    views = fitter.views[-1]
+    if isinstance(views, FullViews):
+        with torch.no_grad():
+            found = torch.cat(best.density.probabilities(views))
+        share = in_plane_departure(found, views)
+        job.say(f"in-plane angles are within {100 * share:.0f} % of uniform (root mean square)")
 
 
 def _on_images(fit: MomentFit, geometry: MomentsGeometry, radius: int) -> Tensor:
@@ -312,8 +327,8 @@ def _write_result(
     tilt, rot = healpix.pix2ang(_NSIDE, cells)
     flat = np.stack([np.sin(tilt) * np.cos(rot), np.sin(tilt) * np.sin(rot), np.cos(tilt)], -1)
     density = fit.density.over_uniform(torch.from_numpy(flat)).numpy()
-    smooth = "" if fit.density.residual is None else ", smooth part"
-    figure = view_density_figure(density, f"views, from moments{smooth}")
+    smooth = isinstance(fit.density, ViewDensity) and fit.density.residual is None
+    figure = view_density_figure(density, f"views, from moments{'' if smooth else ', smooth part'}")
     save_figure(figure, job.path("views.png"))
     columns = {"rlnAngleRot": np.rad2deg(rot), "rlnAngleTilt": np.rad2deg(tilt)}
     table = pd.DataFrame({**columns, "cryoreconViewDensity": density})
