@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -240,6 +242,20 @@ def test_three_jobs_of_which_one_is_wrong(
     for name in ("slices.png", "difference.png", "fsc.png", "map.png", "views.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
     assert (out / "fsc.xml").read_text().startswith("<fsc title=")
+
+
+def test_scripts_read_who_agrees(tmp_path, stack, truth):
+    """Two jobs of one map, as they lie."""
+    one = write_job(tmp_path / "one", stack, truth, UNMOVED, seed=1)
+    two = write_job(tmp_path / "two", stack, truth, UNMOVED, seed=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(agreement, "align_maps", lambda *_: UNMOVED)
+        patch.setattr("cryorecon.run.consensus.chance_fsc", lambda *_: torch.zeros(13).double())
+        found = run("consensus", one, two, "-o", tmp_path / "out", "--json")
+    assert found.exit_code == 0, found.output
+    told = json.loads(found.stdout)["consensus"]
+    assert [job["Role"] for job in told["jobs"]] == ["agrees", "agrees"]
+    assert told["pairs"][0]["PosesWithinLimit"] == 1
 
 
 def test_another_molecule_does_not_agree(

@@ -51,6 +51,10 @@ EXAMPLES = examples(
         "with another engine, and the resolution of the half maps for a script",
         "cryorecon abinitio particles.star -o job003 --method amortized --json",
     ),
+    (
+        "with every engine, and what they agree on",
+        "cryorecon abinitio particles.star -o job004 --method all",
+    ),
 )
 
 

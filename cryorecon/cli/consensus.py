@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from cryorecon.cli.command import COMPUTE, MOLECULE, OUTPUT, examples
+from cryorecon.cli.abinitio_options import Ambiguous
+from cryorecon.cli.command import COMPUTE, MOLECULE, examples
 from cryorecon.cli.console import messages, prepare_folder, print_job, use_threads
 from cryorecon.cli.options import Job, Json, Overwrite, Seed, Threads, argument, option
 
@@ -21,8 +22,8 @@ EXAMPLES = examples(
         "cryorecon consensus job001 job002 known.mrc -o job003 --agree-to 12",
     ),
     (
-        "every engine on the same particles, then compared",
-        "cryorecon abinitio particles.star -o job004 --method all",
+        "which jobs agree, for a script",
+        "cryorecon consensus job001 job002 job003 -o job004 --json | jq '.consensus.jobs'",
     ),
 )
 
@@ -39,7 +40,7 @@ def consensus_command(
     ] = None,
     symmetry: Annotated[
         str,
-        option(MOLECULE, "Point group, if the jobs ran with it: C1, C4, D2, ...", metavar="NAME"),
+        option(MOLECULE, "Point group, if the jobs ran with it: C1, C4, D2, ...", metavar="GROUP"),
     ] = "C1",
     agree_to: Annotated[
         float,
@@ -52,13 +53,11 @@ def consensus_command(
         ),
     ] = 0.0,
     within: Annotated[
-        float, option(COMPUTE, "Poses that agree differ by no more [degrees].", metavar="DEG")
+        float, option(COMPUTE, "Poses that agree differ by no more [deg].", metavar="DEG")
     ] = 5.0,
     seed: Seed = 0,
     threads: Threads = None,
-    allow_ambiguous: Annotated[
-        bool, option(OUTPUT, "Write the best map even if the jobs disagree.", "--allow-ambiguous")
-    ] = False,
+    allow_ambiguous: Ambiguous = False,
     json: Json = False,
     overwrite: Overwrite = False,
 ) -> None:
