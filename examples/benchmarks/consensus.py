@@ -1,7 +1,7 @@
 """What agreement is worth, and which agreed map is best: the tables of docs/consensus.md.
 
     python examples/benchmarks/consensus.py unlike A.mrc B.mrc
-    python examples/benchmarks/consensus.py agreed particles.star map.mrc JOB_A JOB_B [--project DIR]
+    python examples/benchmarks/consensus.py agreed particles.star map.mrc JOB_A JOB_B
 
 `unlike` aligns maps that have nothing in common (A, B, 32 px, and random blobs). `agreed` takes two
 jobs of a simulated stack (particles.star with the true poses) and judges maps against the truth.
