@@ -110,7 +110,8 @@ def test_all_engines_from_start_to_finish(tmp_path):
     assert fsc_curve(moved, truth)[1:8].min() > 0.8
 
     before = [(out / name / "job.yaml").stat().st_mtime_ns for name in ("rmfn", "amortized")]
-    again = run(*words, "--set", "consensus.agree_to_angst=6.5")
+    again = run(*words, "--set", "consensus.agree_to_angst=9")
+    assert again.exit_code == 0, again.output
     after = [(out / name / "job.yaml").stat().st_mtime_ns for name in ("rmfn", "amortized")]
     assert before == after
     assert again.output.count("finished before") == 3

@@ -287,7 +287,8 @@ def _tell(job: Job, jobs: list[Candidate], verdict: Verdict) -> None:
 def _disagreement(pairs: list[Pairing], verdict: Verdict) -> str:
     needed = f"{verdict.needed_angst:.1f} A are needed"
     if len(verdict.voters) < 2:
-        return f"No agreement: {len(verdict.voters)} job claims enough to vote, {needed}"
+        count = "one job claims" if verdict.voters else "no job claims"
+        return f"No agreement: {count} enough to vote, {needed}"
     voting = [p for p in pairs if {p.first, p.second} <= set(verdict.voters)]
     best = min(voting, key=lambda pair: pair.resolution_angst)
     if len(verdict.cluster) >= 2:
