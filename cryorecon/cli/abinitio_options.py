@@ -152,7 +152,7 @@ Ambiguous = Annotated[
     bool,
     option(
         EXPERT,
-        "Engine moments: write the best map even if starts disagree.",
+        "Write the best map even if starts (engine moments) or jobs disagree.",
         "--allow-ambiguous",
         hidden=True,
     ),

@@ -17,6 +17,7 @@ from cryorecon.cli import (
     abinitio_amortized,
     abinitio_rmfn,
     compare_poses,
+    consensus,
     demo,
     export,
     fit_image,
@@ -85,6 +86,10 @@ _add(
 _add(
     INSPECT, "compare-poses", "How far the poses of two files agree",
     compare_poses.compare_poses, compare_poses.EXAMPLES,
+)  # fmt: skip
+_add(
+    INSPECT, "consensus", "On what several jobs, or all engines, agree",
+    consensus.consensus_command, consensus.EXAMPLES,
 )  # fmt: skip
 _add(
     CONVERT, "reconstruct", "A map from particles with known poses",

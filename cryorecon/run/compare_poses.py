@@ -34,17 +34,21 @@ class PoseTable:
     rotations : Tensor, shape (n, 3, 3), float64
     origins_angst : Tensor, shape (n, 2), float64, or None
         None when the file has no origin columns.
+    half_sets : array of float, shape (n,), or None
+        rlnRandomSubset of each image; None when the file has no such column.
     """
 
     path: Path
     images: pd.Index[str]
     rotations: Tensor
     origins_angst: Tensor | None
+    half_sets: NDArray[np.float64] | None = None
 
     def rows(self, index: NDArray[np.int64]) -> PoseTable:
         """Some rows, in the given order."""
         origins = None if self.origins_angst is None else self.origins_angst[index]
-        return PoseTable(self.path, self.images[index], self.rotations[index], origins)
+        halves = None if self.half_sets is None else self.half_sets[index]
+        return PoseTable(self.path, self.images[index], self.rotations[index], origins, halves)
 
 
 def read_pose_table(path: Path) -> PoseTable:
@@ -80,7 +84,8 @@ def read_pose_table(path: Path) -> PoseTable:
         )
     angles = np.stack([numbers(path, table, column) for column in _ANGLES], -1)
     origins = _origins_angst(path, table, blocks)
-    return PoseTable(path, images, euler_to_matrix(torch.from_numpy(angles)), origins)
+    halves = numbers(path, table, "rlnRandomSubset") if "rlnRandomSubset" in table else None
+    return PoseTable(path, images, euler_to_matrix(torch.from_numpy(angles)), origins, halves)
 
 
 def _tables(path: Path) -> Tables:

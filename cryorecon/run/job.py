@@ -42,6 +42,9 @@ _OUTPUTS = (
     "starts.star",
     "information.star",
     "view_density.star",
+    "agreement.star",
+    "slices.png",
+    "difference.png",
     "RELION_OUTPUT_NODES.star",
 )
 
