@@ -137,7 +137,25 @@ def fsc_chart(curve: FscCurve) -> Json:
         "line": {"color": _BLUE, "width": 2.5},
     }
     lowest = min(-0.1, min(values) - 0.05)
-    shapes, notes = [], []
+    shapes, notes = _thresholds()
+    layout = {
+        "xaxis": {
+            "title": {"text": "resolution (A)"},
+            "range": [0, last],
+            "tickvals": ticks.tolist(),
+            "ticktext": [f"{1 / tick:.3g}" for tick in ticks],
+        },
+        "yaxis": {"title": {"text": "Fourier shell correlation"}, "range": [lowest, 1.05]},
+        "shapes": shapes,
+        "annotations": notes,
+    }
+    return {"data": [line], "layout": layout}
+
+
+def _thresholds() -> tuple[list[Json], list[Json]]:
+    """Lines across a chart and their names."""
+    shapes: list[Json] = []
+    notes: list[Json] = []
     for threshold in THRESHOLDS:
         shapes.append(
             {
@@ -151,18 +169,7 @@ def fsc_chart(curve: FscCurve) -> Json:
                 "text": _THRESHOLD_NAMES[threshold], "showarrow": False, "font": {"size": 12},
             }
         )  # fmt: skip
-    layout = {
-        "xaxis": {
-            "title": {"text": "resolution (A)"},
-            "range": [0, last],
-            "tickvals": ticks.tolist(),
-            "ticktext": [f"{1 / tick:.3g}" for tick in ticks],
-        },
-        "yaxis": {"title": {"text": "Fourier shell correlation"}, "range": [lowest, 1.05]},
-        "shapes": shapes,
-        "annotations": notes,
-    }
-    return {"data": [line], "layout": layout}
+    return shapes, notes
 
 
 def rounds_chart(rounds: pd.DataFrame) -> Json:
