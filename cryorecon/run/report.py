@@ -22,16 +22,15 @@ from cryorecon.io.particles import Particles
 from cryorecon.run.curves import THRESHOLDS
 from cryorecon.run.job import Job, add_output_node
 from cryorecon.run.plots import view_density
+from cryorecon.run.report_charts import fsc_chart, information_chart, mesh_data, rounds_chart
 from cryorecon.run.report_inputs import ReportInputs, read_job, read_single_map
 from cryorecon.run.report_particles import Examples, example_particles
 from cryorecon.run.report_pdf import write_pdf
 from cryorecon.run.report_pictures import (
-    fsc_chart,
-    information_chart,
-    mesh_data,
+    Picture,
+    map_pictures,
     particle_pictures,
-    rounds_chart,
-    slice_pictures,
+    png,
     sphere_picture,
 )
 from cryorecon.run.report_warnings import Finding, findings, said_in_log
@@ -101,6 +100,16 @@ class Report:
         if self.inputs.view_density is not None:
             return self.inputs.view_density["cryoreconViewDensity"].to_numpy(np.float64)
         return None
+
+    @cached_property
+    def pictures(self) -> list[Picture]:
+        """Of the map."""
+        return [] if self.inputs.map is None else map_pictures(self.inputs.map.data)
+
+    @cached_property
+    def sphere(self) -> tuple[NDArray[np.uint8], float] | None:
+        """Picture of the viewing directions, and the density of its highest colour."""
+        return None if self.density is None else sphere_picture(self.density)
 
     @property
     def facts(self) -> list[tuple[str, str]]:
@@ -288,7 +297,7 @@ def _map(report: Report, level: float | None, voxels: int) -> Json:
         caption += "." if voxels == len(found.data) else f", on a grid of {voxels} px."
     return {
         "caption": caption,
-        "pictures": slice_pictures(found.data),
+        "pictures": report.pictures,
         "side": f"{report.inputs.side_angst:.0f} A",
     }
 
@@ -303,12 +312,12 @@ def _fsc(report: Report) -> Json | None:
 
 
 def _views(report: Report) -> Json | None:
-    if report.density is None:
+    if report.sphere is None:
         return None
-    uri, highest = sphere_picture(report.density)
+    pixels, highest = report.sphere
     poses = report.inputs.poses
     caption = "As the moments tell." if poses is None else f"{len(poses.rotations):,} images."
-    return {"uri": uri, "highest": highest, "caption": caption}
+    return {"uri": png(pixels), "highest": highest, "caption": caption}
 
 
 def _particles(report: Report) -> Json | None:
@@ -323,7 +332,13 @@ def _particles(report: Report) -> Json | None:
     )
     if found.scale < 0:
         caption += " It is negative: the particles are black on white."
-    return {"rows": particle_pictures(found), "caption": caption}
+    rows = [
+        {"name": name, "correlation": correlation, "uris": [png(pixels) for pixels in three]}
+        for name, correlation, three in zip(
+            found.names, found.correlations, particle_pictures(found), strict=True
+        )
+    ]
+    return {"rows": rows, "caption": caption}
 
 
 def _table(table: pd.DataFrame | None) -> Json | None:

@@ -8,24 +8,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_pdf import PdfPages
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from cryorecon.io.files import replacing
-from cryorecon.run.plots import fsc_figure, map_figure, view_density_figure
-from cryorecon.run.report_particles import Examples
-from cryorecon.run.surface import shaded_views
+from cryorecon.run.curves import THRESHOLDS, FscCurve
+from cryorecon.run.report_charts import BLUE, ROUND_SERIES, THRESHOLD_NAMES
+from cryorecon.run.report_pictures import mosaic, particle_pictures
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from cryorecon.run.report import Report
 
-_SIZE = (8.27, 5.85)
+# A5, so that text stays large in a small window.
+_SIZE = (8.27, 5.83)
 _LINES = 34
-_CHARACTERS = 96
-_DPI = 110
+_CHARACTERS = 92
 
 
 def write_pdf(path: Path, report: Report) -> None:
@@ -35,24 +37,40 @@ def write_pdf(path: Path, report: Report) -> None:
         PdfPages(temporary, metadata={"Creator": "cryorecon"}) as pdf,
     ):
         for figure in _pages(report):
-            pdf.savefig(figure, dpi=_DPI)
+            pdf.savefig(figure)
 
 
 def _pages(report: Report) -> Iterator[Figure]:
     inputs = report.inputs
     yield from _text_pages(report.title, _summary(report))
-    if inputs.map is not None:
-        pixel = inputs.map.pixel_size_angst
-        yield map_figure(inputs.map.data, pixel, inputs.map_name)
-        yield _surface_figure(inputs.map.data)
-    if inputs.fsc is not None:
-        yield fsc_figure({inputs.fsc.maps: inputs.fsc})
-    if report.density is not None:
-        yield view_density_figure(report.density, "viewing directions")
-    if inputs.rounds is not None and len(inputs.rounds):
-        yield _rounds_figure(inputs.rounds)
+    if report.pictures:
+        rows = [
+            [picture.pixels for picture in report.pictures if picture.what == what]
+            for what in ("slice", "projection", "surface")
+        ]
+        told = "columns: along z, y, x; rows: slice, projection, surface"
+        yield _picture_page(
+            f"{inputs.map_name}, {inputs.side_angst:.0f} A wide", told, mosaic(rows)
+        )
+    rounds = inputs.rounds if inputs.rounds is not None and len(inputs.rounds) else None
+    if inputs.fsc is not None or rounds is not None:
+        yield _chart_page(inputs.fsc, rounds)
+    if report.sphere is not None:
+        pixels, highest = report.sphere
+        told = (
+            f"rlnAngleRot -180 to 180, rlnAngleTilt 0 (top) to 180; 0 to {highest:.3g} of uniform"
+        )
+        yield _picture_page("Viewing directions", told, pixels)
     if report.examples is not None:
-        yield _particles_figure(report.examples)
+        told = (
+            f"image, prediction, residual; low-passed to {report.examples.resolution_angst:.1f} A"
+        )
+        # Particles in two blocks side by side fill the page.
+        pictures = particle_pictures(report.examples)
+        half = -(-len(pictures) // 2)
+        blank = [np.full((1, 1), 255, np.uint8)] * 3
+        pairs = [pictures[i] + [*pictures[half:], blank][i] for i in range(half)]
+        yield _picture_page("Particles", told, mosaic(pairs))
     yield from _text_pages("Parameters", [f"{name}: {value}" for name, value in report.parameters])
 
 
@@ -77,8 +95,8 @@ def _summary(report: Report) -> list[str]:
     return lines
 
 
-def _figure(height: float = _SIZE[1]) -> Figure:
-    figure = Figure(figsize=(_SIZE[0], height), layout="constrained")
+def _figure() -> Figure:
+    figure = Figure(figsize=_SIZE)
     FigureCanvasAgg(figure)
     return figure
 
@@ -87,56 +105,60 @@ def _text_pages(title: str, lines: list[str]) -> Iterator[Figure]:
     wrapped = [part for line in lines for part in textwrap.wrap(line, _CHARACTERS) or [""]]
     for start in range(0, len(wrapped), _LINES):
         figure = _figure()
-        # Dollar signs are no formulas here.
-        shown = "\n".join(wrapped[start : start + _LINES]).replace("$", r"\$")
-        figure.text(0.05, 0.95, title.replace("$", r"\$"), fontsize=13, va="top")
-        figure.text(0.05, 0.88, shown, fontsize=8, va="top", family="monospace", linespacing=1.25)
+        shown = "\n".join(wrapped[start : start + _LINES])
+        figure.text(0.05, 0.95, title, fontsize=13, va="top", parse_math=False)
+        figure.text(
+            0.05, 0.88, shown, fontsize=8, va="top", family="monospace", linespacing=1.25,
+            parse_math=False,
+        )  # fmt: skip
         yield figure
 
 
-def _surface_figure(volume: np.ndarray) -> Figure:
-    figure = _figure(3.2)
-    for panel, view, name in zip(figure.subplots(1, 3), shaded_views(volume), "zyx", strict=True):
-        panel.imshow(view, cmap="gray", origin="lower", vmin=0, vmax=1)
-        panel.set_title(f"surface along {name}", fontsize=9)
-        panel.set_axis_off()
+def _picture_page(title: str, told: str, pixels: NDArray[np.uint8]) -> Figure:
+    figure = _figure()
+    figure.text(0.05, 0.95, title, fontsize=13, va="top", parse_math=False)
+    figure.text(0.05, 0.89, told, fontsize=8, va="top", parse_math=False)
+    axes = figure.add_axes((0.05, 0.03, 0.9, 0.82))
+    axes.set_axis_off()
+    axes.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     return figure
 
 
-def _rounds_figure(rounds: pd.DataFrame) -> Figure:
-    figure = _figure(4.2)
-    axes = figure.add_subplot()
-    series = (
-        ("cryoreconPoseChange", "rotation (degrees)", "#0b6fa4", "o"),
-        ("cryoreconOffsetChangeAngst", "offset (A)", "#c7852b", "s"),
-        ("cryoreconHalfMapResolution", "half maps agree to (A)", "#3a7d44", "D"),
-    )
+def _chart_page(fsc: FscCurve | None, rounds: pd.DataFrame | None) -> Figure:
+    figure = _figure()
+    if fsc is not None:
+        _draw_fsc(figure.add_axes((0.09, 0.13, 0.38, 0.68)), fsc)
+        crossings = [fsc.resolution_text(threshold) for threshold in THRESHOLDS]
+        lines = textwrap.wrap(f"FSC: {fsc.maps}; {fsc.conditions}", _CHARACTERS) + crossings
+        figure.text(0.05, 0.97, "\n".join(lines), fontsize=8, va="top", parse_math=False)
+    if rounds is not None:
+        _draw_rounds(figure.add_axes((0.59, 0.13, 0.38, 0.68)), rounds)
+    return figure
+
+
+def _draw_fsc(axes: Axes, fsc: FscCurve) -> None:
+    values = np.array([float(value) for value in fsc.values])  # noqa: PD011
+    frequency = np.arange(len(values)) / (fsc.box * fsc.pixel_size_angst)
+    axes.plot(frequency[1:], values[1:], color=BLUE)
+    for threshold in THRESHOLDS:
+        axes.axhline(threshold, color="#767676", linestyle="--", linewidth=0.8)
+        axes.text(0, threshold, " " + THRESHOLD_NAMES[threshold], fontsize=7, va="bottom")
+    ticks = np.linspace(0, frequency[-1], 6)[1:]
+    axes.set_xticks(ticks, [f"{1 / tick:.3g}" for tick in ticks])
+    axes.set_xlim(0, frequency[-1])
+    axes.set_ylim(min(-0.1, float(values.min()) - 0.05), 1.05)
+    axes.set_xlabel("resolution (A)")
+    axes.set_ylabel("Fourier shell correlation")
+
+
+def _draw_rounds(axes: Axes, rounds: pd.DataFrame) -> None:
     number = np.arange(1, len(rounds) + 1)
-    for column, label, colour, marker in series:
+    for column, label, colour, _, marker in ROUND_SERIES:
         if column in rounds:
             values = rounds[column].astype(float).to_numpy(copy=True)
             values[~((values > 0) & np.isfinite(values))] = np.nan
             axes.plot(number, values, color=colour, marker=marker, markersize=4, label=label)
     axes.set_yscale("log")
     axes.set_xlabel("round")
-    axes.set_ylabel("change (median)")
-    axes.legend(frameon=False, fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure
-
-
-def _particles_figure(examples: Examples) -> Figure:
-    count = len(examples.names)
-    figure = _figure(2.1 * count + 0.6)
-    figure.suptitle(f"particles, low-passed to {examples.resolution_angst:.1f} A", fontsize=10)
-    panels = figure.subplots(count, 3, squeeze=False)
-    for row, name in enumerate(examples.names):
-        pictures = (examples.images, examples.predictions, examples.residuals)
-        limit = float(np.quantile(examples.images[row].abs().numpy(), 0.998))
-        for panel, stack, what in zip(
-            panels[row], pictures, ("image", "prediction", "residual"), strict=True
-        ):
-            panel.imshow(stack[row].numpy(), cmap="gray", origin="lower", vmin=-limit, vmax=limit)
-            panel.set_axis_off()
-            panel.set_title(what if what != "image" else name[-40:].replace("$", r"\$"), fontsize=7)
-    return figure
+    axes.set_ylabel("change of poses (median)")
+    axes.legend(frameon=False, fontsize=7, loc="lower left", bbox_to_anchor=(0, 1))

@@ -1,28 +1,20 @@
-"""Small pictures of a report, as PNG inside the page, and the numbers of its charts."""
+"""Small pictures of a report: pixels that the page and the PDF share."""
 
 from __future__ import annotations
 
 import base64
-import math
+from dataclasses import dataclass
 from io import BytesIO
-from typing import Any
 
 import healpix
 import matplotlib as mpl
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 from PIL import Image
 
-from cryorecon.run.curves import THRESHOLDS, FscCurve
 from cryorecon.run.report_particles import Examples
-from cryorecon.run.surface import Mesh, shaded_views
+from cryorecon.run.surface import shaded_views
 
-Json = dict[str, Any]
-# What the field uses each threshold for.
-_THRESHOLD_NAMES = {0.5: "0.5 (against a known map)", 0.143: "0.143 (between half maps)"}
-# Wong's palette (2011), told apart by the colour-blind on light and dark ground.
-_BLUE, _ORANGE, _GREEN = "#3d8fd1", "#d9782d", "#1f9e77"
 _SLICE_PX = 192
 
 
@@ -43,7 +35,32 @@ def grey(picture: NDArray[np.floating], low: float, high: float) -> NDArray[np.u
     return np.asarray(image)
 
 
-def slice_pictures(volume: NDArray[np.floating]) -> list[Json]:
+@dataclass(frozen=True)
+class Picture:
+    """Pixels, first row on top, and what they show.
+
+    Attributes
+    ----------
+    what : str
+        slice, projection or surface.
+    axis, across, up : str
+        The axis that is looked along, and those that point right and up.
+    pixels : array, shape (h, w) or (h, w, 2) with opacity, uint8
+    """
+
+    what: str
+    axis: str
+    across: str
+    up: str
+    pixels: NDArray[np.uint8]
+
+    @property
+    def uri(self) -> str:
+        """For the page."""
+        return png(self.pixels)
+
+
+def map_pictures(volume: NDArray[np.floating]) -> list[Picture]:
     """Central slices, projections and shaded surfaces along z, y and x."""
     box, pictures = len(volume), []
     shaded = shaded_views(volume)
@@ -54,31 +71,42 @@ def slice_pictures(volume: NDArray[np.floating]) -> list[Json]:
         }
         for what, picture in flat.items():
             low, high = np.quantile(picture, (0.005, 0.9995))
-            pictures.append(_picture(what, name, across, up, png(grey(picture, low, high))))
-        solid = np.nan_to_num(shaded[axis]) * 255
-        layers = [solid, np.isfinite(shaded[axis]) * 255]
-        both = np.stack([a.round().astype(np.uint8)[::-1] for a in layers], -1)
-        pictures.append(_picture("surface", name, across, up, png(both)))
+            pictures.append(Picture(what, name, across, up, grey(picture, low, high)))
+        layers = [np.nan_to_num(shaded[axis]) * 255, np.isfinite(shaded[axis]) * 255]
+        solid = np.stack([layer.round().astype(np.uint8)[::-1] for layer in layers], -1)
+        pictures.append(Picture("surface", name, across, up, solid))
     return pictures
 
 
-def _picture(what: str, axis: str, across: str, up: str, uri: str) -> Json:
-    return {"what": what, "axis": axis, "across": across, "up": up, "uri": uri}
-
-
-def particle_pictures(examples: Examples) -> list[Json]:
-    """A row of three pictures for each particle, all of a row with the same grey levels."""
+def particle_pictures(examples: Examples) -> list[list[NDArray[np.uint8]]]:
+    """Image, prediction and residual of each particle, all of a particle at the same levels."""
     rows = []
-    for number, name in enumerate(examples.names):
-        image = examples.images[number].numpy()
-        limit = float(np.quantile(np.abs(image), 0.998))
-        three = (examples.images, examples.predictions, examples.residuals)
-        uris = [png(grey(t[number].numpy(), -limit, limit)) for t in three]
-        rows.append({"name": name, "uris": uris, "correlation": examples.correlations[number]})
+    stacks = (examples.images, examples.predictions, examples.residuals)
+    for number in range(len(examples.names)):
+        limit = float(np.quantile(np.abs(examples.images[number].numpy()), 0.998))
+        rows.append([grey(stack[number].numpy(), -limit, limit) for stack in stacks])
     return rows
 
 
-def sphere_picture(density: NDArray[np.floating], width: int = 720) -> tuple[str, float]:
+def mosaic(rows: list[list[NDArray[np.uint8]]], side: int = 192, gap: int = 8) -> NDArray[np.uint8]:
+    """Square pictures side by side on white; opacity, where they have it, lets white through."""
+    height, width = len(rows) * (side + gap), len(rows[0]) * (side + gap)
+    page = np.full((height, width), 255, np.uint8)
+    for y, row in enumerate(rows):
+        for x, pixels in enumerate(row):
+            flat = pixels
+            if pixels.ndim == 3:
+                opacity = pixels[..., 1] / 255
+                flat = (pixels[..., 0] * opacity + 255 * (1 - opacity)).astype(np.uint8)
+            scaled = Image.fromarray(flat).resize((side, side), Image.Resampling.BILINEAR)
+            top, left = y * (side + gap), x * (side + gap)
+            page[top : top + side, left : left + side] = np.asarray(scaled)
+    return page
+
+
+def sphere_picture(
+    density: NDArray[np.floating], width: int = 720
+) -> tuple[NDArray[np.uint8], float]:
     """A density over the sphere in Mollweide's equal-area projection, and its highest colour.
 
     Longitude is rlnAngleRot from -180 to 180, latitude 90 - rlnAngleTilt. Clear outside.
@@ -105,126 +133,4 @@ def sphere_picture(density: NDArray[np.floating], width: int = 720) -> tuple[str
         edge[1:] |= stripe[1:] != stripe[:-1]
         colours[edge, :3] = 0.65 * colours[edge, :3] + 0.35
     colours[..., 3] = inside
-    return png((colours * 255).round().astype(np.uint8)), highest
-
-
-def mesh_data(mesh: Mesh) -> Json:
-    """A mesh for the page's script: positions as 16-bit steps, little endian, in base64."""
-    reach = float(np.abs(mesh.vertices_angst).max())
-    step = reach / 32000
-    positions = np.round(mesh.vertices_angst / step).astype("<i2")
-    return {
-        "step": step,
-        "vertices": base64.b64encode(positions.tobytes()).decode("ascii"),
-        "faces": base64.b64encode(mesh.faces.astype("<u4").tobytes()).decode("ascii"),
-    }
-
-
-def fsc_chart(curve: FscCurve) -> Json:
-    """The FSC over spatial frequency with named thresholds, for plotly."""
-    shells = np.arange(1, len(curve.values))
-    frequency = shells / (curve.box * curve.pixel_size_angst)
-    last = float(frequency[-1])
-    ticks = np.linspace(0, last, 6)[1:]
-    values = [float(value) for value in curve.values][1:]  # noqa: PD011
-    line = {
-        "type": "scatter",
-        "mode": "lines",
-        "x": frequency.tolist(),
-        "y": values,
-        "customdata": (1 / frequency).tolist(),
-        "hovertemplate": "%{customdata:.2f} A: FSC %{y:.3f}<extra></extra>",
-        "line": {"color": _BLUE, "width": 2.5},
-    }
-    lowest = min(-0.1, min(values) - 0.05)
-    shapes, notes = _thresholds()
-    layout = {
-        "xaxis": {
-            "title": {"text": "resolution (A)"},
-            "range": [0, last],
-            "tickvals": ticks.tolist(),
-            "ticktext": [f"{1 / tick:.3g}" for tick in ticks],
-        },
-        "yaxis": {"title": {"text": "Fourier shell correlation"}, "range": [lowest, 1.05]},
-        "shapes": shapes,
-        "annotations": notes,
-    }
-    return {"data": [line], "layout": layout}
-
-
-def _thresholds() -> tuple[list[Json], list[Json]]:
-    """Lines across a chart and their names."""
-    shapes: list[Json] = []
-    notes: list[Json] = []
-    for threshold in THRESHOLDS:
-        shapes.append(
-            {
-                "type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": threshold, "y1": threshold,
-                "line": {"color": "#888888", "width": 1, "dash": "dash"},
-            }
-        )  # fmt: skip
-        notes.append(
-            {
-                "xref": "paper", "x": 0.01, "xanchor": "left", "y": threshold, "yanchor": "bottom",
-                "text": _THRESHOLD_NAMES[threshold], "showarrow": False, "font": {"size": 12},
-            }
-        )  # fmt: skip
-    return shapes, notes
-
-
-def rounds_chart(rounds: pd.DataFrame) -> Json:
-    """Change of poses by round, on a logarithmic axis, for plotly."""
-    labels = rounds["cryoreconStage"] + " " + rounds["cryoreconRound"].astype(str)
-    series = (
-        ("cryoreconPoseChange", "rotation (degrees)", _BLUE, "circle"),
-        ("cryoreconOffsetChangeAngst", "offset (A)", _ORANGE, "square"),
-        ("cryoreconHalfMapResolution", "half maps agree to (A)", _GREEN, "diamond"),
-    )
-    data = [
-        {
-            "type": "scatter",
-            "mode": "lines+markers",
-            "name": name,
-            "x": list(range(1, len(rounds) + 1)),
-            # A logarithmic axis has no place for 0.
-            "y": [v if 0 < v < math.inf else None for v in rounds[column].astype(float)],
-            "customdata": labels.tolist(),
-            "hovertemplate": f"%{{customdata}}: {name} %{{y:.3g}}<extra></extra>",
-            "line": {"color": colour, "width": 2},
-            "marker": {"symbol": symbol, "size": 8},
-        }
-        for column, name, colour, symbol in series
-        if column in rounds
-    ]
-    layout = {
-        "xaxis": {"title": {"text": "round"}, "dtick": max(1, len(rounds) // 12)},
-        "yaxis": {"type": "log", "title": {"text": "change (median)"}},
-        "showlegend": True,
-        "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
-        "margin": {"t": 84},
-    }
-    return {"data": data, "layout": layout}
-
-
-def information_chart(information: pd.DataFrame) -> Json:
-    """How far moments determine the map: expected FSC by resolution, for plotly."""
-    angst = information["rlnAngstromResolution"].astype(float)
-    line = {
-        "type": "scatter",
-        "mode": "lines+markers",
-        "x": (1 / angst).tolist(),
-        "y": information["cryoreconExpectedFsc"].astype(float).tolist(),
-        "customdata": angst.tolist(),
-        "hovertemplate": "%{customdata:.1f} A: %{y:.3f}<extra></extra>",
-        "line": {"color": _BLUE, "width": 2.5},
-    }
-    places = angst.iloc[:: max(1, len(angst) // 6)]
-    layout = {
-        "xaxis": {
-            "title": {"text": "resolution (A)"},
-            "tickvals": (1 / places).tolist(),
-            "ticktext": [f"{a:.3g}" for a in places],
-        },
-        "yaxis": {"title": {"text": "expected FSC"}, "range": [-0.05, 1.05]},
-    }
-    return {"data": [line], "layout": layout}
+    return (colours * 255).round().astype(np.uint8), highest

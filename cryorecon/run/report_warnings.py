@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +33,7 @@ MOST_AT_LIMIT = 0.02
 LEAST_CYCLES = 3.0
 # The mirror score sees detail up to 8 cycles per box: a grid of this side holds it all.
 _MIRROR_BOX = 24
+_LOGGED = re.compile(r" *[0-9.]+ s  ((?:WARNING|AMBIGUOUS): .*)")
 
 
 @dataclass(frozen=True)
@@ -216,5 +218,5 @@ def views_of_density(inputs: ReportInputs) -> tuple[Tensor, Tensor]:
 
 def said_in_log(log: list[str]) -> list[str]:
     """Warnings that the run itself gave."""
-    words = [line.split("  ", 1)[-1].strip() for line in log]
-    return [w for w in words if w.startswith(("WARNING", "AMBIGUOUS"))]
+    found = (_LOGGED.match(line) for line in log)
+    return [match[1] for match in found if match]
