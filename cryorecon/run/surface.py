@@ -29,7 +29,7 @@ class Mesh:
     vertices_angst : array, shape (v, 3), float32
         (x, y, z) from the centre of the box.
     faces : array, shape (f, 3), int32
-        Vertices of each triangle.
+        Vertices of each triangle, counterclockwise seen from where the map is lower.
     level : float
         Of the map, where the surface lies.
     voxels : int
@@ -75,9 +75,7 @@ def surface_mesh(
         voxels = max(_LEAST_VOXELS, int(voxels * min(0.9, (most_faces / len(faces)) ** 0.5)))
     step = pixel_size_angst * box / voxels
     centred = (points[:, ::-1] - voxels // 2) * step
-    # The axes are reversed, so each triangle is too: its outside stays outside.
-    turned = faces[:, ::-1].astype(np.int32)
-    return Mesh(centred.astype(np.float32), turned, level, voxels)
+    return Mesh(centred.astype(np.float32), faces.astype(np.int32), level, voxels)
 
 
 def shaded_views(volume: NDArray[np.floating]) -> list[NDArray[np.float32]]:
@@ -105,7 +103,8 @@ def _shaded(volume: NDArray[np.float64], level: float) -> NDArray[np.float32]:
     before = np.take_along_axis(fine, np.maximum(first - 1, 0)[None], 0)[0]
     at = np.take_along_axis(fine, first[None], 0)[0]
     # Between the two samples, linearly.
-    depth = first - (at - level) / np.maximum(at - before, 1e-30)
+    within = (at - level) / np.where(at > before, at - before, 1.0)
+    depth = first - within.clip(0, 1)
     depth = ndimage.gaussian_filter(np.where(hit, depth, len(fine)), 0.7)
     slope_y, slope_x = np.gradient(depth)
     bright = 0.25 + 0.75 / np.sqrt(1 + 0.6 * (slope_x**2 + slope_y**2))
