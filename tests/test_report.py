@@ -327,7 +327,7 @@ def test_a_job_of_moments_shows_what_it_has(short, job, tmp_path):
     report.write_report(tmp_path)
     read = Reader(page_of(tmp_path))
     assert {"starts", "information", "information-plot"} <= set(read.places)
-    assert "Misfit" in read.text
+    assert "agreement radius" in read.text
     assert "As the moments tell" in read.text
     assert "no table of poses" in read.text
     (tmp_path / "initial_model.mrc").unlink()

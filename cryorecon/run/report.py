@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.resources import files
@@ -345,8 +346,14 @@ def _table(table: pd.DataFrame | None) -> Json | None:
     if table is None or len(table) == 0:
         return None
     rows = [[_short(cell) for cell in row] for row in table.itertuples(index=False)]
-    columns = [name.removeprefix("cryorecon").removeprefix("rln") for name in table.columns]
+    columns = [_words(str(name)) for name in table.columns]
     return {"columns": columns, "rows": rows}
+
+
+def _words(column: str) -> str:
+    """A column's name as words: cryoreconPoseChange is pose change."""
+    bare = column.removeprefix("cryorecon").removeprefix("rln")
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", bare).lower()
 
 
 def _short(cell: object) -> str:
