@@ -24,6 +24,7 @@ from cryorecon.cli import (
     fsc,
     import_particles,
     reconstruct,
+    report,
     simulate,
 )
 from cryorecon.cli.command import (
@@ -78,6 +79,10 @@ _add(
 _add(
     SOLVE, "abinitio-amortized", "The same by an encoder that learns to read poses",
     abinitio_amortized.abinitio_amortized_command, abinitio_amortized.EXAMPLES,
+)  # fmt: skip
+_add(
+    INSPECT, "report", "What a job found and what to doubt, as a page to look at",
+    report.report_command, report.EXAMPLES,
 )  # fmt: skip
 _add(
     INSPECT, "fsc", "How far two maps agree, and to which resolution",

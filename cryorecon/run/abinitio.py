@@ -24,6 +24,7 @@ from cryorecon.run.amortized_stages import AmortizedStages
 from cryorecon.run.job import Job, open_job
 from cryorecon.run.load import Keep, half_sets, load_observations, map_like
 from cryorecon.run.progress import stage_bar
+from cryorecon.run.report import report_at_end
 from cryorecon.run.results import joint_map, report_offsets, write_first_poses, write_results
 from cryorecon.run.rmfn_stages import RmfnStages
 
@@ -219,6 +220,7 @@ def _run(
         write_map(job.path("initial_model_C1.mrc"), joint_map(state).numpy(), pixel)
         stages.symmetrise(state, images, options.symmetry.upper())
     write_results(job, particles, state, stages.scale_maps(joint_map(state)), options.halves)
+    report_at_end(job, particles)
 
 
 def _stages(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -17,7 +17,7 @@ from rich.console import Console
 
 from cryorecon import __version__
 from cryorecon.io.files import make_folder, replacing, sha256_of
-from cryorecon.io.star import write_star
+from cryorecon.io.star import read_star, write_star
 
 _MARKERS = {
     "success": "RELION_JOB_EXIT_SUCCESS",
@@ -45,6 +45,9 @@ _OUTPUTS = (
     "agreement.star",
     "slices.png",
     "difference.png",
+    "rounds.star",
+    "report.html",
+    "logfile.pdf",
     "RELION_OUTPUT_NODES.star",
 )
 
@@ -66,6 +69,30 @@ class Job:
     def path(self, name: str) -> Path:
         """A file in the job directory."""
         return self.folder / name
+
+    def record_round(self, stage: str, number: int, measured: Mapping[str, float]) -> None:
+        """Add a row to ``rounds.star``, or replace the one of the same stage and number.
+
+        Parameters
+        ----------
+        stage : str
+            One word.
+        number : int
+            Of the round within its stage.
+        measured : mapping of column name to number
+        """
+        path = self.path("rounds.star")
+        row = {"cryoreconStage": stage, "cryoreconRound": str(number)}
+        row |= {name: f"{value:.6f}" for name, value in measured.items()}
+        rows: list[Any] = []
+        if path.exists():
+            rows = read_star(path)["rounds"].to_dict("records")
+        places = [(old["cryoreconStage"], old["cryoreconRound"]) for old in rows]
+        if (stage, str(number)) in places:
+            rows[places.index((stage, str(number)))] = row
+        else:
+            rows.append(row)
+        write_star(path, {"rounds": pd.DataFrame(rows)})
 
 
 def _describe(inputs: Path, n_rows: int, config: Any, seed: int) -> dict[str, Any]:
@@ -130,12 +157,24 @@ def _clear(folder: Path) -> None:
             path.unlink()
 
 
+_NODE, _NODE_TYPE = "rlnPipeLineNodeName", "rlnPipeLineNodeType"
+
+
 def write_output_nodes(folder: Path, nodes: dict[str, int]) -> None:
-    """``RELION_OUTPUT_NODES.star``: file name to RELION's node type (3 particles, 6 map)."""
-    table = pd.DataFrame(
-        {
-            "rlnPipeLineNodeName": [str(folder / name) for name in nodes],
-            "rlnPipeLineNodeType": list(nodes.values()),
-        }
-    )
+    """``RELION_OUTPUT_NODES.star``: file to RELION's node type (3 particles, 6 map, 13 PDF)."""
+    names = [str(folder / name) for name in nodes]
+    table = pd.DataFrame({_NODE: names, _NODE_TYPE: list(nodes.values())})
     write_star(folder / "RELION_OUTPUT_NODES.star", {"output_nodes": table})
+
+
+def add_output_node(folder: Path, name: str, node_type: int) -> None:
+    """Add a file to ``RELION_OUTPUT_NODES.star``, under the folder's name there, if it is new."""
+    path = folder / "RELION_OUTPUT_NODES.star"
+    if not path.exists():
+        write_output_nodes(folder, {name: node_type})
+        return
+    table = read_star(path)["output_nodes"]
+    whole = str(Path(table[_NODE].iloc[0]).parent / name) if len(table) else str(folder / name)
+    if whole not in set(table[_NODE]):
+        row = pd.DataFrame({_NODE: [whole], _NODE_TYPE: [str(node_type)]})
+        write_star(path, {"output_nodes": pd.concat([table, row], ignore_index=True)})

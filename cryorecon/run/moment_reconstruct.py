@@ -31,6 +31,7 @@ from cryorecon.run.moments import MomentsOptions, moments_of, resolve_geometry
 from cryorecon.run.moments_store import read_moments
 from cryorecon.run.plots import fsc_figure, map_figure, save_figure, view_density_figure
 from cryorecon.run.progress import stage_bar
+from cryorecon.run.report import report_at_end
 
 # Starts whose misfit is within this factor of the best one's fit the moments as well.
 _AS_GOOD = 2.0
@@ -150,6 +151,7 @@ def _fit_and_write(
     _write_result(job, best, maps, geometry, radius, doubt is None)
     if reference is not None:
         _compare(job, maps[0], reference, str(options.reference), geometry.pixel_size_angst)
+    report_at_end(job)
 
 
 def _radius(path: Path, moments: Moments, config: MomentFitConfig, job: Job) -> int:

@@ -10,7 +10,13 @@ import torch
 from cryorecon.conventions import shell_to_angst
 from cryorecon.engines.observations import ImageSet
 from cryorecon.engines.reconstruction import Reconstruction, RefineConfig, best_grid_poses
-from cryorecon.engines.rounds import agreement_band, half_maps, reassign, refine_round
+from cryorecon.engines.rounds import (
+    RoundReport,
+    agreement_band,
+    half_maps,
+    reassign,
+    refine_round,
+)
 from cryorecon.errors import CryoreconError
 from cryorecon.maps.align import align_maps
 from cryorecon.maps.chance import beyond_chance, chance_fsc
@@ -59,13 +65,20 @@ def refuse_noise(log_evidence: float, error: float) -> None:
 
 @dataclass
 class Stages(ABC):
-    """One run's surroundings: where it logs, its settings and its random numbers."""
+    """One run's surroundings: where it logs, its settings and its random numbers.
+
+    Attributes
+    ----------
+    part : str
+        What ``rounds.star`` puts before the stage's name: rounds are counted anew in each part.
+    """
 
     job: Job
     config: RefineConfig
     generator: torch.Generator
     pixel_size_angst: float
     mask: torch.Tensor | None = None
+    part: str = ""
 
     @abstractmethod
     def begin(self, images: ImageSet, half: torch.Tensor) -> Reconstruction:
@@ -147,6 +160,7 @@ class Stages(ABC):
         rotations[rest], offsets[rest] = self.read_poses(images.apart(rest), state)
         band = float(self.config.assign_band(images.plane.box))
         coarse = lowpass((state.maps[0] + state.maps[1]) / 2, band, 3)
+        self.part = "all-particles-"
         full = Reconstruction(rotations, offsets, half, [coarse, coarse], band, self.support)
         (self.refine if refine else self.keep)(full, images)
         return full
@@ -190,7 +204,19 @@ class Stages(ABC):
             f"{report.pose_change_deg:.2f} deg and {report.offset_change_px:.2f} px, half maps "
             f"agree to {self._angst(report.agreement_band, box):.2f} A"
         )
+        stage = f"{self.part}{'joint-map' if joint else 'half-maps'}"
+        self.job.record_round(stage, number, self._measured(report, box))
         return report.pose_change_deg if state.band <= report.band else float("inf")
+
+    def _measured(self, report: RoundReport, box: int) -> dict[str, float]:
+        """A round's row of ``rounds.star``."""
+        return {
+            "cryoreconResolutionUsed": self._angst(report.band, box),
+            "cryoreconPoseChange": report.pose_change_deg,
+            "cryoreconOffsetChangeAngst": report.offset_change_px * self.pixel_size_angst,
+            "cryoreconLogLikelihood": report.log_likelihood,
+            "cryoreconHalfMapResolution": self._angst(report.agreement_band, box),
+        }
 
     def independent_halves(self, images: ImageSet, half: torch.Tensor) -> Reconstruction:
         """Each half set from scratch on its own, the second moved onto the first.
@@ -204,8 +230,10 @@ class Stages(ABC):
             self.job.say(f"half set {number + 1}, {len(mine)} images, by itself")
             quarters = torch.randperm(len(mine), generator=self.generator) % 2
             own = images.apart(mine)
+            self.part = f"half-set-{number + 1}-"
             runs.append(self.from_scratch(own, quarters))
             images.gain[mine] = own.gain
+        self.part = ""
         self._move_second(runs)
         state = Reconstruction(
             torch.empty(n, 3, 3),
@@ -256,6 +284,7 @@ class Stages(ABC):
         refine_round(state, images, self.config, fsc_curve, joint=False, n_steps=0)
         if state.chance is not None:
             state.fsc = beyond_chance(state.fsc, state.chance)
+        self.part = "symmetric-"
         self.finish(state, images, 0)
 
     def _move_second(self, runs: list[Reconstruction]) -> None:
