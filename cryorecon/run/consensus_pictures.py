@@ -10,8 +10,6 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cryorecon.maps.align import Alignment
-
 _COLUMNS = ("slice, z", "slice, y", "slice, x", "sum, z", "sum, y", "sum, x")
 
 
@@ -40,7 +38,7 @@ def difference_figure(volumes: Sequence[tuple[str, Tensor]], title: str) -> Figu
     Parameters
     ----------
     volumes : sequence of (label, Tensor of shape (N, N, N))
-        In units of the reference's standard deviation.
+        In units of the reference's standard deviation; all rows share one scale.
     """
     return _rows([(label, v.cpu().numpy()) for label, v in volumes], title, signed=True)
 
@@ -51,10 +49,14 @@ def _rows(
     figure = Figure(figsize=(10.2, 0.6 + 1.85 * len(volumes)), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(len(volumes), len(_COLUMNS), squeeze=False)
-    for row, (label, volume) in enumerate(volumes):
-        for column, picture in enumerate(_views(volume)):
+    # Differences are drawn on one scale, slices and sums each, so that rows compare.
+    seen = [_views(volume) for _, volume in volumes]
+    largest = [max(float(np.abs(p).max()) for row in seen for p in row[k : k + 3]) for k in (0, 3)]
+    for row, (label, _) in enumerate(volumes):
+        for column, picture in enumerate(seen[row]):
             panel = panels[row, column]
-            low, high = _range(picture, signed=signed)
+            limit = max(largest[column // 3], 1e-12)
+            low, high = (-limit, limit) if signed else _range(picture)
             panel.imshow(
                 picture, cmap="RdBu_r" if signed else "gray", origin="lower", vmin=low, vmax=high
             )
@@ -67,14 +69,6 @@ def _rows(
     return figure
 
 
-def _range(picture: NDArray[np.floating], *, signed: bool) -> tuple[float, float]:
-    if signed:
-        limit = max(float(np.abs(picture).max()), 1e-12)
-        return -limit, limit
+def _range(picture: NDArray[np.floating]) -> tuple[float, float]:
     low, high = np.quantile(picture, (0.005, 0.9995))
     return float(low), max(float(high), float(low) + 1e-12)
-
-
-def alignment_text(alignment: Alignment) -> str:
-    """Hand in words."""
-    return "mirrored" if alignment.flipped else "same hand"
