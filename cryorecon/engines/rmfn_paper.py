@@ -35,7 +35,11 @@ class PaperConfig:
     epochs : tuple of int
         Epochs of each scale, coarse to fine; 0 skips a scale.
     batch : int
-        Images a mini-batch (of the released code; the paper names none).
+        Images of a structure step (of the released code; the paper names none).
+    pose_batch : int
+        Images whose poses move after each structure step; 0 takes those of the step. An epoch moves
+        every pose once. With few images fewer keep what the paper has with 50,000: 83 turns of
+        structure steps between two visits of an image.
     structure_steps, pose_steps : int
         Of each mini-batch.
     structure_rate, pose_rate : float
@@ -50,6 +54,7 @@ class PaperConfig:
 
     epochs: tuple[int, ...] = (25, 25, 50)
     batch: int = 600
+    pose_batch: int = 0
     structure_steps: int = 5
     pose_steps: int = 20
     structure_rate: float = 1e-3
@@ -119,9 +124,7 @@ class PaperProtocol:
             band = float(min(self.bands[scale], max_band(self.observations.plane.box)))
             filtered = gaussian_filtered(self.observations, band)
             for _ in range(count):
-                n = len(filtered)
-                order = torch.randperm(n, generator=self.generator).split(self.config.batch)
-                losses = [self._batch(filtered.select(rows), rows, scale) for rows in order]
+                losses = [self._batch(filtered, rows, scale) for rows in self._turns()]
                 done += 1
                 yield scale, done, sum(losses) / len(losses)
 
@@ -139,12 +142,25 @@ class PaperProtocol:
         sums.add(signal, weight, self.rotations, low.plane)
         self.map.match_scale(sums.solve(sums.shell_mean_weight()[: self.bands[0] + 1]), 0)
 
-    def _batch(self, batch: Observations, rows: Tensor, scale: int) -> float:
-        loss = 0.0
+    def _turns(self) -> tuple[Tensor, ...]:
+        order = torch.randperm(len(self.rotations), generator=self.generator)
+        return order.split(self.config.pose_batch or self.config.batch)
+
+    def _batch(self, images: Observations, rows: Tensor, scale: int) -> float:
+        seen, loss = self._joined_by_others(rows), 0.0
+        batch = images.select(seen)
         for _ in range(self.config.structure_steps):
-            loss = self._structure_step(batch, rows, scale)
-        self._pose_steps(batch, rows, scale)
+            loss = self._structure_step(batch, seen, scale)
+        self._pose_steps(images.select(rows), rows, scale)
         return loss
+
+    def _joined_by_others(self, rows: Tensor) -> Tensor:
+        """These images and others drawn at random, as many as a structure step takes."""
+        wanted = min(self.config.batch, len(self.rotations)) - len(rows)
+        if wanted <= 0:
+            return rows
+        order = torch.randperm(len(self.rotations), generator=self.generator)
+        return torch.cat([rows, order[~torch.isin(order, rows)][:wanted]])
 
     def _structure_step(self, batch: Observations, rows: Tensor, scale: int) -> float:
         transform = padded_transform(self.map.volume(scale))
