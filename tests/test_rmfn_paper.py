@@ -42,6 +42,7 @@ def test_the_filter_acts_on_image_and_prediction(stack):
     gain = torch.exp(-0.5 * (filtered.plane.radius / 4) ** 2).float()
     assert torch.allclose(filtered.coefficients, observations.coefficients[:, :m] * gain)
     assert torch.allclose(filtered.ctf, observations.ctf[:, :m] * gain)
+    assert filtered.plane.radius.max() == pytest.approx(6 * 3**0.5, abs=0.5)
 
 
 def test_the_protocol_brings_poses_closer(stack, generator):
@@ -53,6 +54,7 @@ def test_the_protocol_brings_poses_closer(stack, generator):
     config = PaperConfig(epochs=(0, 12, 0), batch=100, width=64, structure_rate=5e-3)
     run = PaperProtocol(config, observations, start, torch.zeros(len(true), 2), generator)
     losses = [loss for _, _, loss in run.epochs()]
+    assert run.volume(1).min() >= 0
     assert losses[-1] < 0.8 * losses[0]
     assert compare_pose_sets(run.rotations.double(), true.double()).median_deg < 8
 
