@@ -3,9 +3,9 @@
 Shekarforoush et al. 2022, section 6: a 3-layer network of 128 hidden units trains one scale after
 the other; each mini-batch takes structure steps, then pose steps, both with Adam on the squared
 error; images are band-limited by a Gaussian. It starts 45 to 90 degrees from poses that are known
-and so is no ab initio method. Three things differ from the authors' released code: the Gaussian acts
-on the prediction too, frequencies are whole cycles per box, and what is kept from being negative is
-the map, not each scale's addition to it (the paper's equation 8 has neither).
+and so is no ab initio method. Three things differ from the authors' released code: the Gaussian
+acts on the prediction too, frequencies are whole cycles per box, and what is kept from being
+negative is the map, not each scale's addition to it (the paper's equation 8 has neither).
 """
 
 from __future__ import annotations
