@@ -24,7 +24,8 @@ from cryorecon.maps.align import align_maps, apply_alignment
 from cryorecon.maps.fsc import fsc_curve
 from cryorecon.physics.sphere import lebedev
 from cryorecon.run import moments as moments_run
-from cryorecon.run.moment_reconstruct import _doubt, _on_images
+from cryorecon.run.moment_maps import on_images
+from cryorecon.run.moment_reconstruct import _doubt
 from cryorecon.run.moments_store import Progress, read_moments, save_progress
 
 RADIUS = 4
@@ -280,7 +281,7 @@ def test_the_map_on_the_images_grid_has_the_projections_of_the_fit(box, pixel):
     """Wherever the images' pixels lie: same centre, same mass, same size in angstrom."""
     fit = MomentFit(Beads(3, 0.4, torch.Generator().manual_seed(2)), ViewDensity(2), 0, (), ())
     geometry = replace(GEOMETRY, box=box, pixel_size_angst=pixel)
-    volume = _on_images(fit, geometry, 8)
+    volume = on_images(fit.volume, geometry, 8)
     mass = fit.volume.log_mass.detach().exp()
     assert float(volume.sum()) == pytest.approx(float(mass.sum()), rel=0.01)
     axis = (torch.arange(box) - box // 2) * pixel

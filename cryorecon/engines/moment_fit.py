@@ -61,7 +61,7 @@ class MomentFitConfig:
     in_plane_order : int
         Of the in-plane angles in a density of the full form; 0 keeps them uniform.
     starts : int
-        Random starts; the best are compared with each other.
+        Random starts; the best are compared with each other. 0 for none.
     first_iterations : int
         Adam steps on the first moment alone, before all others.
     iterations : int
@@ -91,7 +91,7 @@ class MomentFitConfig:
         counts = (self.beads, self.width, self.iterations, self.first_iterations)
         if min(*counts, self.density_degree) < 1:
             raise ValueError("beads, width, iterations and degree must be positive")
-        if self.starts < 2 or self.radius < 3:
+        if self.starts < 0 or self.starts == 1 or self.radius < 3:
             raise ValueError("needs two starts to compare, and radius 3 or more")
         if self.in_plane_order < 0:
             raise ValueError("the in-plane order must not be negative")
@@ -153,7 +153,10 @@ class Target:
 
     def whitened(self, first: Tensor, second: Tensor) -> Tensor:
         """Both moments in units of their standard errors, real and imaginary parts; float64."""
-        root = self.second_weight.sqrt()
+        # Orders -m and the other triangle say the same again: half weight, but for k = k', m = 0.
+        share = torch.full_like(self.second_weight, 0.5)
+        share[0].fill_diagonal_(1.0)
+        root = (share * self.second_weight).sqrt()
         parts = (self.first_weight.sqrt() * first, root * second.real, root * second.imag)
         return torch.cat([part.double().flatten() for part in parts])
 

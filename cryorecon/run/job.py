@@ -41,6 +41,8 @@ _OUTPUTS = (
     "pose_errors.png",
     "starts.star",
     "information.star",
+    "shells.star",
+    "from_start_map.mrc",
     "view_density.star",
     "agreement.star",
     "slices.png",

@@ -15,7 +15,7 @@ from torch import Tensor
 from cryorecon.engines.moment_fit import Fitter, MomentFit, MomentFitConfig, visible_radius
 from cryorecon.engines.moment_full_fit import FullViews, in_plane_departure
 from cryorecon.engines.moment_information import expected_fsc, information_bytes
-from cryorecon.engines.moment_models import Beads, ViewDensity, grid_size
+from cryorecon.engines.moment_models import Beads, ViewDensity
 from cryorecon.engines.moments import Moments, MomentsGeometry
 from cryorecon.errors import CryoreconError
 from cryorecon.io.mrc import write_map
@@ -23,10 +23,16 @@ from cryorecon.io.particles import read_particles
 from cryorecon.io.star import write_star
 from cryorecon.maps.align import align_maps, apply_alignment
 from cryorecon.maps.fsc import crossing_shell, fsc_curve
-from cryorecon.physics.fourier import crop_or_pad_centred, lowpass, sample_volume
 from cryorecon.run.curves import FscCurve, write_fsc_star
 from cryorecon.run.job import Job, open_job, write_output_nodes
 from cryorecon.run.load import map_like
+from cryorecon.run.moment_maps import aligned, on_images
+from cryorecon.run.moment_start_map import (
+    LARGEST_INFORMATION,
+    StartMap,
+    compare_with_starts,
+    fit_start_map,
+)
 from cryorecon.run.moments import MomentsOptions, moments_of, resolve_geometry
 from cryorecon.run.moments_store import read_moments
 from cryorecon.run.plots import fsc_figure, map_figure, save_figure, view_density_figure
@@ -38,8 +44,6 @@ _AS_GOOD = 2.0
 # Cells of the picture of viewing directions.
 _NSIDE = 16
 _LEAST_RADIUS = 3
-# Bytes of derivatives beyond which the information is left out.
-_LARGEST_INFORMATION = 500e6
 # Moments are explained up to this misfit; 1 is expected of standard errors.
 _EXPLAINED = 2.0
 
@@ -53,6 +57,9 @@ class MomentReconstructOptions:
     engine : MomentFitConfig
     reference : Path, optional
         A map of the images' box and pixel size to align the result to.
+    start_map : StartMap, optional
+        A map to fit from as well, to tell whether moments or search hold the random starts back.
+        With it `engine.starts` may be 0.
     allow_ambiguous : bool
         Write the best map even if starts that fit equally well disagree.
     seed : int
@@ -61,6 +68,7 @@ class MomentReconstructOptions:
 
     engine: MomentFitConfig = field(default_factory=MomentFitConfig)
     reference: Path | None = None
+    start_map: StartMap | None = None
     allow_ambiguous: bool = False
     seed: int = 0
     device: str = "cpu"
@@ -87,8 +95,13 @@ def reconstruct_moments(
     reference = None
     if options.reference is not None:
         reference = map_like(options.reference, moments.geometry, "reference")
+    given = None
+    if options.start_map is not None:
+        given = map_like(options.start_map.path, moments.geometry, "start map")
+    elif options.engine.starts == 0:
+        raise CryoreconError("Nothing to start from", "Give --starts 2 or more, or --start-map")
     with open_job(output, console, path, moments.n_images, options, options.seed) as job:
-        _fit_and_write(job, path, moments, options, reference)
+        _fit_and_write(job, path, moments, options, reference, given)
 
 
 def abinitio_moments(
@@ -129,16 +142,26 @@ def _fit_and_write(
     moments: Moments,
     options: MomentReconstructOptions,
     reference: Tensor | None,
+    given: Tensor | None = None,
 ) -> None:
     radius = _radius(path, moments, options.engine, job)
     fitter = Fitter.of(moments, options.engine, radius, options.device)
+    near, geometry = None, moments.geometry.in_particle_box()
+    if given is not None and options.start_map is not None:
+        near = fit_start_map(job, fitter, options.start_map, given, geometry, options.seed)
+        if options.engine.starts == 0:
+            compare_with_starts(job, near, [], [], geometry)
+            job.say("no random starts: nothing but from_start_map.mrc and shells.star, both USE IT")
+            return
     fits = _all_starts(fitter, options, job)
-    best, geometry = fits[0][1], moments.geometry.in_particle_box()
+    best = fits[0][1]
     _tell_information(fitter, best, geometry, job)
     _tell_in_plane(fitter, best, job)
-    maps = [_on_images(fit, geometry, radius) for _, fit in fits]
+    maps = [on_images(fit.volume, geometry, radius) for _, fit in fits]
     agreement = _agreement([fit for _, fit in fits], maps, geometry, radius, job)
     _write_starts(job, fits, agreement)
+    if near is not None:
+        compare_with_starts(job, near, [fit.misfit for _, fit in fits], maps, geometry)
     doubt = _doubt(best, agreement, geometry, radius)
     if doubt is not None and not options.allow_ambiguous:
         raise CryoreconError(
@@ -209,7 +232,7 @@ def _tell_information(fitter: Fitter, best: MomentFit, geometry: MomentsGeometry
     """How far the moments determine the map near the best start."""
     if not isinstance(best.volume, Beads):
         return
-    if information_bytes(fitter, best) > _LARGEST_INFORMATION:
+    if information_bytes(fitter, best) > LARGEST_INFORMATION:
         job.say("how far the moments determine the map is not computed: too many entries")
         return
     curve = expected_fsc(fitter, best)
@@ -237,19 +260,6 @@ def _tell_in_plane(fitter: Fitter, best: MomentFit, job: Job) -> None:
         job.say(f"in-plane angles are within {100 * share:.0f} % of uniform (root mean square)")
 
 
-def _on_images(fit: MomentFit, geometry: MomentsGeometry, radius: int) -> Tensor:
-    """The map on the images' grid, low-passed to the radii that were fitted; voxel sums."""
-    size = 2 * grid_size(radius)
-    with torch.no_grad():
-        dense = fit.volume.density(size).cpu()
-    step = geometry.pixel_size_angst * size / geometry.side_angst
-    # Beyond the particle box there is nothing.
-    inside = sample_volume(dense, min(geometry.box, int(size / step)), step) * step**3
-    volume = crop_or_pad_centred(inside, geometry.box, 3)
-    band = radius * geometry.image_side_angst / geometry.side_angst
-    return lowpass(volume, min(band, (geometry.box - 1) / 2), 3)
-
-
 def _agreement(
     fits: list[MomentFit], maps: list[Tensor], geometry: MomentsGeometry, radius: int, job: Job
 ) -> list[float | None]:
@@ -263,7 +273,7 @@ def _agreement(
     limit = _AS_GOOD * fits[0].misfit
     per_shell = geometry.side_angst / geometry.image_side_angst
     for number in range(1, len(fits)):
-        maps[number] = _aligned(maps[number], maps[0], geometry, radius)
+        maps[number] = aligned(maps[number], maps[0], geometry, radius)
         if fits[number].misfit > limit:
             found.append(None)
             continue
@@ -272,12 +282,6 @@ def _agreement(
     good = sum(a is not None for a in found[1:])
     job.say(f"{good} of {len(fits) - 1} other starts fit the moments as well as the best")
     return found
-
-
-def _aligned(moving: Tensor, fixed: Tensor, geometry: MomentsGeometry, radius: int) -> Tensor:
-    finest = geometry.side_angst / (radius + 1)
-    found = align_maps(moving, fixed, geometry.pixel_size_angst, finest_angst=finest)
-    return apply_alignment(moving, found)
 
 
 def _doubt(
