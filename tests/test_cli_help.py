@@ -26,6 +26,7 @@ UNITS = {
     "noise_falloff": "A", "lowpass": "A", "pixel_size": "A/px", "resample": "A/px",
     "box": "px", "crop": "px", "size": "px", "input_size": "px", "phase_shift": "deg",
     "voltage": "kV", "cs": "mm", "b_factor": "A^2", "agree_to": "A", "within": "deg",
+    "start_blur": "A",
 }  # fmt: skip
 # Numbers without a unit: counts, ratios, seeds.
 PURE = {

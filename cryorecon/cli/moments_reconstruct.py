@@ -39,6 +39,10 @@ EXAMPLES = examples(
         "cryorecon moments reconstruct moments.h5 -o job002 --starts 12 --reference known.mrc",
     ),
     (
+        "moments or search: what a fit from a known map holds, beside random starts",
+        "cryorecon moments reconstruct moments.h5 -o job004 --start-map known.mrc",
+    ),
+    (
         "the best map even if the moments do not determine it",
         "cryorecon moments reconstruct moments.h5 -o job003 --allow-ambiguous",
     ),
