@@ -100,7 +100,7 @@ def test_information_falls_as_errors_rise(exact):
         after = list(found.volume.parameters())
         assert all(torch.equal(a, b.detach()) for a, b in zip(before, after, strict=True))
     sharp, dull, blind = (curve[1:] for curve in curves)
-    assert float(sharp.min()) > 0.99
+    assert float(sharp.min()) > 0.98
     assert bool((dull < sharp).all())
     assert bool((blind < dull).all())
     assert float(blind[-1]) < 0.5
