@@ -13,6 +13,7 @@ from cryorecon.cli.abinitio_amortized import abinitio_amortized_command
 from cryorecon.cli.abinitio_options import (
     Ambiguous,
     AssignAll,
+    Continue,
     Halves,
     Keep,
     Mask,
@@ -27,6 +28,7 @@ from cryorecon.cli.options import (
     Config,
     Contrast,
     Diameter,
+    DryRun,
     Job,
     Json,
     OffsetRange,
@@ -115,17 +117,21 @@ def abinitio_command(
     config: Config = None,
     json: Json = False,
     overwrite: Overwrite = False,
+    continue_job: Continue = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Find a map and poses from scratch with the chosen engine; engine moments finds no poses.
 
     Poses in the file are not read. Each engine's own command, abinitio-METHOD or moments, has
     more options. In RELION: an External job with "cryorecon abinitio" as executable.
     """
+    del continue_job  # It ends the command before this.
     own = {"starts": starts, "volume": volume, "init_map": init_map}
     given: dict[str, Any] = {name: value for name, value in own.items() if value is not None}
     taken: dict[str, Any] = {"particles": particles, "output": output, "diameter": diameter}
     taken |= {"contrast": contrast, "project": project, "seed": seed, "settings": settings}
     taken |= {"config": config, "overwrite": overwrite, "threads": threads, "json": json}
+    taken |= {"dry_run": dry_run}
     more: dict[str, Any] = {
         "offset_range": offset_range,
         "halves": halves,

@@ -24,6 +24,7 @@ from cryorecon.cli.options import (
     Contrast,
     Device,
     Diameter,
+    DryRun,
     Json,
     NoiseStd,
     Overwrite,
@@ -108,6 +109,7 @@ def estimate_command(
     resume: Annotated[bool, option(INPUT, "Go on after an interruption.", "--continue")] = False,
     json: Json = False,
     overwrite: Overwrite = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Average first and second moments of the images: noise and CTF out, errors beside.
 
@@ -115,7 +117,9 @@ def estimate_command(
     read; origins are, where it has them, and images are centred by them.
     """
     # torch takes seconds to load: only when the command runs.
-    from cryorecon.run.moments import MomentsOptions, StoppedError, estimate_moments
+    from cryorecon.run.dry_run import describe_moments
+    from cryorecon.run.moments import MomentsOptions, estimate_moments
+    from cryorecon.run.stopping import StoppedError
 
     use_threads(threads)
     _check_output(output, overwrite)
@@ -132,6 +136,9 @@ def estimate_command(
         device=usable_device(device),
         checkpoint_images=checkpoint,
     )
+    if dry_run:
+        describe_moments(particles, options, None, messages(json))
+        return
     try:
         with count_progress("Averaging", "images") as progress:
             result = estimate_moments(particles, output, options, resume, progress)

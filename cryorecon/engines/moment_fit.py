@@ -11,6 +11,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -176,6 +178,23 @@ class MomentFit:
     white: tuple[float, float]
     frobenius: tuple[float, float]
 
+    def state(self) -> dict[str, Any]:
+        """Everything, as :meth:`Fitter.restored` takes it."""
+        return {
+            "volume": self.volume.state_dict(),
+            "density": self.density.state_dict(),
+            "misfit": self.misfit,
+            "white": self.white,
+            "frobenius": self.frobenius,
+        }
+
+
+def _going(stage: int, volume: VolumeModel, density: ViewDensity) -> dict[str, Any]:
+    return {"stage": stage, "volume": volume.state_dict(), "density": density.state_dict()}
+
+
+Keep = Callable[[Callable[[], dict[str, Any]]], None]
+
 
 def _largest_order(geometry: MomentsGeometry, radius: int) -> int:
     """Angular orders that a particle of this diameter has at a radius."""
@@ -246,7 +265,11 @@ class Fitter:
         return self.config.first_iterations + early + self.config.iterations
 
     def fit(
-        self, generator: torch.Generator, progress: Callable[[int], None] | None = None
+        self,
+        generator: torch.Generator,
+        progress: Callable[[int], None] | None = None,
+        saved: dict[str, Any] | None = None,
+        keep: Keep | None = None,
     ) -> MomentFit:
         """One random start, from the radii of the first stage to all.
 
@@ -255,32 +278,71 @@ class Fitter:
         generator : torch.Generator
             On the CPU.
         progress : callable, optional
-            Called with 1 after each step.
+            Called with the steps done since the last call.
+        saved : dict, optional
+            A state that `keep` was given: the stages before it are left out.
+        keep : callable, optional
+            Called after each stage with a function that gives the state.
 
         Raises
         ------
         FloatingPointError
             If the misfit is not finite.
         """
+        volume, density = self._fresh(generator)
+        done = -1
+        if saved is None:
+            self._match_power(volume)
+        else:
+            volume.load_state_dict(saved["volume"])
+            density.load_state_dict(saved["density"])
+            done = saved["stage"]
+            if progress is not None:
+                progress(sum(self._count(stage) for stage in range(-1, done)))
+        for stage in range(done, len(self.targets)):
+            self._stage(stage, volume, density, progress)
+            if keep is not None:
+                keep(partial(_going, stage + 1, volume, density))
+        return self._judged(volume, density)
+
+    def restored(self, state: dict[str, Any]) -> MomentFit:
+        """A start that was fitted before, from :meth:`MomentFit.state`."""
+        # What a fresh start draws is thrown away.
+        volume, density = self._fresh(torch.Generator())
+        if "residual" in state["density"]:
+            density.free(self.views[-1])
+        volume.load_state_dict(state["volume"])
+        density.load_state_dict(state["density"])
+        return MomentFit(volume, density, state["misfit"], state["white"], state["frobenius"])
+
+    def _fresh(self, generator: torch.Generator) -> tuple[VolumeModel, ViewDensity]:
         config = self.config
         reach = int(self.targets[-1].grid.radii[-1])
         volume = new_volume(
             config.volume, reach, self.particle_radius, config.beads, config.width, generator
-        ).to(self.device)
-        density = ViewDensity(config.density_degree).to(self.device)
-        self._match_power(volume)
-        alone = replace(
-            self.targets[0], second_weight=torch.zeros_like(self.targets[0].second_weight)
         )
-        count = config.first_iterations
-        self._descend(volume, density, alone, self.views[0], count, progress)
-        last = len(self.targets) - 1
-        for number, (target, views) in enumerate(zip(self.targets, self.views, strict=True)):
-            if number == last and config.density == "free":
-                density.free(views)
-            count = config.iterations if number == last else config.iterations // 2
-            self._descend(volume, density, target, views, count, progress)
-        return self._judged(volume, density)
+        return volume.to(self.device), ViewDensity(config.density_degree).to(self.device)
+
+    def _count(self, stage: int) -> int:
+        """Steps of a stage; -1 is that of the first moment alone."""
+        if stage < 0:
+            return self.config.first_iterations
+        last = stage == len(self.targets) - 1
+        return self.config.iterations if last else self.config.iterations // 2
+
+    def _stage(
+        self,
+        stage: int,
+        volume: VolumeModel,
+        density: ViewDensity,
+        progress: Callable[[int], None] | None,
+    ) -> None:
+        target, views = self.targets[max(stage, 0)], self.views[max(stage, 0)]
+        if stage < 0:
+            target = replace(target, second_weight=torch.zeros_like(target.second_weight))
+        if stage == len(self.targets) - 1 and self.config.density == "free":
+            density.free(views)
+        self._descend(volume, density, target, views, self._count(stage), progress)
 
     def _match_power(self, volume: VolumeModel) -> None:
         with torch.no_grad():

@@ -13,6 +13,7 @@ from cryorecon.engines.moment_sums_full import FullSums
 from cryorecon.engines.moment_sums_steerable import SteerableSums
 from cryorecon.engines.moments import FullMoments, Moments, MomentsGeometry, SteerableMoments
 from cryorecon.errors import CryoreconError
+from cryorecon.io.files import sha256_of
 from cryorecon.io.moments_file import MomentsData, read_moments_data, write_moments
 
 _ABOUT = {
@@ -159,6 +160,14 @@ def read_moments(path: str | Path) -> Moments:
         raise CryoreconError(f"{path} lacks moments/{missing[0]}", "Estimate the moments again")
     values = {name: torch.from_numpy(stored[name]) for name in names}
     return kind(geometry, int(data.attributes["n_images"]), **values)
+
+
+def finished_moments(path: Path, star: Path) -> Moments | None:
+    """The moments of a STAR file, if an earlier run of the job has finished them."""
+    if not path.exists():
+        return None
+    progress, complete = _read_sums(path)
+    return read_moments(path) if complete and progress.sources == (sha256_of(star),) else None
 
 
 def merge_moments(first: Path, second: Path, output: Path) -> Moments:
