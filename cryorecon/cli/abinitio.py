@@ -125,7 +125,7 @@ def abinitio_command(
     Poses in the file are not read. Each engine's own command, abinitio-METHOD or moments, has
     more options. In RELION: an External job with "cryorecon abinitio" as executable.
     """
-    del continue_job  # It ends the command before this.
+    del continue_job  # Then another function runs instead.
     own = {"starts": starts, "volume": volume, "init_map": init_map}
     given: dict[str, Any] = {name: value for name, value in own.items() if value is not None}
     taken: dict[str, Any] = {"particles": particles, "output": output, "diameter": diameter}

@@ -90,7 +90,7 @@ def abinitio_amortized_command(
     sees a fixed number of images however many there are; --subset trains and refines on some
     and reads the poses of all others at the encoder's speed.
     """
-    del continue_job  # It ends the command before this.
+    del continue_job  # Then another function runs instead.
     from cryorecon.engines.amortized import AmortizedConfig
     from cryorecon.run.abinitio import AbinitioOptions, abinitio, assignment
     from cryorecon.run.dry_run import describe_abinitio

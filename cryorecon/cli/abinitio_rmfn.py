@@ -82,7 +82,7 @@ def abinitio_rmfn_command(
     perturbed runs the published protocol instead, which starts 45 to 90 degrees from the poses
     in the file; of the options it takes --diameter, --project, --seed, --set and --config.
     """
-    del continue_job  # It ends the command before this.
+    del continue_job  # Then another function runs instead.
     # torch takes seconds to load: only when the command runs.
     from cryorecon.engines.rmfn import RmfnConfig
     from cryorecon.engines.rmfn_paper import PaperConfig

@@ -3,37 +3,43 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import typer
 
+from cryorecon.cli.command import INSTEAD
 from cryorecon.cli.console import messages, print_job, use_threads
 
 
 def continue_job_callback(context: typer.Context, folder: Path | None) -> None:
-    """Go on with a job and end the command; options that contradict it are refused.
+    """Let the command go on with a job instead of beginning one."""
+    if folder is not None and not context.resilient_parsing:
+        context.meta[INSTEAD] = partial(_go_on, context, folder)
+        # The job says what is missing here.
+        context.resilient_parsing = True
+
+
+def _go_on(context: typer.Context, folder: Path) -> None:
+    """Go on with a job; options that contradict it are refused.
 
     Raises
     ------
     typer.BadParameter
         For another option whose value is not the job's.
     """
-    if folder is None or context.resilient_parsing:
-        return
     # torch takes seconds to load: only when a job goes on.
     from cryorecon.run.continuing import begun_with, continue_job, threads_of
 
     given = _given(context, sys.argv)
     json = given.pop("json", None) is not None
-    if given:
-        before = _given(context, begun_with(folder))
-        for name, value in given.items():
-            _refuse_other(context.command, name, value, before, folder)
+    before = _given(context, begun_with(folder)) if given else {}
+    for name, value in given.items():
+        _refuse_other(context.command, name, value, before, folder)
     use_threads(threads_of(folder))
     continue_job(folder, messages(json))
     print_job(folder, json)
-    raise typer.Exit
 
 
 def _given(context: Any, words: list[str]) -> dict[str, str]:

@@ -86,7 +86,7 @@ def reconstruct_command(
     The map counts only as far as starts that fit the moments equally well agree. If they disagree
     within the radii that were fitted, no map is written and the status is 1. The hand is unknown.
     """
-    del continue_job  # It ends the command before this.
+    del continue_job  # Then another function runs instead.
     # torch takes seconds to load: only when the command runs.
     from cryorecon.engines.moment_fit import MomentFitConfig
     from cryorecon.run.moment_reconstruct import MomentReconstructOptions, reconstruct_moments
