@@ -30,7 +30,7 @@ def require_file(path: str | Path, what: str) -> Path:
     Raises
     ------
     CryoreconError
-        If the path is missing or is a directory.
+        If the path is missing or is no regular file: a directory, a pipe, a device.
     """
     path = Path(path)
     if path.is_dir():
@@ -38,6 +38,10 @@ def require_file(path: str | Path, what: str) -> Path:
             f"{path} is a directory, not a {what}", f"Give the path of the {what} inside it"
         )
     if not path.is_file():
+        if path.exists():
+            raise CryoreconError(
+                f"{path} is a pipe or a device, not a {what}", "Write it to a file first"
+            )
         raise CryoreconError(
             f"{path} does not exist", f"Check the path of the {what} and the current directory"
         )

@@ -24,6 +24,7 @@ from cryorecon.cli.main import main
 from cryorecon.io.atoms import read_atoms
 from cryorecon.maps import align
 from cryorecon.physics.potential import potential_map
+from cryorecon.run import abinitio, moment_reconstruct
 from cryorecon.run.simulate import simulate
 from cryorecon.run.simulate_config import SimulateConfig
 
@@ -84,3 +85,16 @@ def stack_32(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     simulate(MODEL, folder, config)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def no_report(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs end without their report, which takes seconds, unless a test asks for it."""
+    if "with_report" not in request.fixturenames:
+        for module in (abinitio, moment_reconstruct):
+            monkeypatch.setattr(module, "report_at_end", lambda *_: None)
+
+
+@pytest.fixture
+def with_report() -> None:
+    """Jobs of this test write their report."""

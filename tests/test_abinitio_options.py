@@ -92,6 +92,11 @@ def log_of(job):
     return (job / "run.log").read_text()
 
 
+def stages_of(job):
+    """Of rounds.star, each once, in order."""
+    return list(dict.fromkeys(read_star(job / "rounds.star")["rounds"]["cryoreconStage"]))
+
+
 def agreement(job, folder, shell, *, aligned=False, both_hands=True):
     """Least FSC with the truth up to a shell; a map that began at the truth is in its place."""
     maps = [read_map(path) for path in (job / "initial_model.mrc", folder / "map.mrc")]
@@ -117,6 +122,9 @@ def test_independent_halves_from_scratch(large, tmp_path, monkeypatch):
     assert agreement(tmp_path / "job", large, 9) > 0.9
     subsets = read_particles(tmp_path / "job" / "run_data.star").random_subsets()
     assert sorted(set(subsets)) == [1, 2]
+    assert stages_of(tmp_path / "job") == [
+        f"half-set-{number}-{kind}" for number in (1, 2) for kind in ("half-maps", "joint-map")
+    ] + ["joint-map"]
 
 
 def test_black_particles_are_found_and_said(bright, start, tmp_path):
@@ -209,6 +217,9 @@ def test_particles_outside_a_subset_join_later(bright, start, tmp_path):
         for path in (bright / "particles.star", tmp_path / "job" / "run_data.star")
     )
     assert len(found) == len(given) == 300
+    kinds = ["half-maps", "joint-map"]
+    parts = [*kinds, *(f"all-particles-{kind}" for kind in kinds)]
+    assert stages_of(tmp_path / "job") == parts
     matrices = [euler_to_matrix(torch.from_numpy(p.euler_deg())) for p in (found, given)]
     assert compare_pose_sets(*matrices).fraction_within(15) > 0.8
 
@@ -300,6 +311,8 @@ def test_symmetry_is_found_and_applied(trimer, tmp_path, coarse_alignment):
     turned = rotate_map(found, symmetry_group("C3")[1])
     assert fsc_curve(found, turned)[1:8].min() > 0.98
     assert (tmp_path / "job" / "initial_model_C1.mrc").exists()
+    parts = ["half-maps", "joint-map", "symmetric-joint-map"]
+    assert stages_of(tmp_path / "job") == parts
     assert agreement(tmp_path / "job", trimer, 7, both_hands=False) > 0.95
     with pytest.raises(CryoreconError, match="C1, Cn, Dn, T, O or I"):
         options = AbinitioOptions(symmetry="Q7", engine=SHORT)

@@ -25,7 +25,7 @@ UNITS = {
     "last_resolution": "A", "defocus_min": "A", "defocus_max": "A", "astigmatism": "A",
     "noise_falloff": "A", "lowpass": "A", "pixel_size": "A/px", "resample": "A/px",
     "box": "px", "crop": "px", "size": "px", "input_size": "px", "phase_shift": "deg",
-    "voltage": "kV", "cs": "mm", "b_factor": "A^2",
+    "voltage": "kV", "cs": "mm", "b_factor": "A^2", "agree_to": "A", "within": "deg",
 }  # fmt: skip
 # Numbers without a unit: counts, ratios, seeds.
 PURE = {
@@ -36,7 +36,7 @@ PURE = {
 }  # fmt: skip
 # One name for what is not quite the same in all commands.
 OWN_WORDS = {"output", "mask", "method", "volume", "starts", "max_radius", "iterations", "box",
-             "max_order", "model"}  # fmt: skip
+             "max_order", "model", "symmetry"}  # fmt: skip
 
 
 def shown(*words: str, **env: str) -> str:

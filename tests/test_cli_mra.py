@@ -175,6 +175,26 @@ def test_train_continue_and_solve_with_the_encoder(cryorecon, observed, tmp_path
     assert float(orbit_error(torch.from_numpy(np.load(out / "signal.npy")), signal)) < 0.3
 
 
+def test_a_training_that_teaches_nothing_is_told(cryorecon, tmp_path):
+    """Not a number: no encoder. No better than one guess for all: a warning."""
+    words = ["mra", "train", "--points", 8, "--batch", 32, "--set", "encoder.hidden=[32]",
+             "--epochs", 1, "--set", "mixture.narrowest=0.1"]  # fmt: skip
+    short = ["-o", tmp_path / "a", "--pairs", 320, "--learning-rate", 1e30]
+    code, _, err = cryorecon(*words, *short)
+    assert code == 1
+    assert "diverged at batch" in err
+    assert "--learning-rate" in err
+    assert not (tmp_path / "a" / "encoder.safetensors").exists()
+    for rate, pairs, warned in ((3.0, 320, True), (6e-3, 6400, False)):
+        folder = tmp_path / str(rate)
+        given = ["-o", folder, "--pairs", pairs, "--learning-rate", rate]
+        code, text, err = cryorecon(*words, *given)
+        assert code == 0, err
+        assert ("taught nothing" in text) == warned, text
+        told = json.loads((folder / "training.json").read_text())
+        assert (told["signal_error_mean"] >= told["signal_error_of_the_mean"]) == warned
+
+
 def test_bad_models_and_settings_are_refused(cryorecon, observed, tmp_path):
     path, _, _ = observed
     (tmp_path / "model").mkdir()

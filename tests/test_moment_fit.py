@@ -24,7 +24,8 @@ from cryorecon.maps.align import align_maps, apply_alignment
 from cryorecon.maps.fsc import fsc_curve
 from cryorecon.physics.sphere import lebedev
 from cryorecon.run import moments as moments_run
-from cryorecon.run.moment_reconstruct import _doubt, _on_images
+from cryorecon.run.moment_maps import on_images
+from cryorecon.run.moment_reconstruct import _doubt
 from cryorecon.run.moments_store import Progress, read_moments, save_progress
 
 RADIUS = 4
@@ -113,7 +114,7 @@ def test_one_seed_is_one_result(exact):
 
 
 @pytest.mark.parametrize("kind", ["beads", "grid", "rmfn", "fouriernet"])
-@pytest.mark.parametrize("density", ["harmonics", "free"])
+@pytest.mark.parametrize("density", ["harmonics", "free", "encoder"])
 def test_every_parameter_of_every_model_moves(exact, kind, density):
     config = MomentFitConfig(
         volume=kind, density=density, beads=6, width=16, iterations=2, first_iterations=1,
@@ -128,9 +129,12 @@ def test_every_parameter_of_every_model_moves(exact, kind, density):
         fresh.named_parameters(), found.volume.parameters(), strict=True
     ):
         assert not torch.equal(before, after.detach()), name
-    parts = list(found.density.parameters())
-    assert len(parts) == 1 + (density == "free")
-    assert all(float(p.detach().abs().max()) > 0 for p in parts)
+    parts = dict(found.density.named_parameters())
+    assert len(parts) == {"harmonics": 1, "free": 2, "encoder": 20}[density]
+    before = dict(fitter.new_density(generator).named_parameters())
+    for name, after in parts.items():
+        start = before.get(name, torch.zeros(1))
+        assert float((after - start).detach().abs().max()) > 0, name
 
 
 @pytest.mark.parametrize("kind", ["beads", "grid", "rmfn"])
@@ -277,7 +281,7 @@ def test_the_map_on_the_images_grid_has_the_projections_of_the_fit(box, pixel):
     """Wherever the images' pixels lie: same centre, same mass, same size in angstrom."""
     fit = MomentFit(Beads(3, 0.4, torch.Generator().manual_seed(2)), ViewDensity(2), 0, (), ())
     geometry = replace(GEOMETRY, box=box, pixel_size_angst=pixel)
-    volume = _on_images(fit, geometry, 8)
+    volume = on_images(fit.volume, geometry, 8)
     mass = fit.volume.log_mass.detach().exp()
     assert float(volume.sum()) == pytest.approx(float(mass.sum()), rel=0.01)
     axis = (torch.arange(box) - box // 2) * pixel
@@ -286,11 +290,19 @@ def test_the_map_on_the_images_grid_has_the_projections_of_the_fit(box, pixel):
     assert torch.allclose(found, torch.stack([x, z]), atol=0.02)
 
 
-def test_full_moments_are_not_fitted(tmp_path, stack_32):
+def test_moments_over_fourier_pixels_are_fitted(tmp_path, stack_32, no_pictures, coarse_alignment):
     run("moments", "estimate", stack_32 / "particles.star", "-o", tmp_path / "f.h5",
-        "--form", "full", "--max-radius", 4)  # fmt: skip
-    with pytest.raises(CryoreconError, match="--form steerable"):
-        run("moments", "reconstruct", tmp_path / "f.h5", "-o", tmp_path / "job")
+        "--form", "full", "--max-radius", 4, "--diameter", 55)  # fmt: skip
+    job = tmp_path / "job"
+    few = [word if word != 4 else 3 for word in FEW]
+    result = run("moments", "reconstruct", tmp_path / "f.h5", "-o", job, *few, "--views", "encoder",
+                 "--set", "density_degree=2", "--set", "beads=4", "--allow-ambiguous")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "in-plane angles" in (job / "run.log").read_text()
+    given = read_map(stack_32 / "map.mrc")
+    assert read_map(job / "initial_model.mrc").data.shape == given.data.shape
+    density = read_star(job / "view_density.star")["view_density"]["cryoreconViewDensity"]
+    assert density.astype(float).mean() == pytest.approx(1, abs=0.05)
 
 
 def test_both_steps_in_one_command(tmp_path, stack_32, no_pictures, coarse_alignment):

@@ -12,7 +12,7 @@ from conftest import MODEL
 
 from cryorecon.engines.moment_sums import MomentBatch, merge_arrays
 from cryorecon.engines.moment_sums_full import FullSums, check_full
-from cryorecon.engines.moment_sums_steerable import SteerableSums
+from cryorecon.engines.moment_sums_steerable import SteerableSums, _untangled
 from cryorecon.engines.moments import MomentsGeometry, exact_moments, steerable_moments
 from cryorecon.errors import CryoreconError
 from cryorecon.io.mrc import read_map
@@ -298,6 +298,37 @@ def test_entries_that_no_image_measures_are_marked(generator):
     assert (found.second[:, 2] == 0).all()
     assert torch.isinf(found.second_error[:, 2]).all()
     assert found.conditioning[2] == 0
+
+
+@pytest.mark.parametrize("strength", [0.1, 1.0], ids=["steady", "weak pivots"])
+def test_astigmatic_systems_are_solved_as_by_pivoting(strength, generator):
+    """Banded factors by parity of the order, against one dense matrix; some pairs not measured."""
+    draw = torch.randn(30, 5, 4, generator=generator, dtype=torch.complex128) * strength
+    draw[:, 0] = 1 + torch.rand(30, 4, generator=generator).double()
+    weight = torch.einsum("nhk,nhl->hkl", draw, draw.conj())
+    values = torch.randn(2, 8, 4, 4, generator=generator, dtype=torch.complex128)
+    values[:, 0] = values[:, 0].real + 0j
+    measured = torch.ones(4, 4, dtype=torch.bool)
+    measured[1, 2] = False
+    found = _untangled(values, weight, measured)
+    orders = torch.arange(-7, 8)
+    gap = orders[:, None] - orders
+    for k, other in ((0, 0), (0, 3), (3, 1), (2, 2)):
+        bands = weight[:, k, other]
+        entries = bands[(gap.abs() // 2).clamp(max=4)]
+        matrix = torch.where(gap >= 0, entries, entries.conj())
+        matrix = matrix * ((gap % 2 == 0) & (gap.abs() <= 8))
+        whole = torch.cat([values[:, 1:, k, other].flip(1).conj(), values[:, :, k, other]], 1)
+        expected = torch.linalg.solve(matrix, whole.T).T[:, 7:]
+        assert torch.allclose(found[:, :, k, other], expected, rtol=1e-8, atol=1e-10)
+    assert not found[:, :, 1, 2].any()
+
+
+def test_subtracting_the_noise_tells_how_far_it_is(generator):
+    sums, told = SteerableSums(SMALL), []
+    sums.add(_batch(torch.randn(4, 16, 16, generator=generator), noise_power=256.0))
+    sums.finalise(lambda done, total: told.append((done, total)))
+    assert told == [(shell, 8) for shell in range(1, 9)]
 
 
 def test_the_full_form_says_when_it_is_too_large():

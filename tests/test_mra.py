@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from cryorecon.engines.mra import (
-    Moments,
-    MomentSums,
+    ShiftMoments,
+    ShiftMomentSums,
     best_shift,
     canonical,
     circulant,
@@ -45,7 +45,7 @@ def rough(count, n, generator):
 
 
 def sampled(signal, density, count, noise_std, generator):
-    sums = MomentSums(len(signal))
+    sums = ShiftMomentSums(len(signal))
     sums.add(observe(signal, density, count, noise_std, generator))
     return sums.moments(noise_std)
 
@@ -136,7 +136,7 @@ def test_pure_noise_vanishes_as_one_over_the_root_of_the_count(generator):
 
 def test_sums_do_not_depend_on_the_blocks(generator):
     images = torch.randn(100, 8, generator=generator, dtype=torch.float64)
-    whole, parts = MomentSums(8), MomentSums(8)
+    whole, parts = ShiftMomentSums(8), ShiftMomentSums(8)
     whole.add(images)
     for part in images.split(33):
         parts.add(part)
@@ -147,7 +147,7 @@ def test_sums_do_not_depend_on_the_blocks(generator):
 @pytest.mark.parametrize("noise_std", [0.3, 1.0, 5.0])
 def test_noise_is_told_from_the_smallest_eigenvalues(noise_std, generator):
     signal, density = (part[0] for part in problems(1, 32, generator))
-    sums = MomentSums(32)
+    sums = ShiftMomentSums(32)
     sums.add(observe(signal, density, 20_000, noise_std, generator))
     found, dimensions = estimate_noise_std(sums.raw_second(), sums.count)
     assert dimensions >= 16
@@ -156,7 +156,7 @@ def test_noise_is_told_from_the_smallest_eigenvalues(noise_std, generator):
 
 def test_noise_is_not_told_when_the_signal_fills_all_dimensions(generator):
     signal, density = (part[0] for part in rough(1, 16, generator))
-    sums = MomentSums(16)
+    sums = ShiftMomentSums(16)
     sums.add(observe(3 * signal, density, 20_000, 0.3, generator))
     assert estimate_noise_std(sums.raw_second(), sums.count) == (0.0, 0)
 
@@ -204,7 +204,9 @@ def test_spectral_cannot_tell_a_periodic_density(generator):
 
 def test_the_jacobian_is_the_derivative_of_the_residual(generator):
     signal, density = rough(2, 7, generator)
-    target = Moments(*moment_arrays(signal.flip(-1), density), torch.ones(2), torch.ones(2) * 3)
+    target = ShiftMoments(
+        *moment_arrays(signal.flip(-1), density), torch.ones(2), torch.ones(2) * 3
+    )
     descent = _Descent(target.to(torch.float64), signal, density)
     expected = torch.autograd.functional.jacobian(descent.residual, descent.values)
     for problem in range(2):

@@ -42,6 +42,7 @@ def test_the_filter_acts_on_image_and_prediction(stack):
     gain = torch.exp(-0.5 * (filtered.plane.radius / 4) ** 2).float()
     assert torch.allclose(filtered.coefficients, observations.coefficients[:, :m] * gain)
     assert torch.allclose(filtered.ctf, observations.ctf[:, :m] * gain)
+    assert filtered.plane.radius.max() == pytest.approx(6 * 3**0.5, abs=0.5)
 
 
 def test_the_protocol_brings_poses_closer(stack, generator):
@@ -53,8 +54,24 @@ def test_the_protocol_brings_poses_closer(stack, generator):
     config = PaperConfig(epochs=(0, 12, 0), batch=100, width=64, structure_rate=5e-3)
     run = PaperProtocol(config, observations, start, torch.zeros(len(true), 2), generator)
     losses = [loss for _, _, loss in run.epochs()]
+    assert run.volume(1).min() >= 0
     assert losses[-1] < 0.8 * losses[0]
     assert compare_pose_sets(run.rotations.double(), true.double()).median_deg < 8
+
+
+def test_few_poses_move_while_the_structure_sees_many_images(stack, generator, monkeypatch):
+    observations = load_observations(read_particles(stack / "particles.star"), 0.8).whole()
+    start = random_rotations(400, generator).float()
+    config = PaperConfig(epochs=(2, 0, 0), batch=150, pose_batch=64, width=8, structure_steps=1)
+    run = PaperProtocol(config, observations, start, torch.zeros(400, 2), generator)
+    seen, moved = [], []
+    monkeypatch.setattr(run, "_structure_step", lambda b, rows, s: seen.append(rows) or 0.0)
+    monkeypatch.setattr(run, "_pose_steps", lambda b, rows, s: moved.append(rows))
+    assert len(list(run.epochs())) == 2
+    assert torch.equal(torch.cat(moved).bincount(minlength=400), torch.full((400,), 2))
+    for all_rows, own in zip(seen, moved, strict=True):
+        assert len(all_rows.unique()) == 150
+        assert torch.equal(all_rows[: len(own)], own)
 
 
 def test_the_job_starts_from_the_files_poses_and_says_so(stack, tmp_path):

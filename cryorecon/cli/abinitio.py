@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from cryorecon.cli.abinitio_all import all_command
 from cryorecon.cli.abinitio_amortized import abinitio_amortized_command
 from cryorecon.cli.abinitio_options import (
     Ambiguous,
@@ -52,15 +53,20 @@ EXAMPLES = examples(
         "with another engine, and the resolution of the half maps for a script",
         "cryorecon abinitio particles.star -o job003 --method amortized --json",
     ),
+    (
+        "with every engine, and what they agree on",
+        "cryorecon abinitio particles.star -o job004 --method all",
+    ),
 )
 
 
 class Method(StrEnum):
-    """Ab initio engines."""
+    """Ab initio engines; all of them, compared."""
 
     RMFN = "rmfn"
     AMORTIZED = "amortized"
     MOMENTS = "moments"
+    ALL = "all"
 
 
 def abinitio_command(
@@ -68,7 +74,7 @@ def abinitio_command(
     output: Job,
     method: Annotated[
         Method,
-        option(COMPUTE, "Engine: a search; an encoder that learns poses; moments, without poses."),
+        option(COMPUTE, "A search; an encoder that learns poses; moments, without poses; or all."),
     ] = Method.RMFN,
     diameter: Diameter = None,
     offset_range: OffsetRange = None,
@@ -122,6 +128,7 @@ def abinitio_command(
 ) -> None:
     """Find a map and poses from scratch with the chosen engine; engine moments finds no poses.
 
+    --method all runs every engine, a folder each, and writes what they agree on, as consensus.
     Poses in the file are not read. Each engine's own command, abinitio-METHOD or moments, has
     more options. In RELION: an External job with "cryorecon abinitio" as executable.
     """
@@ -147,8 +154,12 @@ def abinitio_command(
         count = {} if starts_given is None else {"starts": starts_given}
         moments_command(**taken, **count, allow_ambiguous=allow_ambiguous)
         return
+    if method is Method.ALL:
+        _refuse({name: v for name, v in given.items() if name != "starts"}, method)
+        all_command(taken, more, starts, allow_ambiguous=allow_ambiguous)
+        return
     if allow_ambiguous:
-        raise typer.BadParameter("--allow-ambiguous belongs to engine moments")
+        raise typer.BadParameter("--allow-ambiguous belongs to engine moments and to all")
     if method is not Method.RMFN:
         _refuse(given, method)
     commands: dict[Method, Callable[..., None]] = {

@@ -153,7 +153,7 @@ Ambiguous = Annotated[
     bool,
     option(
         EXPERT,
-        "Engine moments: write the best map even if starts disagree.",
+        "Write the best map even if starts (engine moments) or jobs disagree.",
         "--allow-ambiguous",
         hidden=True,
     ),

@@ -6,10 +6,10 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 from rich.console import Console
 from rich.progress import (
@@ -145,20 +145,31 @@ def usable_device(name: str) -> str:
     return name
 
 
+class Count(Protocol):
+    """How a command tells a bar of its progress; another stage may have a name and a unit."""
+
+    def __call__(self, done: int, total: int, title: str = ..., unit: str = ...) -> None:
+        """Things done, and all of them."""
+
+
 @contextmanager
-def count_progress(title: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+def count_progress(title: str, unit: str) -> Iterator[Count]:
     """A progress bar driven by calls of (done, total); nothing where the output is no terminal."""
     bar = Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn(unit),
+        TextColumn("{task.fields[unit]}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=error_console,
         disable=not _shows_bars(sys.stderr),
     )
     with bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        task = bar.add_task(title, total=None, unit=unit)
+
+        def update(done: int, total: int, title: str = title, unit: str = unit) -> None:
+            bar.update(task, completed=done, total=total, description=title, unit=unit)
+
+        yield update

@@ -17,11 +17,14 @@ from cryorecon.cli import (
     abinitio_amortized,
     abinitio_rmfn,
     compare_poses,
+    consensus,
     demo,
     export,
     fit_image,
     fsc,
+    import_particles,
     reconstruct,
+    report,
     simulate,
 )
 from cryorecon.cli.command import (
@@ -78,6 +81,10 @@ _add(
     abinitio_amortized.abinitio_amortized_command, abinitio_amortized.EXAMPLES,
 )  # fmt: skip
 _add(
+    INSPECT, "report", "What a job found and what to doubt, as a page to look at",
+    report.report_command, report.EXAMPLES,
+)  # fmt: skip
+_add(
     INSPECT, "fsc", "How far two maps agree, and to which resolution",
     fsc.fsc, fsc.EXAMPLES,
 )  # fmt: skip
@@ -86,12 +93,20 @@ _add(
     compare_poses.compare_poses, compare_poses.EXAMPLES,
 )  # fmt: skip
 _add(
+    INSPECT, "consensus", "On what several jobs, or all engines, agree",
+    consensus.consensus_command, consensus.EXAMPLES,
+)  # fmt: skip
+_add(
     CONVERT, "reconstruct", "A map from particles with known poses",
     reconstruct.reconstruct_command, reconstruct.EXAMPLES,
 )  # fmt: skip
 _add(
     CONVERT, "export", "To RELION, cryoSPARC, cryoDRGN, ChimeraX; edits of maps",
     export.export_command, export.EXAMPLES,
+)  # fmt: skip
+_add(
+    CONVERT, "import", "Stacks with the pickles of cryoDRGN; its poses into STAR files",
+    import_particles.import_command, import_particles.EXAMPLES,
 )  # fmt: skip
 app.add_typer(moments_app, name="moments", rich_help_panel=METHODS)
 app.add_typer(mra_app, name="mra", rich_help_panel=METHODS)
@@ -160,6 +175,12 @@ def _run() -> int:
         return 1
     except BrokenPipeError:
         return _reader_left()
+    except (MemoryError, RuntimeError) as error:
+        # torch has no type of its own for it.
+        if not isinstance(error, MemoryError) and "allocate memory" not in str(error):
+            raise
+        _say_error("Error: There is not enough memory. Use a smaller box or a larger machine.")
+        return 1
     except OSError as error:
         _say_error(f"Error: {error}. Check the disk and the folder's permissions.")
         return 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -141,7 +142,8 @@ def estimate_command(
         return
     try:
         with count_progress("Averaging", "images") as progress:
-            result = estimate_moments(particles, output, options, resume, progress)
+            finishing = partial(progress, title="Subtracting the noise", unit="shells")
+            result = estimate_moments(particles, output, options, resume, progress, finishing)
     except StoppedError as stop:
         again = shlex.join(["cryorecon", *(a for a in sys.argv[1:] if a != "--continue")])
         error_console.print(f"{stop}. Go on with:\n{again} --continue", markup=False)
@@ -204,7 +206,8 @@ def _report(output: Path, result: Moments, json: bool) -> None:
         return
     out = messages(json)
     geometry = result.geometry
-    out.print(f"[bold]{output}[/]  {result.n_images} images")
+    source = f"{result.n_images} images" if result.n_images else "exact moments"
+    out.print(f"[bold]{output}[/]  {source}")
     what = f"orders 0 to {geometry.max_order}, " if geometry.form == "steerable" else ""
     out.print(
         f"{geometry.form}: {what}radii to {geometry.max_radius} cycles per "

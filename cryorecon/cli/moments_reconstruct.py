@@ -25,7 +25,6 @@ from cryorecon.cli.options import (
     Overwrite,
     Seed,
     Settings,
-    Starts,
     Threads,
     argument,
     option,
@@ -46,7 +45,7 @@ EXAMPLES = examples(
 
 def reconstruct_command(
     moments: Annotated[
-        Path, argument("Moments (.h5) of moments estimate, steerable form.", "MOMENTS")
+        Path, argument("Moments (.h5) of moments estimate, either form.", "MOMENTS")
     ],
     output: Job,
     volume: Annotated[
@@ -54,8 +53,8 @@ def reconstruct_command(
         option(EXPERT, "What holds the map: Gaussians, positive voxels or a network."),
     ] = "beads",
     views: Annotated[
-        Literal["harmonics", "free"],
-        option(EXPERT, "Density of viewing directions: smooth, or a weight for each."),
+        Literal["harmonics", "free", "encoder"],
+        option(EXPERT, "Density of views: smooth, a weight for each, or a network of the moments."),
     ] = "harmonics",
     max_radius: Annotated[
         int,
@@ -66,11 +65,26 @@ def reconstruct_command(
             min=3,
         ),
     ] = 8,
-    starts: Starts = 6,
+    starts: Annotated[
+        int,
+        option(COMPUTE, "Random starts, compared at the end; 2 or more.", metavar="N", min=0),
+    ] = 6,
     reference: Annotated[
         Path | None,
         option(INPUT, "MRC map to turn the result onto; it plays no other part.", metavar="FILE"),
     ] = None,
+    start_map: Annotated[
+        Path | None,
+        option(
+            EXPERT,
+            "MRC map to fit from as well, to tell moments from search; the result is as without.",
+            metavar="FILE",
+        ),
+    ] = None,
+    start_blur: Annotated[
+        float,
+        option(EXPERT, "Low-pass the start map to this resolution first [A]; 0: not.", min=0),
+    ] = 0.0,
     allow_ambiguous: Ambiguous = False,
     device: Device = "cpu",
     seed: Seed = 0,
@@ -90,15 +104,19 @@ def reconstruct_command(
     # torch takes seconds to load: only when the command runs.
     from cryorecon.engines.moment_fit import MomentFitConfig
     from cryorecon.run.moment_reconstruct import MomentReconstructOptions, reconstruct_moments
+    from cryorecon.run.moment_start_map import StartMap
     from cryorecon.run.settings import with_settings
 
     use_threads(threads)
-    if starts < 2:
-        raise typer.BadParameter("starts are compared: give --starts 2 or more")
+    if starts == 1 or (starts == 0 and start_map is None):
+        raise typer.BadParameter("give --starts 2 or more, or 0 with --start-map")
+    if start_blur > 0 and start_map is None:
+        raise typer.BadParameter("--start-blur needs --start-map")
+    near = None if start_map is None else StartMap(start_map, start_blur)
     plain = MomentFitConfig(volume=volume, density=views, radius=max_radius, starts=starts)
     engine = with_settings(plain, config, settings or [])
     options = MomentReconstructOptions(
-        engine, reference, allow_ambiguous, seed, usable_device(device)
+        engine, reference, near, allow_ambiguous, seed, usable_device(device)
     )
     prepare_folder(output, overwrite)
     reconstruct_moments(moments, output, options, messages(json))
@@ -136,7 +154,7 @@ def moments_command(
     engine = with_settings(MomentFitConfig(starts=starts), config, settings or [])
     prepare_folder(output, overwrite)
     wanted = MomentsOptions(diameter_angst=diameter, contrast=contrast, project=project)
-    options = MomentReconstructOptions(engine, None, allow_ambiguous, seed)
+    options = MomentReconstructOptions(engine, None, None, allow_ambiguous, seed)
     if dry_run:
         describe_moments(particles, wanted, options, messages(json))
         return

@@ -193,6 +193,17 @@ def train_command(
         prepare_folder(output, overwrite)
     with count_progress("Training", "batches") as bar:
         told = train_encoders(training, output, continued, 10_000, bar)
+    useless = [
+        f"{what} {told[f'{what}_error_mean']:.4f} against {told[f'{what}_error_of_the_mean']:.4f}"
+        for what in ("signal", "density")
+        if not told[f"{what}_error_mean"] < told[f"{what}_error_of_the_mean"]
+    ]
+    if useless:
+        messages(json).print(
+            f"WARNING: the training taught nothing: one mean guess for all has smaller errors "
+            f"({', '.join(useless)}). Lower --learning-rate, or give more pairs or epochs.",
+            markup=False,
+        )
     if json:
         print_json(told | {"encoder": output / "encoder.safetensors"})
         return

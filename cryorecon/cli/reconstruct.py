@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from rich.console import Console
 
-from cryorecon.cli.command import COMPUTE, EXPERT, OUTPUT, examples
+from cryorecon.cli.command import COMPUTE, EXPERT, INPUT, OUTPUT, examples
 from cryorecon.cli.console import (
     count_progress,
     messages,
@@ -32,6 +32,10 @@ EXAMPLES = examples(
     (
         "with half maps and their resolution",
         "cryorecon reconstruct run_data.star -o map.mrc --half-maps",
+    ),
+    (
+        "a stack with the pickles of cryoDRGN",
+        "cryorecon reconstruct particles.mrcs --ctf ctf.pkl --poses poses.pkl -o map.mrc",
     ),
     (
         "into a job directory, with the markers that RELION looks for",
@@ -60,12 +64,21 @@ def reconstruct_command(
     project: Project = None,
     seed: Seed = 0,
     threads: Threads = None,
+    ctf: Annotated[
+        Path | None,
+        option(INPUT, "ctf.pkl of cryoDRGN, where PARTICLES is a stack.", metavar="FILE"),
+    ] = None,
+    poses: Annotated[
+        Path | None,
+        option(INPUT, "poses.pkl of cryoDRGN, in place of the file's.", metavar="FILE"),
+    ] = None,
     json: Json = False,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
 ) -> None:  # fmt: skip
     """Backproject particles with the poses and CTFs in their file."""
     # torch takes seconds to load: only when the command runs.
+    from cryorecon.io.cryodrgn import with_poses
     from cryorecon.io.particles import read_particles
     from cryorecon.run.dry_run import describe_reconstruct
     from cryorecon.run.job import Task, open_job, write_output_nodes
@@ -76,11 +89,13 @@ def reconstruct_command(
         describe_reconstruct(particles, project, told)
         return
     settings = {"half_maps": half_maps, "wiener": wiener, "padding": padding}
-    if output.suffix:
-        figures = _reconstruct(read_particles(particles, project), output, settings, seed, told)
-    else:
+    if not output.suffix:
         prepare_folder(output, overwrite)
-        source = read_particles(particles, project)
+    source = read_particles(particles, project, ctf=ctf)
+    source = source if poses is None else with_poses(source, poses)
+    if output.suffix:
+        figures = _reconstruct(source, output, settings, seed, told)
+    else:
         task = Task("reconstruct", particles, len(source), settings, settings, seed)
         with open_job(output, told, task):
             figures = _reconstruct(source, output / "reconstruction.mrc", settings, seed, told)

@@ -9,7 +9,7 @@ different starts tells how far they do.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -17,7 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cryorecon.engines.moment_encoding import EncodedDensity
+from cryorecon.engines.moment_full_fit import (
+    FullTarget,
+    FullViews,
+    RotationDensity,
+    full_visible,
+)
 from cryorecon.engines.moment_models import (
+    Density,
     DensityKind,
     ViewDensity,
     Views,
@@ -26,7 +34,8 @@ from cryorecon.engines.moment_models import (
     grid_size,
     new_volume,
 )
-from cryorecon.engines.moments import MomentsGeometry, SteerableMoments, steerable_moments
+from cryorecon.engines.moments import FullMoments, Moments, SteerableMoments
+from cryorecon.networks.moment_encoders import FieldEncoderConfig
 from cryorecon.physics.polar import PolarGrid
 
 # Radii of the coarse stages; the last stage has all.
@@ -46,12 +55,15 @@ class MomentFitConfig:
         Gaussians of the map.
     width : int
         Hidden units of networks.
-    density : "harmonics" or "free"
-        Of viewing directions: smooth, or with a weight for each direction in the last stage.
+    density : "harmonics", "free" or "encoder"
+        Of viewing directions: smooth; with a weight for each direction in the last stage besides;
+        or the weights of all directions from a network that reads the moments, as in the paper.
     density_degree : int
         Of the harmonics of its logarithm.
+    in_plane_order : int
+        Of the in-plane angles in a density of the full form; 0 keeps them uniform.
     starts : int
-        Random starts; the best are compared with each other.
+        Random starts; the best are compared with each other. 0 for none.
     first_iterations : int
         Adam steps on the first moment alone, before all others.
     iterations : int
@@ -69,6 +81,7 @@ class MomentFitConfig:
     width: int = 96
     density: DensityKind = "harmonics"
     density_degree: int = 6
+    in_plane_order: int = 2
     starts: int = 6
     first_iterations: int = 50
     iterations: int = 500
@@ -80,8 +93,10 @@ class MomentFitConfig:
         counts = (self.beads, self.width, self.iterations, self.first_iterations)
         if min(*counts, self.density_degree) < 1:
             raise ValueError("beads, width, iterations and degree must be positive")
-        if self.starts < 2 or self.radius < 3:
+        if self.starts < 0 or self.starts == 1 or self.radius < 3:
             raise ValueError("needs two starts to compare, and radius 3 or more")
+        if self.in_plane_order < 0:
+            raise ValueError("the in-plane order must not be negative")
         if not (0 < self.rate < 1e30 and 0 < self.model_error < 1e30):
             raise ValueError("rate and model error must be positive")
 
@@ -112,7 +127,7 @@ class Target:
     def of(moments: SteerableMoments, radius: int, model_error: float) -> Target:
         """Moments of radii 1 to `radius`, of the angular orders that they hold."""
         whole, k = moments.geometry, radius
-        order = min(_largest_order(whole, k), whole.max_order)
+        order = min(whole.order_at(k), whole.max_order)
         grid = replace(whole, max_radius=k, max_order=order).map_grid()
         second = moments.second[: order + 1, :k, :k]
         error = moments.second_error[: order + 1, :k, :k]
@@ -137,6 +152,28 @@ class Target:
         one = (self.first_weight * (first - self.first) ** 2).sum()
         two = (self.second_weight * (second - self.second).abs().square()).sum()
         return one, two
+
+    def whitened(self, first: Tensor, second: Tensor) -> Tensor:
+        """Both moments in units of their standard errors, real and imaginary parts; float64."""
+        # Orders -m and the other triangle say the same again: half weight, but for k = k', m = 0.
+        share = torch.full_like(self.second_weight, 0.5)
+        share[0].fill_diagonal_(1.0)
+        root = (share * self.second_weight).sqrt()
+        parts = (self.first_weight.sqrt() * first, root * second.real, root * second.imag)
+        return torch.cat([part.double().flatten() for part in parts])
+
+    def total(self, second: Tensor) -> Tensor:
+        """Power that a map's amplitude is first set by."""
+        return second[0].diagonal().real.sum()
+
+    def fields(self) -> tuple[Tensor, Tensor]:
+        """Both moments over the radii, every radius of power 1: what an encoder reads.
+
+        Shapes (1, K) and (2 (M + 1) K, K): order, part and other radius are channels.
+        """
+        by = self.power.rsqrt()
+        second = (self.second * by[:, None] * by).nan_to_num()
+        return (self.first * by)[None], torch.view_as_real(second).permute(0, 3, 2, 1).flatten(0, 2)
 
     @property
     def count(self) -> float:
@@ -164,7 +201,7 @@ class MomentFit:
     Attributes
     ----------
     volume : VolumeModel
-    density : ViewDensity
+    density : Density
     misfit : float
         Weighted squares left, by entry; about 1 where standard errors explain all.
     white, frobenius : tuple of two float
@@ -173,7 +210,7 @@ class MomentFit:
     """
 
     volume: VolumeModel
-    density: ViewDensity
+    density: Density
     misfit: float
     white: tuple[float, float]
     frobenius: tuple[float, float]
@@ -189,22 +226,22 @@ class MomentFit:
         }
 
 
-def _going(stage: int, volume: VolumeModel, density: ViewDensity) -> dict[str, Any]:
+def _going(stage: int, volume: VolumeModel, density: Density) -> dict[str, Any]:
     return {"stage": stage, "volume": volume.state_dict(), "density": density.state_dict()}
 
 
 Keep = Callable[[Callable[[], dict[str, Any]]], None]
 
 
-def _largest_order(geometry: MomentsGeometry, radius: int) -> int:
-    """Angular orders that a particle of this diameter has at a radius."""
-    return int(math.pi * radius * geometry.diameter_angst / geometry.side_angst) + 2
+def visible_radius(moments: Moments) -> int:
+    """Largest radius up to which the power, over a particle's orders, stands above its error.
 
-
-def visible_radius(moments: SteerableMoments) -> int:
-    """Largest radius up to which the power, over a particle's orders, stands above its error."""
+    In cycles per particle box.
+    """
+    if isinstance(moments, FullMoments):
+        return full_visible(moments, _VISIBLE)
     radii = range(1, len(moments.first) + 1)
-    largest = torch.tensor([_largest_order(moments.geometry, k) for k in radii])
+    largest = torch.tensor([moments.geometry.order_at(k) for k in radii])
     orders = torch.arange(len(moments.second))[:, None]
     counts = torch.where(orders > 0, 2.0, 1.0).double() * (orders <= largest)
     power = (counts * moments.second.diagonal(dim1=-2, dim2=-1).real).sum(0)
@@ -225,7 +262,7 @@ class Fitter:
     Attributes
     ----------
     config : MomentFitConfig
-    targets : list of Target
+    targets : list of Target or FullTarget
         One a stage.
     views : list of Views
     particle_radius : float
@@ -234,15 +271,13 @@ class Fitter:
     """
 
     config: MomentFitConfig
-    targets: list[Target]
-    views: list[Views]
+    targets: Sequence[Target | FullTarget]
+    views: Sequence[Views]
     particle_radius: float
     device: str = "cpu"
 
     @staticmethod
-    def of(
-        moments: SteerableMoments, config: MomentFitConfig, radius: int, device: str = "cpu"
-    ) -> Fitter:
+    def of(moments: Moments, config: MomentFitConfig, radius: int, device: str = "cpu") -> Fitter:
         """Targets and slices of all stages.
 
         Parameters
@@ -250,13 +285,25 @@ class Fitter:
         radius : int
             Largest radius fitted, in cycles per particle box.
         """
-        targets = [
-            Target.of(moments, stage, config.model_error).to(device) for stage in stages(radius)
-        ]
-        size = grid_size(radius)
-        views = [Views.of(t.grid, size, config.density_degree, device) for t in targets]
-        share = moments.geometry.diameter_angst / moments.geometry.side_angst / 2
-        return Fitter(config, targets, views, share, device)
+        size, degree, ends = grid_size(radius), config.density_degree, stages(radius)
+        inside = moments.geometry.in_particle_box()
+        share = inside.diameter_angst / inside.side_angst / 2
+        # An encoder has an output for each node: all stages have those of the last.
+        fixed = inside.order_at(radius) if config.density == "encoder" else None
+        if isinstance(moments, FullMoments):
+            plane = [FullTarget.of(moments, end, config.model_error).to(device) for end in ends]
+            nodes = [
+                FullViews.over(t, size, degree, config.in_plane_order, device, fixed) for t in plane
+            ]
+            return Fitter(config, plane, nodes, share, device)
+        circles = [Target.of(moments, end, config.model_error).to(device) for end in ends]
+        views = [Views.of(t.grid, size, degree, device, fixed) for t in circles]
+        return Fitter(config, circles, views, share, device)
+
+    @property
+    def reach(self) -> int:
+        """Largest radius fitted, in cycles per particle box."""
+        return math.ceil(float(self.targets[-1].grid.radii[-1]) - 1e-6)
 
     @property
     def steps(self) -> int:
@@ -292,7 +339,7 @@ class Fitter:
         volume, density = self._fresh(generator)
         done = -1
         if saved is None:
-            self._match_power(volume)
+            self.match_power(volume)
         else:
             volume.load_state_dict(saved["volume"])
             density.load_state_dict(saved["density"])
@@ -303,25 +350,24 @@ class Fitter:
             self._stage(stage, volume, density, progress)
             if keep is not None:
                 keep(partial(_going, stage + 1, volume, density))
-        return self._judged(volume, density)
+        return self.judged(volume, density)
 
     def restored(self, state: dict[str, Any]) -> MomentFit:
         """A start that was fitted before, from :meth:`MomentFit.state`."""
         # What a fresh start draws is thrown away.
         volume, density = self._fresh(torch.Generator())
-        if "residual" in state["density"]:
+        if isinstance(density, ViewDensity) and "residual" in state["density"]:
             density.free(self.views[-1])
         volume.load_state_dict(state["volume"])
         density.load_state_dict(state["density"])
         return MomentFit(volume, density, state["misfit"], state["white"], state["frobenius"])
 
-    def _fresh(self, generator: torch.Generator) -> tuple[VolumeModel, ViewDensity]:
+    def _fresh(self, generator: torch.Generator) -> tuple[VolumeModel, Density]:
         config = self.config
-        reach = int(self.targets[-1].grid.radii[-1])
         volume = new_volume(
-            config.volume, reach, self.particle_radius, config.beads, config.width, generator
+            config.volume, self.reach, self.particle_radius, config.beads, config.width, generator
         )
-        return volume.to(self.device), ViewDensity(config.density_degree).to(self.device)
+        return volume.to(self.device), self.new_density(generator)
 
     def _count(self, stage: int) -> int:
         """Steps of a stage; -1 is that of the first moment alone."""
@@ -334,41 +380,55 @@ class Fitter:
         self,
         stage: int,
         volume: VolumeModel,
-        density: ViewDensity,
+        density: Density,
         progress: Callable[[int], None] | None,
     ) -> None:
         target, views = self.targets[max(stage, 0)], self.views[max(stage, 0)]
         if stage < 0:
             target = replace(target, second_weight=torch.zeros_like(target.second_weight))
-        if stage == len(self.targets) - 1 and self.config.density == "free":
+        last = stage == len(self.targets) - 1
+        if last and isinstance(density, ViewDensity) and self.config.density == "free":
             density.free(views)
-        self._descend(volume, density, target, views, self._count(stage), progress)
+        self.descend(volume, density, target, views, self._count(stage), progress)
 
-    def _match_power(self, volume: VolumeModel) -> None:
+    def new_density(self, generator: torch.Generator) -> Density:
+        """A density of views to begin with: uniform, or what a fresh encoder says."""
+        views, degree = self.views[-1], self.config.density_degree
+        if self.config.density == "encoder":
+            fields = self.targets[-1].fields()
+            made = EncodedDensity(*fields, views, FieldEncoderConfig(), generator)
+            return made.to(self.device)
+        if isinstance(views, FullViews):
+            return RotationDensity(degree, views).to(self.device)
+        return ViewDensity(degree).to(self.device)
+
+    def match_power(self, volume: VolumeModel) -> None:
+        """Scale a map to the power of the second moment at the first radii."""
         with torch.no_grad():
             harmonics = volume.harmonics(self.views[0])
-            mean = self.views[0].log_weights.exp().chunk(2)
-            _, second = steerable_moments(harmonics, *mean)
-            seen, wanted = (m[0].diagonal().real.sum() for m in (second, self.targets[0].second))
+            one, other = self.views[0].log_weights.exp().chunk(2)
+            second = self.views[0].moments(harmonics, one, other)[1]
+            seen, wanted = (self.targets[0].total(m) for m in (second, self.targets[0].second))
             volume.log_scale.add_(0.5 * torch.log(wanted.clamp(min=1e-30) / seen))
 
-    def _descend(
+    def descend(
         self,
         volume: VolumeModel,
-        density: ViewDensity,
-        target: Target,
+        density: Density,
+        target: Target | FullTarget,
         views: Views,
         count: int,
         progress: Callable[[int], None] | None,
     ) -> None:
+        """Adam steps on map and density together, the rate falling to a hundredth."""
         groups = volume.rates(self.config.rate)
-        groups.append({"params": list(density.parameters()), "lr": 0.5 * self.config.rate})
+        groups += density.rates(self.config.rate)
         optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
         fall = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda i: 0.01 + 0.5 * (1 + math.cos(math.pi * i / count))
         )
         for _ in range(count):
-            moments = steerable_moments(volume.harmonics(views), *density.probabilities(views))
+            moments = views.moments(volume.harmonics(views), *density.probabilities(views))
             one, two = target.misfit(*moments)
             loss = (one + two) / target.count + volume.penalty()
             if not bool(loss.isfinite()):
@@ -380,10 +440,11 @@ class Fitter:
             if progress is not None:
                 progress(1)
 
-    def _judged(self, volume: VolumeModel, density: ViewDensity) -> MomentFit:
+    def judged(self, volume: VolumeModel, density: Density) -> MomentFit:
+        """Misfit and errors over all radii."""
         target, views = self.targets[-1], self.views[-1]
         with torch.no_grad():
-            found = steerable_moments(volume.harmonics(views), *density.probabilities(views))
+            found = views.moments(volume.harmonics(views), *density.probabilities(views))
             one, two = target.misfit(*found)
         white, frobenius = (target.relative(*found, white=w) for w in (True, False))
         return MomentFit(volume, density, float(one + two) / target.count, white, frobenius)

@@ -9,19 +9,28 @@ out. What other solutions far away there are, this does not tell: agreement of s
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from cryorecon.engines.moment_fit import Fitter, MomentFit
-from cryorecon.engines.moment_models import Beads
-from cryorecon.engines.moments import steerable_moments
-from cryorecon.physics.fourier import fft_centred, radius_grid
+from cryorecon.engines.moment_models import Beads, ViewDensity
+from cryorecon.physics.fourier import (
+    centred_frequencies,
+    fft_centred,
+    ifft_centred,
+    radius_grid,
+    resample_sums,
+)
+from cryorecon.physics.masks import Support
 
 # Standard deviations of the prior: centres in box sides; logarithms of masses, width and density.
 _PRIOR_CENTRE, _PRIOR_LOG = 0.1, 1.0
 _STEP = 2e-3
+# A free map has no voxels where the support is below this.
+_OUTSIDE = 0.01
 
 
 def expected_fsc(fitter: Fitter, fit: MomentFit) -> Tensor:
@@ -50,8 +59,10 @@ def expected_fsc(fitter: Fitter, fit: MomentFit) -> Tensor:
     model = fit.volume
     if not isinstance(model, Beads):
         raise TypeError("the information is computed for maps of Gaussians")
-    radius = int(fitter.targets[-1].grid.radii[-1])
-    parameters = [*model.parameters(), fit.density.coefficients]
+    radius = fitter.reach
+    density = ViewDensity.around(fit.density, fitter.views[-1])
+    fit = replace(fit, density=density)
+    parameters = [*model.parameters(), density.coefficients]
     transform, shell = _coefficients(model, radius)
     with torch.no_grad():
         slopes = _slopes(lambda: _weighted_moments(fitter, fit), parameters)
@@ -72,6 +83,130 @@ def expected_fsc(fitter: Fitter, fit: MomentFit) -> Tensor:
     return result.cpu()
 
 
+def information_bytes(fitter: Fitter, fit: MomentFit) -> float:
+    """Memory that `expected_fsc` takes for the derivatives of all entries."""
+    count = sum(p.numel() for p in fit.volume.parameters()) + fitter.views[-1].harmonics.shape[1]
+    return 16.0 * fitter.targets[-1].count * count
+
+
+def free_map_share(fitter: Fitter, fit: MomentFit, support: Support | None = None) -> Tensor:
+    """Share of each shell's power that the moments fix where nothing but a support is known.
+
+    The map is free: a priori its voxels within the support are independent, filtered to the power
+    spectrum of the solution; no sign, no Gaussians. What the moments leave of that prior near the
+    solution, by their standard errors and the model's own, is not fixed. Two maps that fit alike
+    have about this FSC.
+
+    Parameters
+    ----------
+    fitter : Fitter
+    fit : MomentFit
+        Any volume model.
+    support : Support, optional
+        In the particle box; default the particle's soft ball.
+
+    Returns
+    -------
+    Tensor, shape (K + 1,), float64
+        By radius in cycles per particle box; 1 at the origin.
+    """
+    radius, size = fitter.reach, 2 * fitter.reach + 2
+    with torch.no_grad():
+        density = fit.volume.density(fitter.views[-1].size).double()
+        within = support or Support(fitter.particle_radius)
+        free = _FreeMap.of(resample_sums(density, size), radius, within)
+        slopes = torch.cat([_free_slopes(fitter, fit, free), _density_slopes(fitter, fit)], 1)
+        information = slopes.T @ slopes
+        information.diagonal().add_(1.0)
+        root = torch.linalg.cholesky(information)
+        columns = free.whitened
+        still = columns.new_zeros(len(columns), slopes.shape[1] - columns.shape[1])
+        moves = torch.cat([columns, still], 1)
+        spread = torch.linalg.solve_triangular(root, moves.T, upper=False).T
+        spread = spread - free.turns @ (free.turns.T @ spread)
+        left = _by_shell(spread, free.shell) / _by_shell(columns, free.shell).clamp(min=1e-30)
+    result = 1 - left
+    result[0] = 1
+    return result.cpu()
+
+
+@dataclass(frozen=True)
+class _FreeMap:
+    """Voxels of a support as unknowns, each filtered to a map's power by shell.
+
+    Coefficients are real parts, then imaginary, of the Fourier coefficients up to a radius; in
+    units of the map's root mean square at their shell they are called whitened.
+    """
+
+    size: int
+    inside: Tensor
+    shell: Tensor
+    gain: Tensor
+    whitened: Tensor
+    turns: Tensor
+
+    @staticmethod
+    def of(volume: Tensor, radius: int, support: Support) -> _FreeMap:
+        size, device = len(volume), volume.device
+        distance = radius_grid(size, 3, device)
+        inside = distance <= radius + 0.49
+        shell = (distance[inside] + 0.5).long()
+        spectrum = fft_centred(volume, 3)
+        power = _by_shell(_parts(spectrum[inside])[:, None], shell)
+        gain = (power / torch.bincount(shell)).clamp(min=1e-30).sqrt()[shell]
+        where = support.on(size, volume.dtype, device)
+        kept = where > _OUTSIDE
+        units = torch.zeros(int(kept.sum()), size, size, size, dtype=volume.dtype, device=device)
+        units[:, kept] = torch.diag(where[kept])
+        columns = _parts(fft_centred(units, 3)[:, inside]).T
+        # A prior of unit power by coefficient.
+        columns = columns * (len(columns) / 2 / columns.square().sum()).sqrt()
+        turned = _parts(_turned(spectrum)[:, inside] / gain).T
+        return _FreeMap(size, inside, shell, gain, columns, torch.linalg.qr(turned).Q)
+
+    def map_of(self, number: int) -> Tensor:
+        """The map of one unknown."""
+        real, imaginary = self.whitened[:, number].chunk(2)
+        spectrum = torch.zeros(self.inside.shape, dtype=torch.complex128, device=real.device)
+        spectrum[self.inside] = torch.complex(real, imaginary) * self.gain
+        return ifft_centred(spectrum, 3).real
+
+
+def _parts(values: Tensor) -> Tensor:
+    return torch.cat([values.real, values.imag], -1)
+
+
+def _turned(spectrum: Tensor) -> Tensor:
+    """Transforms of the map's derivatives by rotations about x, y and z, shape (3, N, N, N)."""
+    size = len(spectrum)
+    axis = centred_frequencies(size, spectrum.device).double()
+    # (x, y, z) of every voxel, and (kx, ky, kz) of every coefficient.
+    grid = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij")).flip(0)
+    slopes = ifft_centred(2j * torch.pi / size * grid * spectrum, 3).real
+    return fft_centred(torch.linalg.cross(grid, slopes, dim=0), 3)
+
+
+def _free_slopes(fitter: Fitter, fit: MomentFit, free: _FreeMap) -> Tensor:
+    """Weighted moments by unknown; moments are quadratic, so that differences are exact."""
+    target, views = fitter.targets[-1], fitter.views[-1]
+    weights = fit.density.probabilities(views)
+    at = fit.volume.harmonics(views)
+    columns = []
+    for number in range(free.whitened.shape[1]):
+        moved = resample_sums(free.map_of(number), views.size)
+        step = views.slices.harmonics(moved.to(at.real.dtype))
+        ends = [target.whitened(*views.moments(at + sign * step, *weights)) for sign in (1, -1)]
+        columns.append((ends[0] - ends[1]) / 2)
+    return torch.stack(columns, -1)
+
+
+def _density_slopes(fitter: Fitter, fit: MomentFit) -> Tensor:
+    """Weighted moments by the harmonics of the density of views."""
+    density = ViewDensity.around(fit.density, fitter.views[-1])
+    fit = replace(fit, density=density)
+    return _PRIOR_LOG * _slopes(lambda: _weighted_moments(fitter, fit), [density.coefficients])
+
+
 def _coefficients(model: Beads, radius: int) -> tuple[Callable[[], Tensor], Tensor]:
     """The map's Fourier coefficients up to a radius, real parts then imaginary; their shells."""
     size = 2 * (2 * radius + 2)
@@ -89,12 +224,9 @@ def _coefficients(model: Beads, radius: int) -> tuple[Callable[[], Tensor], Tens
 def _weighted_moments(fitter: Fitter, fit: MomentFit) -> Tensor:
     """Both moments in units of their standard errors."""
     target, views = fitter.targets[-1], fitter.views[-1]
-    first, second = steerable_moments(
-        fit.volume.harmonics(views), *fit.density.probabilities(views)
+    return target.whitened(
+        *views.moments(fit.volume.harmonics(views), *fit.density.probabilities(views))
     )
-    root = target.second_weight.sqrt()
-    parts = (target.first_weight.sqrt() * first, root * second.real, root * second.imag)
-    return torch.cat([part.double().flatten() for part in parts])
 
 
 def _slopes(function: Callable[[], Tensor], parameters: list[torch.nn.Parameter]) -> Tensor:

@@ -11,16 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from cryorecon.engines.decoders import new_decoder
+from cryorecon.engines.moments import steerable_moments
 from cryorecon.networks.mfn import smallest_grid
 from cryorecon.networks.siren import HermitianField, fourier_network
 from cryorecon.physics.fourier import lowpass, radius_grid, resample_sums
 from cryorecon.physics.gridding import Kernel
 from cryorecon.physics.masks import Support
 from cryorecon.physics.polar import PolarGrid, PolarSlices
-from cryorecon.physics.sphere import frames, lebedev, real_harmonics
+from cryorecon.physics.sphere import SphereRule, frames, lebedev, real_harmonics
 
 VolumeKind = Literal["beads", "grid", "rmfn", "fouriernet"]
-DensityKind = Literal["harmonics", "free"]
+DensityKind = Literal["harmonics", "free", "encoder"]
 
 # Width of fresh beads in box sides, and the least one, in voxels of the coarsest grid.
 _BEAD_WIDTH = 0.07
@@ -57,15 +58,38 @@ class Views:
     harmonics: Tensor
 
     @staticmethod
-    def of(grid: PolarGrid, size: int, density_degree: int, device: str = "cpu") -> Views:
-        """Directions that sum the second moment of these circles to about half a percent."""
-        rule = lebedev(min(131, int(1.6 * grid.max_order) + density_degree)).hemisphere()
+    def of(
+        grid: PolarGrid,
+        size: int,
+        density_degree: int,
+        device: str = "cpu",
+        max_order: int | None = None,
+    ) -> Views:
+        """Directions that sum the second moment of these circles to about half a percent.
+
+        With `max_order`, as many as circles of that order need.
+        """
+        rule = directions_for(grid.max_order if max_order is None else max_order, density_degree)
         rotations = frames(rule.directions)
         slices = PolarSlices(size, grid, rotations, device=device, kernel=Kernel(4))
         both = torch.cat([rule.directions, -rule.directions])
         harmonics = real_harmonics(density_degree, both)[:, 1:].float().to(device)
         weights = torch.log(rule.weights.float() / 2).repeat(2).to(device)
         return Views(grid, size, rotations.to(device), slices, weights, harmonics)
+
+    @property
+    def directions(self) -> Tensor:
+        """Viewing direction of every node, in the order of `log_weights`; shape (2 q, 3)."""
+        return torch.cat([self.rotations[:, 2], -self.rotations[:, 2]])
+
+    def moments(self, harmonics: Tensor, one: Tensor, other: Tensor) -> tuple[Tensor, ...]:
+        """First and second moment of slices under probabilities of their directions."""
+        return steerable_moments(harmonics, one, other)
+
+
+def directions_for(max_order: int, density_degree: int) -> SphereRule:
+    """Half a sphere of directions for circles with these angular orders."""
+    return lebedev(min(131, int(1.6 * max_order) + density_degree)).hemisphere()
 
 
 class VolumeModel(nn.Module, ABC):
@@ -215,7 +239,23 @@ class FourierNetwork(VolumeModel):
         return [{**first, "lr": 0.02 * rate}, second]
 
 
-class ViewDensity(nn.Module):
+class Density(nn.Module, ABC):
+    """Probabilities of views."""
+
+    @abstractmethod
+    def probabilities(self, views: Views) -> tuple[Tensor, Tensor]:
+        """Of the directions and of their antipodes, shape (q,) each; they sum to 1."""
+
+    @abstractmethod
+    def over_uniform(self, directions: Tensor) -> Tensor:
+        """The smooth part of the density at given directions; 1 is uniform; shape (q,)."""
+
+    @abstractmethod
+    def rates(self, rate: float) -> list[dict[str, Any]]:
+        """Parameter groups of an optimiser."""
+
+
+class ViewDensity(Density):
     """Probabilities of viewing directions: a softmax of spherical harmonics.
 
     Parameters
@@ -230,9 +270,24 @@ class ViewDensity(nn.Module):
         self.coefficients = nn.Parameter(torch.zeros((degree + 1) ** 2 - 1))
         self.residual: nn.Parameter | None = None
 
+    @staticmethod
+    def around(density: Density, views: Views) -> ViewDensity:
+        """Harmonics about any density of these views, which their coefficients leave at 0."""
+        result = ViewDensity(0)
+        size = views.harmonics.shape[1]
+        with torch.no_grad():
+            here = torch.cat(density.probabilities(views)).clamp(min=1e-30).log()
+            result.coefficients = nn.Parameter(here.new_zeros(size))
+            result.residual = nn.Parameter(here - views.log_weights)
+        return result
+
     def free(self, views: Views) -> None:
         """From now on every direction of these views has a weight of its own."""
         self.residual = nn.Parameter(torch.zeros_like(views.log_weights))
+
+    def rates(self, rate: float) -> list[dict[str, Any]]:
+        """Parameter groups of an optimiser."""
+        return [{"params": list(self.parameters()), "lr": 0.5 * rate}]
 
     def probabilities(self, views: Views) -> tuple[Tensor, Tensor]:
         """Of the directions and of their antipodes, shape (q,) each; they sum to 1."""

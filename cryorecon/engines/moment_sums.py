@@ -12,6 +12,7 @@ spectrum P leaves in an entry.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -64,8 +65,8 @@ class MomentSums(Protocol):
     def add(self, batch: MomentBatch) -> None:
         """Add images."""
 
-    def finalise(self) -> Moments:
-        """Subtract the noise, divide by the weights."""
+    def finalise(self, progress: Callable[[int, int], None] | None = None) -> Moments:
+        """Subtract the noise, divide by the weights; tells of shells done and their number."""
 
 
 def shifted(samples: Tensor, offsets_px: Tensor | None, frequencies: Tensor, box: int) -> Tensor:

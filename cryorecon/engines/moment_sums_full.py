@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -127,8 +129,9 @@ class FullSums:
         sums["noise_power"] += noise_power.sum(0)
         self.n_images += len(batch)
 
-    def finalise(self) -> FullMoments:
+    def finalise(self, progress: Callable[[int, int], None] | None = None) -> FullMoments:
         """Subtract the noise, divide by the weights."""
+        del progress  # A second at most.
         sums = {name: array.cpu() for name, array in self.arrays.items()}
         weight, ab = sums["weight"], sums["ab"]
         measured = is_measured(weight)

@@ -11,6 +11,8 @@ division by ``sum C^2 C'^2``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -31,6 +33,8 @@ from cryorecon.physics.polar import PolarTransform, noise_by_shell
 # Angular harmonics 0, 2, ..., 8 of the CTF and of its square: enough for phase differences of
 # up to about 1.5 rad between the axes of astigmatism.
 _CTF_HARMONICS = 5
+# Pivots below this share of the diagonal are not trusted.
+_LEAST_PIVOT = 1e-3
 # Of the polar transform, as a share of the root mean square sample at a radius.
 _INTERPOLATION_ERROR = 3e-6
 
@@ -132,10 +136,16 @@ class SteerableSums:
         waves = torch.polar(torch.ones_like(phases), phases) / len(phases)
         return (values.to(torch.complex128) @ waves.to(values.device)).permute(2, 0, 1)
 
-    def finalise(self) -> SteerableMoments:
-        """Subtract the noise, divide by the weights."""
+    def finalise(self, progress: Callable[[int, int], None] | None = None) -> SteerableMoments:
+        """Subtract the noise, divide by the weights.
+
+        Parameters
+        ----------
+        progress : callable, optional
+            Called with (shells of the noise done, shells in all): what takes long.
+        """
         sums = {name: array.cpu() for name, array in self.arrays.items()}
-        bias = self._noise(sums["spread"])
+        bias = self._noise(sums["spread"], progress)
         weight = sums["weight"][0].real
         measured = is_measured(weight)
         both = torch.stack([sums["second"] - bias, bias])
@@ -172,7 +182,7 @@ class SteerableSums:
         measured = is_measured(weight).expand_as(level)
         return divided(level, weight.expand_as(level), measured)
 
-    def _noise(self, spread: Tensor) -> Tensor:
+    def _noise(self, spread: Tensor, progress: Callable[[int, int], None] | None = None) -> Tensor:
         """What the noise adds to ``second``, shape (M + 1, K, K)."""
         geometry, orders = self.geometry, self.geometry.max_order + 1
         box = geometry.box
@@ -191,11 +201,15 @@ class SteerableSums:
                 if abs(2 * index) <= reach and bool(coupling.any()):
                     low = middle - 2 * index
                     bias += coupling * covariance[low : low + orders]
+            if progress is not None:
+                progress(shell + 1, spread.shape[1])
         return bias
 
 
 def _untangled(values: Tensor, weight: Tensor, measured: Tensor) -> Tensor:
     """Solve the Toeplitz systems in m of all pairs of radii.
+
+    Even and odd orders stand alone, each banded as the CTF's harmonics are few.
 
     Parameters
     ----------
@@ -207,19 +221,75 @@ def _untangled(values: Tensor, weight: Tensor, measured: Tensor) -> Tensor:
     principal = weight[0].real
     if not bool((weight[1:].abs() > 1e-12 * principal.abs()).any()):
         return divided(values, principal.expand(values.shape), measured.expand(values.shape))
-    size = values.shape[1]
-    orders = torch.arange(1 - size, size)
+    kept = measured.flatten()
+    bands = weight.flatten(1)[:, kept]
+    given = values.flatten(2)[:, :, kept]
+    whole = torch.cat([given[:, 1:].flip(1).conj(), given], 1)
+    solved = torch.zeros_like(whole)
+    factors = _banded_factors(bands, len(given[0]))
+    for parity in (0, 1):
+        solved[:, parity::2] = _substituted(*factors, whole[:, parity::2])
+    # Without pivoting: where astigmatism is too much for the harmonics kept, it does not hold.
+    weak = (factors[0] < _LEAST_PIVOT * bands[0].real).any(0).nonzero()[:, 0]
+    for part in weak.split(64):
+        solved[:, :, part] = _dense_solution(bands[:, part], whole[:, :, part])
+    result = torch.zeros_like(values).flatten(2)
+    result[:, :, kept] = solved[:, len(given[0]) - 1 :]
+    return result.view(values.shape)
+
+
+def _banded_factors(bands: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """``L D L*`` of banded Hermitian Toeplitz matrices, all at once.
+
+    Parameters
+    ----------
+    bands : Tensor, shape (H, p), complex
+        The diagonal and those below it, of p matrices.
+    count : int
+        Rows; the leading ones are the factors of smaller matrices.
+
+    Returns
+    -------
+    pivots : Tensor, shape (count, p), real
+    lower : Tensor, shape (count, H - 1, p), complex
+        Column by column, below the diagonal.
+    """
+    width = len(bands)
+    step = torch.arange(width)
+    gap = step[:, None] - step
+    window = torch.where(gap[..., None] >= 0, bands[gap.abs()], bands[gap.abs()].conj())
+    pivots = bands.real.new_empty(count, bands.shape[1])
+    lower = bands.new_empty(count, width - 1, bands.shape[1])
+    for column in range(count):
+        pivots[column] = window[0, 0].real
+        lower[column] = window[1:, 0] / pivots[column]
+        rest = window[1:, 1:] - lower[column][:, None] * window[0, 1:]
+        # The next row and column have not been touched yet.
+        window = window.clone()
+        window[:-1, :-1] = rest
+        window[-1] = bands.flip(0)
+        window[:, -1] = bands.flip(0).conj()
+    return pivots, lower
+
+
+def _substituted(pivots: Tensor, lower: Tensor, values: Tensor) -> Tensor:
+    """Solve with the factors' leading rows; values and result have shape (c, rows, p)."""
+    solved, rows, width = values.clone(), values.shape[1], lower.shape[1]
+    for row in range(rows):
+        below = slice(row + 1, min(row + 1 + width, rows))
+        solved[:, below] -= lower[row, : below.stop - row - 1] * solved[:, row, None]
+    for row in reversed(range(rows)):
+        below = slice(row + 1, min(row + 1 + width, rows))
+        later = (lower[row, : below.stop - row - 1].conj() * solved[:, below]).sum(1)
+        solved[:, row] = solved[:, row] / pivots[row] - later
+    return solved
+
+
+def _dense_solution(bands: Tensor, values: Tensor) -> Tensor:
+    """The same systems with pivoting; bands (H, p), values (c, rows, p) of all parities."""
+    orders = torch.arange(values.shape[1])
     gap = orders[:, None] - orders
-    near = (gap % 2 == 0) & (gap.abs() // 2 < len(weight))
-    index = (gap.abs() // 2).clamp(max=len(weight) - 1)
-    identity = torch.eye(len(orders), dtype=weight.dtype)
-    whole = torch.cat([values[:, 1:].flip(1).conj(), values], 1)
-    result = torch.zeros_like(values)
-    for row in range(weight.shape[-1]):
-        bands = weight[:, row].T[:, index]
-        matrix = torch.where(gap >= 0, bands, bands.conj()) * near
-        matrix = torch.where(measured[row, :, None, None], matrix, identity)
-        solved = torch.linalg.solve(matrix, whole[:, :, row].permute(2, 1, 0))
-        solved = solved.permute(2, 1, 0)[:, size - 1 :]
-        result[:, :, row] = torch.where(measured[row], solved, torch.zeros_like(solved))
-    return result
+    near = (gap % 2 == 0) & (gap.abs() // 2 < len(bands))
+    entries = bands.T[:, (gap.abs() // 2).clamp(max=len(bands) - 1)]
+    matrix = torch.where(gap >= 0, entries, entries.conj()) * near
+    return torch.linalg.solve(matrix, values.permute(2, 1, 0)).permute(2, 1, 0)

@@ -14,7 +14,8 @@ standard deviation 1 has the power N^2 in every coefficient.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+import math
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Literal
 
 import torch
@@ -24,6 +25,9 @@ from cryorecon.physics.fourier import HalfPlane, half_plane
 from cryorecon.physics.gridding import Kernel
 from cryorecon.physics.polar import PolarGrid, PolarSlices, angles_needed
 from cryorecon.physics.sphere import frames
+
+# The particle's box is this many diameters wide, or as wide as the image if that is less.
+BOX_OVER_DIAMETER = 1.25
 
 Form = Literal["steerable", "full"]
 Contrast = Literal["auto", "white", "black"]
@@ -105,6 +109,19 @@ class MomentsGeometry:
         """Fourier pixels of the full form, in cycles per image box."""
         return half_plane(self.box, self.max_radius)
 
+    def order_at(self, radius: int) -> int:
+        """Largest angular order that a particle of this diameter has at a radius."""
+        return int(math.pi * radius * self.diameter_angst / self.side_angst) + 2
+
+    def in_particle_box(self) -> MomentsGeometry:
+        """The same with radii in cycles per particle box, as the steerable form has them."""
+        if self.form == "steerable":
+            return self
+        side = min(BOX_OVER_DIAMETER * self.diameter_angst, self.image_side_angst)
+        radius = int(self.max_radius * side / self.image_side_angst + 1e-9)
+        inside = replace(self, side_angst=side, max_radius=radius)
+        return replace(inside, max_order=inside.order_at(radius))
+
     def attributes(self) -> dict[str, str | int | float | bool]:
         """The fields, for a file."""
         return asdict(self)
@@ -123,6 +140,7 @@ class SteerableMoments:
     ----------
     geometry : MomentsGeometry
     n_images : int
+        0 for exact moments of a known map.
     first : Tensor, shape (K,), float64
         M1, particles white.
     second : Tensor, shape (M + 1, K, K), complex128
@@ -161,6 +179,7 @@ class FullMoments:
     ----------
     geometry : MomentsGeometry
     n_images : int
+        0 for exact moments of a known map.
     frequencies : Tensor, shape (h, 2), int64
         (kx, ky) in cycles per image box, sorted by radius; the first is the origin.
     first : Tensor, shape (h,), complex128

@@ -17,7 +17,7 @@ _UPSAMPLING = 16
 
 
 @dataclass(frozen=True)
-class Moments:
+class ShiftMoments:
     """First and second moments of b problems.
 
     Attributes
@@ -35,15 +35,15 @@ class Moments:
     first_noise: Tensor
     second_noise: Tensor
 
-    def take(self, rows: Tensor | slice) -> Moments:
+    def take(self, rows: Tensor | slice) -> ShiftMoments:
         """Some of the problems."""
-        return Moments(
+        return ShiftMoments(
             self.first[rows], self.second[rows], self.first_noise[rows], self.second_noise[rows]
         )
 
-    def to(self, dtype: torch.dtype) -> Moments:
+    def to(self, dtype: torch.dtype) -> ShiftMoments:
         """The same in another precision."""
-        return Moments(
+        return ShiftMoments(
             self.first.to(dtype),
             self.second.to(dtype),
             self.first_noise.to(dtype),
@@ -57,9 +57,9 @@ class Moments:
         return first, torch.fft.ifft(half, dim=-1, norm="ortho")
 
 
-def concatenated(parts: list[Moments]) -> Moments:
+def concatenated(parts: list[ShiftMoments]) -> ShiftMoments:
     """Problems of several sets as one set."""
-    return Moments(
+    return ShiftMoments(
         torch.cat([p.first for p in parts]),
         torch.cat([p.second for p in parts]),
         torch.cat([p.first_noise for p in parts]),
@@ -89,7 +89,7 @@ def circulant(signal: Tensor) -> Tensor:
     return signal[..., (index[:, None] - index) % n]
 
 
-def exact_moments(signal: Tensor, density: Tensor) -> Moments:
+def exact_moments(signal: Tensor, density: Tensor) -> ShiftMoments:
     """Moments of noise-free observations (equation 25).
 
     Parameters
@@ -99,7 +99,7 @@ def exact_moments(signal: Tensor, density: Tensor) -> Moments:
     """
     first, second = moment_arrays(signal, density)
     none = first.new_zeros(len(first))
-    return Moments(first, second, none, none)
+    return ShiftMoments(first, second, none, none)
 
 
 def moment_arrays(signal: Tensor, density: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,7 +130,7 @@ def observe(
     return circulant(signal).mT[drawn] + noise_std * noise
 
 
-class MomentSums:
+class ShiftMomentSums:
     """Sums over observations that come block by block; memory does not grow with their number."""
 
     def __init__(self, n: int) -> None:
@@ -152,7 +152,7 @@ class MomentSums:
         """Mean outer product with the noise's share still in it, shape (n, n), float64."""
         return self._second / self.count
 
-    def moments(self, noise_std: float) -> Moments:
+    def moments(self, noise_std: float) -> ShiftMoments:
         """Unbiased estimates (equation 24) with their expected errors, one problem, float64.
 
         The variance of each mean comes from the observations' own second and fourth powers.
@@ -162,7 +162,7 @@ class MomentSums:
         first_variance = (second.diagonal() - first.square()).sum() / self.count
         second_variance = (self._fourth / self.count - second.square()).sum() / self.count
         debiased = second - noise_std**2 * torch.eye(n, dtype=second.dtype)
-        return Moments(
+        return ShiftMoments(
             first[None],
             debiased[None],
             first_variance.clamp(min=0).sqrt()[None],
@@ -240,7 +240,7 @@ def orbit_error(estimate: Tensor, truth: Tensor) -> Tensor:
     return (shifted(estimate, shift) - truth).norm(dim=-1) / truth.norm(dim=-1)
 
 
-def moment_errors(signal: Tensor, density: Tensor, target: Moments) -> tuple[Tensor, Tensor]:
+def moment_errors(signal: Tensor, density: Tensor, target: ShiftMoments) -> tuple[Tensor, Tensor]:
     """Equation 22: relative errors of the first and the second moment, shape (b,) each."""
     first, second = moment_arrays(signal, density)
     return (
@@ -266,10 +266,10 @@ def canonical(signal: Tensor, density: Tensor) -> tuple[Tensor, Tensor]:
     return shifted(signal, -crest), shifted(density, crest)
 
 
-def moved(target: Moments, by: Tensor) -> Moments:
+def moved(target: ShiftMoments, by: Tensor) -> ShiftMoments:
     """Moments of the observations shifted by `by` samples, shape (b,)."""
     rows = shifted(target.second.mT, by[:, None])
-    return Moments(
+    return ShiftMoments(
         shifted(target.first, by),
         shifted(rows.mT, by[:, None]),
         target.first_noise,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, vmap
 
-from cryorecon.engines.mra import Moments, moment_arrays, shifted
+from cryorecon.engines.mra import ShiftMoments, moment_arrays, shifted
 from cryorecon.engines.mra_solvers import Solution, misfit
 from cryorecon.engines.mra_training import EncoderPair
 
@@ -52,7 +52,7 @@ def loss_of(
     return (one - first).norm(dim=-1) + second_weight * (two - second).norm(dim=(-2, -1))
 
 
-def together(signal: Tensor, density: Tensor, target: Moments, second_weight: float) -> Tensor:
+def together(signal: Tensor, density: Tensor, target: ShiftMoments, second_weight: float) -> Tensor:
     """Shift of the signal, in samples, with which the pair explains the moments best; shape (b,).
 
     Each network knows its output only up to a shift of its own.
@@ -71,7 +71,7 @@ def together(signal: Tensor, density: Tensor, target: Moments, second_weight: fl
 
 def solve_encoder(
     pair: EncoderPair,
-    target: Moments,
+    target: ShiftMoments,
     config: RefineConfig | None = None,
     progress: Callable[[int, Tensor, Tensor], None] | None = None,
 ) -> Solution:
@@ -81,7 +81,7 @@ def solve_encoder(
     ----------
     pair : EncoderPair
         Trained, or as drawn for comparison; not changed.
-    target : Moments
+    target : ShiftMoments
     progress : callable
         Told of iterations done, signals and densities, before each step and at the end.
     """
@@ -126,7 +126,7 @@ def solve_encoder(
 class _Kept:
     """Each problem's values at the noise floor, or the last ones."""
 
-    def __init__(self, target: Moments, stop_at_noise: bool) -> None:
+    def __init__(self, target: ShiftMoments, stop_at_noise: bool) -> None:
         self.target, self.stop_at_noise = target, stop_at_noise
         b = len(target.first)
         self.reached = torch.zeros(b, dtype=torch.bool, device=target.first.device)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cryorecon.engines.mra import Moments, circulant, moment_arrays
+from cryorecon.engines.mra import ShiftMoments, circulant, moment_arrays
 
 # Largest Jacobian held at once, in numbers.
 _JACOBIAN_NUMBERS = 2**25
@@ -34,7 +34,7 @@ class Solution:
     misfit: Tensor
 
 
-def noise_floors(target: Moments) -> tuple[Tensor, Tensor]:
+def noise_floors(target: ShiftMoments) -> tuple[Tensor, Tensor]:
     """Expected errors of both moments, no less than rounding makes of exact ones; shape (b,)."""
     first, second = target.first.norm(dim=-1), target.second.norm(dim=(-2, -1))
     return (
@@ -43,7 +43,7 @@ def noise_floors(target: Moments) -> tuple[Tensor, Tensor]:
     )
 
 
-def misfit(signal: Tensor, density: Tensor, target: Moments) -> Tensor:
+def misfit(signal: Tensor, density: Tensor, target: ShiftMoments) -> Tensor:
     """See `Solution`; shape (b,)."""
     floor_first, floor_second = noise_floors(target)
     first, second = moment_arrays(signal, density)
@@ -52,7 +52,7 @@ def misfit(signal: Tensor, density: Tensor, target: Moments) -> Tensor:
     return (one + two) / 2
 
 
-def solve_spectral(target: Moments, threshold: float = 1e-2) -> Solution:
+def solve_spectral(target: ShiftMoments, threshold: float = 1e-2) -> Solution:
     """Signal from an eigenvector of the second moment (Abbe et al. 2018).
 
     Divided by the modulus of the signal's transform on both sides, the second moment is circulant
@@ -63,7 +63,7 @@ def solve_spectral(target: Moments, threshold: float = 1e-2) -> Solution:
 
     Parameters
     ----------
-    target : Moments, float64
+    target : ShiftMoments, float64
         Single precision is not enough for the eigenvectors.
     threshold : float
         Frequencies with less than this part of the largest power are left out; so are those with
@@ -155,7 +155,7 @@ class DirectConfig:
 
 
 def solve_direct(
-    target: Moments,
+    target: ShiftMoments,
     generator: torch.Generator,
     config: DirectConfig | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -170,14 +170,14 @@ def solve_direct(
 
     Parameters
     ----------
-    target : Moments, float64
+    target : ShiftMoments, float64
     progress : callable
         Told of starts done and their number.
     """
     config = config or DirectConfig()
     signals, densities = _starts(target, generator, config.starts)
     n_starts, b, n = signals.shape
-    tiled = Moments(
+    tiled = ShiftMoments(
         target.first.repeat(n_starts, 1),
         target.second.repeat(n_starts, 1, 1),
         target.first_noise.repeat(n_starts),
@@ -198,7 +198,7 @@ def solve_direct(
     return Solution(signal[best], density[best], errors[best])
 
 
-def _starts(target: Moments, generator: torch.Generator, count: int) -> tuple[Tensor, Tensor]:
+def _starts(target: ShiftMoments, generator: torch.Generator, count: int) -> tuple[Tensor, Tensor]:
     """Spectral and smooth random signals with near-uniform densities, (count + 1, b, n) each."""
     spectral = solve_spectral(target)
     b, n = spectral.signal.shape
@@ -226,7 +226,7 @@ def _starts(target: Moments, generator: torch.Generator, count: int) -> tuple[Te
 class _Descent:
     """Many problems at once, each with its own damping and weight of smoothness."""
 
-    def __init__(self, target: Moments, signal: Tensor, density: Tensor) -> None:
+    def __init__(self, target: ShiftMoments, signal: Tensor, density: Tensor) -> None:
         self.target = target
         self.floors = noise_floors(target)
         n = signal.shape[-1]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cryorecon.engines.mra import (
-    Moments,
+    ShiftMoments,
     canonical,
     exact_moments,
     first_phase,
@@ -69,7 +69,7 @@ class TrainingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if min(self.pairs, self.epochs, self.batch) < 1 or self.learning_rate <= 0:
+        if min(self.pairs, self.epochs, self.batch) < 1 or not 0 < self.learning_rate < math.inf:
             raise ValueError(f"needs pairs, epochs, a batch and a positive rate, got {self}")
 
     @property
@@ -146,7 +146,7 @@ class EncoderPair(nn.Module):
         """Signal and density in the networks' frame, from what `inputs` gives."""
         return self.signal(first, second), self.density(first, second)
 
-    def inputs(self, target: Moments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def inputs(self, target: ShiftMoments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What the networks see of moments, and the way back.
 
         Returns
@@ -163,7 +163,7 @@ class EncoderPair(nn.Module):
             energy = target.second.diagonal(dim1=-2, dim2=-1).sum(-1)
             scale = energy.clamp(min=torch.finfo(energy.dtype).tiny).sqrt()
             target = moved(target, -crest)
-        target = Moments(
+        target = ShiftMoments(
             target.first / scale[:, None],
             target.second / scale[:, None, None].square(),
             target.first_noise,
@@ -173,7 +173,7 @@ class EncoderPair(nn.Module):
             return *target.fourier(), crest, scale
         return target.first, target.second, crest, scale
 
-    def read(self, target: Moments) -> tuple[Tensor, Tensor]:
+    def read(self, target: ShiftMoments) -> tuple[Tensor, Tensor]:
         """Signals and densities of moments as they are, shape (b, n) each, without gradients."""
         dtype = next(self.parameters()).dtype
         with torch.no_grad():
@@ -299,4 +299,24 @@ def held_out_errors(pair: EncoderPair, count: int, seed: int) -> tuple[Tensor, T
         found = pair.read(exact_moments(*truth))
         parts.append([orbit_error(z, t) for z, t in zip(found, truth, strict=True)])
     signal, density = (torch.cat(list(part)) for part in zip(*parts, strict=True))
+    return signal, density
+
+
+def errors_of_the_mean(config: TrainingConfig, count: int, seed: int) -> tuple[float, float]:
+    """Mean errors of equation 21 of one guess for all: what an encoder that reads nothing has.
+
+    The guess is the mean of other pairs, their first harmonics' crests at sample 0.
+
+    Returns
+    -------
+    signal, density : float
+    """
+    generator = torch.Generator().manual_seed(seed)
+    count, n = min(count, 1000), config.encoder.n
+    seen, unseen = (draw_pairs(config.mixture, c, n, generator) for c in (1000, count))
+    means = (shifted(s, -first_phase(s)).mean(0) for s in seen)
+    signal, density = (
+        float(orbit_error(mean.expand_as(truth), truth).mean())
+        for mean, truth in zip(means, unseen, strict=True)
+    )
     return signal, density

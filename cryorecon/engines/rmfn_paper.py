@@ -3,8 +3,9 @@
 Shekarforoush et al. 2022, section 6: a 3-layer network of 128 hidden units trains one scale after
 the other; each mini-batch takes structure steps, then pose steps, both with Adam on the squared
 error; images are band-limited by a Gaussian. It starts 45 to 90 degrees from poses that are known
-and so is no ab initio method. Two things differ from the authors' released code: the Gaussian acts
-on the prediction too, and frequencies are whole cycles per box.
+and so is no ab initio method. Three things differ from the authors' released code: the Gaussian
+acts on the prediction too, frequencies are whole cycles per box, and what is kept from being
+negative is the map, not each scale's addition to it (the paper's equation 8 has neither).
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from cryorecon.physics.masks import Support
 from cryorecon.physics.projection import extract_slices, padded_transform
 from cryorecon.physics.rotations import exp_map
 
+_CORNER = 3**0.5
+
 
 @dataclass(frozen=True)
 class PaperConfig:
@@ -37,7 +40,11 @@ class PaperConfig:
     epochs : tuple of int
         Epochs of each scale, coarse to fine; 0 skips a scale.
     batch : int
-        Images a mini-batch (of the released code; the paper names none).
+        Images of a structure step (of the released code; the paper names none).
+    pose_batch : int
+        Images whose poses move after each structure step; 0 takes those of the step. An epoch moves
+        every pose once. With few images fewer keep what the paper has with 50,000: 83 turns of
+        structure steps between two visits of an image.
     structure_steps, pose_steps : int
         Of each mini-batch.
     structure_rate, pose_rate : float
@@ -48,10 +55,13 @@ class PaperConfig:
     coarsest : int
         Band of the first scale in cycles per box, the others in equal ratios up to Nyquist; 0
         divides Nyquist by 3.3 from scale to scale as the paper does, whose 64 px give 3, 9, 31.
+    non_negative : bool
+        Whether negative density is set to 0.
     """
 
     epochs: tuple[int, ...] = (25, 25, 50)
     batch: int = 600
+    pose_batch: int = 0
     structure_steps: int = 5
     pose_steps: int = 20
     structure_rate: float = 1e-3
@@ -59,6 +69,7 @@ class PaperConfig:
     width: int = 128
     diameter: float = 0.9
     coarsest: int = 0
+    non_negative: bool = True
 
 
 def perturbed(
@@ -72,8 +83,11 @@ def perturbed(
 
 
 def gaussian_filtered(observations: Observations, band: float) -> Observations:
-    """Images and predictions alike under a Gaussian of width two thirds of the band."""
-    within = observations.within(band)
+    """Images and predictions alike under a Gaussian of width two thirds of the band.
+
+    They are kept as far out as the network goes: its band is a cube's.
+    """
+    within = observations.within(_CORNER * band)
     gain = torch.exp(-0.5 * (within.plane.radius / (2 / 3 * band)) ** 2).to(within.ctf)
     return replace(within, coefficients=within.coefficients * gain, ctf=within.ctf * gain)
 
@@ -134,9 +148,7 @@ class PaperProtocol:
             for epoch in range(before + 1, before + count + 1):
                 if epoch <= done:
                     continue
-                n = len(filtered)
-                order = torch.randperm(n, generator=self.generator).split(self.config.batch)
-                losses = [self._batch(filtered.select(rows), rows, scale) for rows in order]
+                losses = [self._batch(filtered, rows, scale) for rows in self._turns()]
                 mean = sum(losses) / len(losses)
                 if not math.isfinite(mean):
                     raise FloatingPointError(f"loss {mean} in epoch {epoch}, scale {scale + 1}")
@@ -157,7 +169,11 @@ class PaperProtocol:
     def volume(self, scale: int) -> Tensor:
         """The map of one scale on the images' grid, shape (N, N, N)."""
         with torch.no_grad():
-            return self.map.volume(scale, self.observations.plane.box)
+            return self._density(scale, self.observations.plane.box)
+
+    def _density(self, scale: int, box: int | None = None) -> Tensor:
+        density = self.map.volume(scale, box)
+        return density.relu() if self.config.non_negative else density
 
     def _match_scale(self) -> None:
         """Begin with the power that the images have at the poses they start from."""
@@ -168,15 +184,28 @@ class PaperProtocol:
         sums.add(signal, weight, self.rotations, low.plane)
         self.map.match_scale(sums.solve(sums.shell_mean_weight()[: self.bands[0] + 1]), 0)
 
-    def _batch(self, batch: Observations, rows: Tensor, scale: int) -> float:
-        loss = 0.0
+    def _turns(self) -> tuple[Tensor, ...]:
+        order = torch.randperm(len(self.rotations), generator=self.generator)
+        return order.split(self.config.pose_batch or self.config.batch)
+
+    def _batch(self, images: Observations, rows: Tensor, scale: int) -> float:
+        seen, loss = self._joined_by_others(rows), 0.0
+        batch = images.select(seen)
         for _ in range(self.config.structure_steps):
-            loss = self._structure_step(batch, rows, scale)
-        self._pose_steps(batch, rows, scale)
+            loss = self._structure_step(batch, seen, scale)
+        self._pose_steps(images.select(rows), rows, scale)
         return loss
 
+    def _joined_by_others(self, rows: Tensor) -> Tensor:
+        """These images and others drawn at random, as many as a structure step takes."""
+        wanted = min(self.config.batch, len(self.rotations)) - len(rows)
+        if wanted <= 0:
+            return rows
+        order = torch.randperm(len(self.rotations), generator=self.generator)
+        return torch.cat([rows, order[~torch.isin(order, rows)][:wanted]])
+
     def _structure_step(self, batch: Observations, rows: Tensor, scale: int) -> float:
-        transform = padded_transform(self.map.volume(scale))
+        transform = padded_transform(self._density(scale))
         slices = extract_slices(transform, self.rotations[rows], batch.plane)
         phases = shift_phases(self.offsets_px[rows], batch.plane).to(slices.dtype)
         residual = batch.coefficients - slices * phases * batch.ctf
@@ -191,7 +220,7 @@ class PaperProtocol:
     def _pose_steps(self, batch: Observations, rows: Tensor, scale: int) -> None:
         """Adam on each image's rotation vector; the map stays as it is."""
         with torch.no_grad():
-            model = derivatives(self.map.volume(scale), 2, float(batch.plane.radius[-1]))
+            model = derivatives(self._density(scale), 2, float(batch.plane.radius[-1]))
         turn = torch.zeros(len(rows), 3, requires_grad=True)
         optimizer = torch.optim.Adam([turn], lr=self.config.pose_rate, betas=(0.9, 0.9))
         rotations = self.rotations[rows]

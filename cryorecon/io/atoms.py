@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import zlib
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
@@ -14,6 +16,8 @@ from cryorecon.physics.potential import Atoms
 
 DEFAULT_B_FACTOR_ANGST2 = 20.0
 _NO_LETTER = "\0"
+_LARGEST_BYTES = 2**30
+_LARGEST_NUMBER = 1e6
 
 
 def read_atoms(
@@ -47,7 +51,8 @@ def read_atoms(
     ------
     CryoreconError
         If the file is missing, cannot be parsed, holds no atoms, an atom's element is unknown or
-        has no electron scattering factor, or a coordinate, occupancy or B-factor is no number.
+        has no electron scattering factor, or a coordinate, occupancy or B-factor is no number
+        or far too large.
     """
     path = require_file(path, "PDB or mmCIF file")
     model = _first_model(path)
@@ -55,19 +60,25 @@ def read_atoms(
         model.remove_hydrogens()
     if not keep_waters:
         model.remove_waters()
-    picked = [
-        pick
-        for chain in model
-        for _, residues in groupby(chain, key=lambda residue: str(residue.seqid))
-        for pick in _pick_atoms(list(residues))
-    ]
+    try:
+        picked = [
+            pick
+            for chain in model
+            for _, residues in groupby(chain, key=lambda residue: str(residue.seqid))
+            for pick in _pick_atoms(list(residues))
+        ]
+        for residue, atom, occupancy in picked:
+            _check_atom(path, residue, atom, occupancy)
+    except UnicodeDecodeError as error:
+        raise CryoreconError(
+            f"{path} is damaged: the name of an atom or a residue is no text",
+            "Give an undamaged PDB or mmCIF file",
+        ) from error
     if not picked:
         raise CryoreconError(
             f"{path} holds no atoms besides waters and hydrogens",
             "Keep them with --keep-waters and --keep-hydrogens, or give another model",
         )
-    for residue, atom, occupancy in picked:
-        _check_atom(path, residue, atom, occupancy)
     occupancies = np.array([occupancy for _, _, occupancy in picked])
     if not occupancies.sum() > 0:
         raise CryoreconError(
@@ -85,10 +96,30 @@ def read_atoms(
     )
 
 
+def _require_unpacked_size(path: Path) -> None:
+    """Refuse a small file that unpacks to something far larger than any model."""
+    size = 0
+    try:
+        with gzip.open(path) as file:
+            while block := file.read(2**20):
+                size += len(block)
+                if size > _LARGEST_BYTES:
+                    raise CryoreconError(
+                        f"{path} is more than {_LARGEST_BYTES:,} bytes unpacked",
+                        "Give a file of an atomic model",
+                    )
+    except (OSError, EOFError, zlib.error) as error:
+        raise CryoreconError(
+            f"{path} cannot be unpacked: {error}", "Give an undamaged gzip file"
+        ) from error
+
+
 def _first_model(path: Path) -> gemmi.Model:
+    if path.suffix == ".gz":
+        _require_unpacked_size(path)
     try:
         structure = gemmi.read_structure(str(path))
-    except (RuntimeError, ValueError, OSError) as error:
+    except (RuntimeError, ValueError, IndexError, OSError) as error:
         reason = (str(error).splitlines() or ["damaged file"])[0].rstrip(" :.")
         raise CryoreconError(
             f"{path} cannot be read as an atomic model: {reason}",
@@ -142,8 +173,9 @@ def _check_atom(path: Path, residue: gemmi.Residue, atom: gemmi.Atom, occupancy:
             f"{where}: no electron scattering factor is tabulated for {element.name}",
             "Remove the atom",
         )
-    if not np.isfinite([*atom.pos.tolist(), occupancy, atom.b_iso]).all():
+    values = np.abs([*atom.pos.tolist(), occupancy, atom.b_iso])
+    if not (values < _LARGEST_NUMBER).all():
+        what = "not a finite number" if not np.isfinite(values).all() else "far too large"
         raise CryoreconError(
-            f"{where} has a coordinate, occupancy or B-factor that is not a finite number",
-            "Correct the file",
+            f"{where} has a coordinate, occupancy or B-factor that is {what}", "Correct the file"
         )

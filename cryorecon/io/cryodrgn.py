@@ -1,19 +1,22 @@
-"""cryoDRGN's inputs: ``poses.pkl`` and ``ctf.pkl``, in the order of the particle table.
+"""cryoDRGN's ``poses.pkl`` and ``ctf.pkl``, in the order of the particle table.
 
-They are written only: to read such a file is to run what it holds.
+:mod:`cryorecon.io.cryodrgn_input` reads them.
 """
 
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
 from cryorecon.errors import CryoreconError
+from cryorecon.io.cryodrgn_input import pose_columns
 from cryorecon.io.files import replacing
 from cryorecon.io.particles import Particles
+from cryorecon.io.text_table import TextTable
 
 
 def write_poses(path: str | Path, particles: Particles, rotations: Tensor) -> None:
@@ -64,3 +67,30 @@ def write_ctf(path: str | Path, particles: Particles) -> None:
     ]
     with replacing(path) as temporary, temporary.open("wb") as file:
         pickle.dump(np.stack(columns, 1).astype(np.float32), file)
+
+
+def with_poses(particles: Particles, path: str | Path) -> Particles:
+    """Particles with the poses of a ``poses.pkl``, of the same images in the same order.
+
+    Angles, and origins in the unit of the table's dialect, are replaced or added; the other columns
+    stay. A file without shifts sets the origins to 0.
+
+    Raises
+    ------
+    CryoreconError
+        As :func:`cryorecon.io.cryodrgn_input.pose_columns`.
+    """
+    euler_deg, origins_angst = pose_columns(
+        path, particles.path, len(particles), particles.box * particles.pixel_size_angst
+    )
+    unit, scale = particles.origin_unit()
+    names = [
+        *(f"rlnAngle{a}" for a in ("Rot", "Tilt", "Psi")),
+        *(f"rlnOrigin{a}{unit}" for a in "XY"),
+    ]
+    values = np.concatenate([euler_deg, origins_angst / scale], 1)
+    text = {
+        name: np.array([f"{value:.6f}" for value in column], dtype=object)
+        for name, column in zip(names, values.T, strict=True)
+    }
+    return replace(particles, table=TextTable.gather(particles.table.frames(text)))

@@ -90,15 +90,30 @@ def read_moments_data(path: str | Path) -> MomentsData:
 
             def visit(name: str, item: Any) -> None:
                 if isinstance(item, h5py.Dataset):
+                    _require_inside(path, name, item)
                     arrays[name] = np.asarray(item[()])
                     about[name] = _text(item.attrs.get("about"))
 
             file.visititems(visit)
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
+    except CryoreconError:
+        raise
+    except Exception as error:
+        # Damage shows as exceptions of many kinds, with lines of the library's own.
+        reason = (str(error).strip().splitlines() or ["damaged"])[0]
         raise CryoreconError(
-            f"{path} cannot be read as a moments file ({error})", remedy
+            f"{path} cannot be read as a moments file ({reason})", remedy
         ) from error
     return MomentsData(attributes, arrays, about)
+
+
+def _require_inside(path: Path, name: str, item: h5py.Dataset) -> None:
+    """Refuse arrays that are no numbers, lie in other files, or are larger than this one."""
+    elsewhere = bool(item.external) or item.is_virtual
+    if elsewhere or item.dtype.kind not in "fciub" or item.nbytes > path.stat().st_size:
+        raise CryoreconError(
+            f"{path}: {name} is no array of numbers within the file",
+            "Give a file that `cryorecon moments estimate` wrote, as it is",
+        )
 
 
 def _text(value: Any) -> str:

@@ -17,6 +17,9 @@ from cryorecon.errors import CryoreconError, require_file
 from cryorecon.io.files import replacing
 
 _HEADER_BYTES = 1024
+# Far from where sums of squares overflow, and from any map.
+_LARGEST_VOXEL = 1e12
+_VOXEL_ANGST = (0.01, 1000.0)
 _MODES = {0: "i1", 1: "i2", 2: "f4", 6: "u2", 12: "f2"}
 
 
@@ -114,7 +117,8 @@ def read_map(path: str | Path) -> Map:
     Raises
     ------
     CryoreconError
-        If the map is not cubic, holds NaN or infinite values, or names no voxel size.
+        If the map is not cubic, holds NaN, infinite or huge values, or names no voxel size or an
+        impossible one.
     """
     header = read_header(path)
     if len(set(header.shape)) != 1:
@@ -127,11 +131,18 @@ def read_map(path: str | Path) -> Map:
         raise CryoreconError(
             f"{path} does not state its voxel size", "Set the cell size in the header, in angstrom"
         )
-    data = np.array(open_stack(path), dtype=np.float32)
-    if not np.isfinite(data).all():
-        bad = int((~np.isfinite(data)).sum())
+    low, high = _VOXEL_ANGST
+    if not low <= header.pixel_size_angst <= high:
         raise CryoreconError(
-            f"{path} holds {bad} voxels that are NaN or infinite", "Replace or mask them first"
+            f"{path} states voxels of {header.pixel_size_angst:g} A, not of {low:g} to {high:g} A",
+            "Set the cell size in the header, in angstrom",
+        )
+    data = np.array(open_stack(path), dtype=np.float32)
+    bad = int((~(np.abs(data) < _LARGEST_VOXEL)).sum())
+    if bad:
+        raise CryoreconError(
+            f"{path} holds {bad} voxels that are NaN, infinite or beyond {_LARGEST_VOXEL:g}",
+            "Replace or mask them first",
         )
     return Map(data, header.pixel_size_angst)
 

@@ -13,13 +13,17 @@ import torch
 from numpy.typing import NDArray
 
 from cryorecon.errors import CryoreconError
+from cryorecon.io.cryodrgn_input import is_stack, read_stack_table
 from cryorecon.io.cryosparc import is_cryosparc_file, read_cryosparc
 from cryorecon.io.mrc import open_stack
+from cryorecon.io.optics import optics_index, pixel_size_of, require_within
 from cryorecon.io.stacks import check_stacks, parse_image_names, resolve_stacks
-from cryorecon.io.star import Tables, numbers, star_blocks, write_star
+from cryorecon.io.star import Tables, integers, numbers, star_blocks, write_star
 from cryorecon.io.text_table import TextTable
 from cryorecon.physics.ctf import CtfParameters
 
+# Far from what float32 holds, and from any image.
+_LARGEST_SUM_OF_SQUARES = 1e30
 _ANGLES = ["rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi"]
 _PER_PARTICLE_CTF = {
     "defocus_u_angst": "rlnDefocusU",
@@ -31,6 +35,7 @@ _MICROSCOPE = {
     "spherical_aberration_mm": "rlnSphericalAberration",
     "amplitude_contrast": "rlnAmplitudeContrast",
 }
+_OPTIONAL_CTF = {"phase_shift_deg": "rlnPhaseShift", "b_factor_angst2": "rlnCtfBfactor"}
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,7 @@ class Particles:
         Raises
         ------
         CryoreconError
-            If a pixel is NaN or infinite.
+            If a pixel is NaN or infinite, or so large that sums of squares would be.
         """
         index = np.asarray(rows, dtype=np.int64)
         images = np.empty((len(index), self.box, self.box), np.float32)
@@ -99,12 +104,14 @@ class Particles:
             chosen = order[self._stack_of[index][order] == stack]
             data = open_stack(self._stacks[stack])
             images[chosen] = data[self._section[index[chosen]]]
-        bad = np.flatnonzero(~np.isfinite(images.sum((1, 2), dtype=np.float64)))
+        with np.errstate(invalid="ignore"):
+            squares = np.einsum("byx,byx->b", images, images, dtype=np.float64)
+        bad = np.flatnonzero(~(squares < _LARGEST_SUM_OF_SQUARES))
         if len(bad):
             row = index[bad[0]]
             raise CryoreconError(
                 f"{self.path}, row {self.rows[row] + 1}: image {self._section[row] + 1} of "
-                f"{self._stacks[self._stack_of[row]]} holds NaN or infinite pixels "
+                f"{self._stacks[self._stack_of[row]]} holds NaN, infinite or huge pixels "
                 f"({len(bad)} of {len(index)} images read)",
                 "Remove these rows or write the stack again",
             )
@@ -129,18 +136,28 @@ class Particles:
 
     def origins_angst(self) -> NDArray[np.float64]:
         """In-plane origins (x, y) in angstrom, shape (n, 2); zero where the file has none."""
-        if {"rlnOriginXAngst", "rlnOriginYAngst"} <= set(self.table):
-            return np.stack([self._column(f"rlnOrigin{a}Angst") for a in "XY"], -1)
-        if {"rlnOriginX", "rlnOriginY"} <= set(self.table):
-            pixels = np.stack([self._column(f"rlnOrigin{a}") for a in "XY"], -1)
-            return pixels * self.pixel_size_angst
-        return np.zeros((len(self), 2))
+        unit, scale = self.origin_unit()
+        names = [f"rlnOrigin{axis}{unit}" for axis in "XY"]
+        if not set(names) <= set(self.table):
+            names, scale = ["rlnOriginX", "rlnOriginY"], self.pixel_size_angst
+        if not set(names) <= set(self.table):
+            return np.zeros((len(self), 2))
+        origins = [self._column(name) * scale for name in names]
+        for name, values in zip(names, origins, strict=True):
+            require_within(self.path, self.rows, name, values)
+        return np.stack(origins, -1)
+
+    def origin_unit(self) -> tuple[str, float]:
+        """What the names of the origin columns end in, and their unit in angstrom."""
+        if self.has_optics_table or "rlnOriginXAngst" in self.table:
+            return "Angst", 1.0
+        return "", self.pixel_size_angst
 
     def random_subsets(self) -> NDArray[np.int64] | None:
         """Half set, 1 or 2, of each particle, or None when the file has none."""
         if "rlnRandomSubset" not in self.table:
             return None
-        subsets = self._column("rlnRandomSubset").astype(np.int64)
+        subsets = integers(self.path, self.table, "rlnRandomSubset", rows=self.rows)
         if not np.isin(subsets, (1, 2)).all():
             row = int(np.flatnonzero(~np.isin(subsets, (1, 2)))[0])
             raise CryoreconError(
@@ -153,7 +170,7 @@ class Particles:
         """Row of the optics table for each particle; zeros in RELION 3.0 files."""
         if not self.has_optics_table:
             return np.zeros(len(self), dtype=np.int64)
-        return _optics_index(self.path, self.table, self.blocks["optics"])
+        return optics_index(self.path, self.table, self.blocks["optics"], self.rows)
 
     def ctf_parameters(self) -> CtfParameters:
         """CTF of each particle.
@@ -161,7 +178,7 @@ class Particles:
         Raises
         ------
         CryoreconError
-            If a column is missing or holds something that is not a number.
+            If a column is missing, or holds something that is no number or that no microscope has.
         """
         optics = self.blocks.get("optics")
         index = self.optics_index()
@@ -174,23 +191,22 @@ class Particles:
                 "Run CTF estimation first, or add the column to the particle or the optics table",
             )
 
-        def values(column: str, default: float = 0.0) -> torch.Tensor:
+        def values(column: str) -> torch.Tensor:
             if column in self.table:
                 found = self._column(column)
             elif optics is not None and column in optics:
                 found = numbers(self.path, optics, column)[index]
             else:
-                found = np.array([default])
+                found = np.array([0.0])
             if (found == found[0]).all():  # Millions of equal numbers are one.
                 return torch.tensor(found[0], dtype=torch.float64).expand(len(self))
             return torch.from_numpy(found)
 
-        columns = {**_PER_PARTICLE_CTF, **_MICROSCOPE}
-        return CtfParameters(
-            **{name: values(column) for name, column in columns.items()},
-            phase_shift_deg=values("rlnPhaseShift", 0.0),
-            b_factor_angst2=values("rlnCtfBfactor", 0.0),
-        )
+        columns = {**_PER_PARTICLE_CTF, **_MICROSCOPE, **_OPTIONAL_CTF}
+        found = {name: values(column) for name, column in columns.items()}
+        for name, column in columns.items():
+            require_within(self.path, self.rows, column, found[name].numpy())
+        return CtfParameters(**found)
 
     def write(
         self,
@@ -207,7 +223,7 @@ class Particles:
         ----------
         euler_deg : array, shape (n, 3), optional
         origins_angst : array, shape (n, 2), optional
-            Written as pixels to a RELION 3.0 file.
+            Written as pixels to a RELION 3.0 file, unless it holds them in angstrom.
         random_subsets : array of 1 and 2, optional
         class_number : int, optional
         """
@@ -215,7 +231,7 @@ class Particles:
         if euler_deg is not None:
             new |= zip(_ANGLES, np.asarray(euler_deg, np.float64).T, strict=True)
         if origins_angst is not None:
-            unit, scale = ("Angst", 1.0) if self.has_optics_table else ("", self.pixel_size_angst)
+            unit, scale = self.origin_unit()
             for axis, values in zip("XY", np.asarray(origins_angst, np.float64).T, strict=True):
                 new[f"rlnOrigin{axis}{unit}"] = values / scale
         if class_number is not None:
@@ -230,6 +246,7 @@ def read_particles(
     project: str | Path | None = None,
     *,
     passthrough: str | Path | None = None,
+    ctf: str | Path | None = None,
 ) -> Particles:
     """Read particles of RELION 3.0, 3.1, 5 or cryoSPARC and check the stacks they name.
 
@@ -240,6 +257,8 @@ def read_particles(
         Folder that image paths are relative to; tried after the current directory.
     passthrough : path, optional
         Second cryoSPARC file with further fields of the same particles.
+    ctf : path, optional
+        ``ctf.pkl`` of cryoDRGN; then `path` is its stack, or its list of stacks.
 
     Raises
     ------
@@ -248,9 +267,12 @@ def read_particles(
     """
     path = Path(path)
     blocks: Tables
-    if is_cryosparc_file(path):
-        optics, cs_table = read_cryosparc(path, passthrough)
-        blocks, tables = {"optics": optics}, {"particles": cs_table}
+    if ctf is not None or is_stack(path):
+        optics, found = _read_stack(path, ctf)
+        blocks, tables = {"optics": optics}, {"particles": found}
+    elif is_cryosparc_file(path):
+        optics, found = read_cryosparc(path, passthrough)
+        blocks, tables = {"optics": optics}, {"particles": found}
     else:
         blocks, tables = _read_blocks(path)
     name = _particle_block(path, blocks, tables)
@@ -261,11 +283,26 @@ def read_particles(
     stack_of, section, names = parse_image_names(path, table)
     stacks = resolve_stacks(path, names, project)
     box = check_stacks(path, stacks, stack_of, section)
-    pixel_size = _pixel_size(path, table, blocks.get("optics"), stacks[0], box)
+    pixel_size = pixel_size_of(path, table, blocks.get("optics"), stacks[0], box)
     rows = np.arange(len(table), dtype=np.int32)
     return Particles(
         path, table, blocks, name, box, pixel_size, rows, stack_of, section, tuple(stacks)
     )
+
+
+def _read_stack(path: Path, ctf: str | Path | None) -> tuple[pd.DataFrame, TextTable]:
+    if not is_stack(path):
+        raise CryoreconError(
+            f"{path} is no stack of images, which ctf.pkl belongs to",
+            "Give an .mrcs file or a .txt list of them; other tables hold their CTF themselves",
+        )
+    if ctf is None:
+        raise CryoreconError(
+            f"{path} holds images, but neither their pixel size nor their CTF",
+            "Give a STAR or .cs file of particles, or make one: cryorecon import "
+            f"{path.name} --ctf ctf.pkl -o particles.star",
+        )
+    return read_stack_table(path, ctf)
 
 
 def _read_blocks(path: Path) -> tuple[Tables, dict[str, TextTable]]:
@@ -292,64 +329,3 @@ def _particle_block(path: Path, blocks: Tables, tables: dict[str, TextTable]) ->
         f"{path} has no table with a column rlnImageName (blocks: {', '.join(blocks) or 'none'})",
         "Give a particle STAR file, not one of micrographs or jobs",
     )
-
-
-def _optics_index(path: Path, table: TextTable, optics: pd.DataFrame) -> NDArray[np.int64]:
-    if len(optics) == 1 and "rlnOpticsGroup" not in table:
-        return np.zeros(len(table), dtype=np.int64)
-    if "rlnOpticsGroup" not in table or "rlnOpticsGroup" not in optics:
-        raise CryoreconError(
-            f"{path} has an optics table but no rlnOpticsGroup to join it by",
-            "Add the column rlnOpticsGroup to both tables",
-        )
-    groups = numbers(path, optics, "rlnOpticsGroup").astype(np.int64)
-    wanted = numbers(path, table, "rlnOpticsGroup").astype(np.int64)
-    position = pd.Index(groups).get_indexer(pd.Index(wanted))
-    if (position < 0).any():
-        row = int(np.flatnonzero(position < 0)[0])
-        raise CryoreconError(
-            f"{path}, row {row + 1}: optics group {wanted[row]} is not in the optics table",
-            f"Its groups are {', '.join(map(str, groups))}; correct the row or add the group",
-        )
-    return position.astype(np.int64)
-
-
-def _pixel_size(
-    path: Path, table: TextTable, optics: pd.DataFrame | None, stack: Path, box: int
-) -> float:
-    if optics is not None and len(optics) == 0:
-        raise CryoreconError(f"{path}: its optics table is empty", "Add a row for each group")
-    source = optics if optics is not None else table
-    if optics is not None and "rlnImageSize" in optics:
-        sizes = numbers(path, optics, "rlnImageSize").astype(int)
-        if (sizes != box).any():
-            raise CryoreconError(
-                f"{path}: the optics table says {sizes[sizes != box][0]} px boxes, "
-                f"{stack} has {box} px",
-                "Correct rlnImageSize or give the stack it was written for",
-            )
-    for table_ in (source, table):
-        if "rlnImagePixelSize" in table_:
-            found = numbers(path, table_, "rlnImagePixelSize")
-            break
-    else:
-        if {"rlnDetectorPixelSize", "rlnMagnification"} <= set(table):
-            detector_um = numbers(path, table, "rlnDetectorPixelSize")
-            found = detector_um * 1e4 / numbers(path, table, "rlnMagnification")
-        elif {"rlnPixelSize"} <= set(table):
-            found = numbers(path, table, "rlnPixelSize")
-        else:
-            raise CryoreconError(
-                f"{path} does not state the pixel size",
-                "Add rlnImagePixelSize to the optics table (3.1) or rlnDetectorPixelSize and "
-                "rlnMagnification to the particles (3.0)",
-            )
-    sizes_angst = np.unique(np.round(found, 6))
-    if len(sizes_angst) > 1:
-        listed = ", ".join(f"{s:g}" for s in sizes_angst[:4])
-        raise CryoreconError(
-            f"{path} mixes pixel sizes ({listed} A)", "Rescale all particles to one pixel size"
-        )
-    if sizes_angst[0] <= 0:
-        raise CryoreconError(f"{path} states a pixel size of {sizes_angst[0]:g} A", "Correct it")
-    return float(sizes_angst[0])

@@ -35,9 +35,11 @@ class ObservationFile:
         try:
             # Never unpacks Python objects: those are refused.
             self.values = np.lib.format.open_memmap(self.path, mode="r")
-        except (ValueError, OSError, EOFError) as error:
+        except Exception as error:
+            # NumPy reports damage by exceptions of many kinds.
+            reason = (str(error).strip().splitlines() or ["damaged"])[0]
             raise CryoreconError(
-                f"{self.path} cannot be read as a NumPy array: {str(error).splitlines()[0]}",
+                f"{self.path} cannot be read as a NumPy array: {reason}",
                 "Write it anew with numpy.save, as numbers of shape (observations, points)",
             ) from error
         shape, kind = self.values.shape, self.values.dtype
@@ -71,7 +73,8 @@ class ObservationFile:
         """
         size = max(1, _BLOCK_NUMBERS // self.points)
         for begin in range(0, self.count, size):
-            block = np.array(self.values[begin : begin + size], dtype=np.float64)
+            with np.errstate(invalid="ignore"):
+                block = np.array(self.values[begin : begin + size], dtype=np.float64)
             bad = ~np.isfinite(block).all(1)
             if bad.any():
                 raise CryoreconError(

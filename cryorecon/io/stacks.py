@@ -13,6 +13,8 @@ from cryorecon.errors import CryoreconError
 from cryorecon.io.mrc import open_stack
 from cryorecon.io.text_table import TextTable
 
+_LONGEST_SHOWN = 200
+
 
 def resolve_stacks(star: Path, names: list[str], project: str | Path | None) -> list[Path]:
     """Find each stack, never by its base name alone.
@@ -34,9 +36,10 @@ def resolve_stacks(star: Path, names: list[str], project: str | Path | None) -> 
     missing: list[str] = []
     for name in names:
         candidates = [Path(name)] if Path(name).is_absolute() else [b / name for b in bases]
-        hit = next((c for c in candidates if os.path.exists(c)), None)
+        hit = next((c for c in candidates if os.path.isfile(c)), None)
+        hit = hit or next((c for c in candidates if os.path.exists(c)), None)
         if hit is None:
-            missing.append(name)
+            missing.append(name if len(name) < _LONGEST_SHOWN else f"{name[:_LONGEST_SHOWN]}...")
         else:
             found.append(hit)
     if missing:
@@ -56,7 +59,7 @@ def parse_image_names(
     Raises
     ------
     CryoreconError
-        If an image is numbered 0.
+        If an image has no name or is numbered 0.
     """
     section = np.empty(len(table), np.int32)
     stack_of = np.empty(len(table), np.int32)
@@ -65,6 +68,11 @@ def parse_image_names(
     for names in table.text("rlnImageName"):
         parts = names.str.extract(r"^(?:(\d+)@)?(.+)$")
         here = slice(done, done + len(names))
+        if parts[1].isna().any():
+            raise CryoreconError(
+                f"{path}, row {done + int(parts[1].isna().argmax()) + 1}: it names no image",
+                "Correct rlnImageName in such rows, or remove them",
+            )
         section[here] = pd.to_numeric(parts[0].fillna("1")).clip(upper=2**31 - 1) - 1
         if (section[here] < 0).any():
             row = int(np.flatnonzero(section[here] < 0)[0])
@@ -97,7 +105,11 @@ def check_stacks(
     boxes: dict[tuple[int, int], Path] = {}
     counts = np.empty(len(stacks), np.int64)
     for number, stack in enumerate(stacks):
-        counts[number], ny, nx = open_stack(stack).shape
+        try:
+            counts[number], ny, nx = open_stack(stack).shape
+        except CryoreconError as error:
+            problem = f"{path} names a stack that cannot be read: {error.problem}"
+            raise CryoreconError(problem, error.remedy) from error
         boxes.setdefault((ny, nx), stack)
     beyond = np.flatnonzero(section >= counts[stack_of])
     if len(beyond):

@@ -26,6 +26,8 @@ Tables = dict[str, pd.DataFrame]
 
 # A value: quoted from a blank to a blank, or anything without one.
 _VALUE = re.compile(r"""'(.*?)'(?=\s|$)|"(.*?)"(?=\s|$)|(\S+)""")
+_LARGEST_INTEGER = 2**31
+_LONGEST_SHOWN = 60
 _ONE_VALUE_A_COLUMN = "Check that each row has one value per column"
 
 
@@ -67,7 +69,7 @@ def _pieces(path: str | Path) -> Iterator[tuple[str, int, pd.DataFrame]]:
     path = require_file(path, "STAR file")
     number = 0
     try:
-        with path.open(encoding="utf-8") as lines:
+        with path.open(encoding="utf-8-sig") as lines:
             for name, labels, first, rows in _blocks(lines):
                 number += first == 0
                 yield name, number, _as_table(path, name, labels, first, rows)
@@ -110,6 +112,7 @@ def _as_table(
     try:
         if labels is None:
             return _pairs(rows)
+        _check_labels(path, name, labels)
         if not rows:
             return pd.DataFrame(columns=labels, dtype=object)
         text = "\n".join(rows)
@@ -137,6 +140,14 @@ def _as_table(
     short = last.isna() if awkward else last == ""
     _check_width(path, name, labels, first, short.to_numpy(), table.shape[1])
     return table.set_axis(labels, axis="columns").astype(object)
+
+
+def _check_labels(path: Path, name: str, labels: list[str]) -> None:
+    twice = next((label for k, label in enumerate(labels) if label in labels[:k]), None)
+    if twice is not None:
+        raise CryoreconError(
+            f"{path}, block data_{name}: the column {twice} occurs twice", "Remove one of them"
+        )
 
 
 def _pairs(rows: list[str]) -> pd.DataFrame:
@@ -223,8 +234,34 @@ def numbers(
         row = int(bad[0])
         told = row if rows is None else int(rows[row])
         raise CryoreconError(
-            f"{path}, row {told + 1}, column {column}: {table[column].iloc[row]!r} is not a finite "
-            f"number ({len(bad)} such rows)",
+            f"{path}, row {told + 1}, column {column}: {_shown(table[column].iloc[row])} is not a "
+            f"finite number ({len(bad)} such rows)",
             "Correct or remove these rows",
         )
     return values
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) < _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
+
+
+def integers(
+    path: str | Path,
+    table: pd.DataFrame | TextTable,
+    column: str,
+    *,
+    rows: NDArray[np.integer] | None = None,
+) -> NDArray[np.int64]:
+    """A column of whole numbers, as int64; otherwise like :func:`numbers`."""
+    values = numbers(path, table, column, rows=rows)
+    bad = np.flatnonzero((values != np.round(values)) | (np.abs(values) >= _LARGEST_INTEGER))
+    if len(bad):
+        row = int(bad[0])
+        told = row if rows is None else int(rows[row])
+        raise CryoreconError(
+            f"{path}, row {told + 1}, column {column}: {_shown(table[column].iloc[row])} is no "
+            f"whole number of a usual size ({len(bad)} such rows)",
+            "Correct or remove these rows",
+        )
+    return values.astype(np.int64)

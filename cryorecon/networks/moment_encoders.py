@@ -1,12 +1,14 @@
 """Networks from moments to a signal or a density of shifts (Khoo, Paul, Sharon 2024, figure A.11).
 
 Two branches of periodic one-dimensional convolutions, one for each moment, are stacked to one
-field, which goes through more convolutions and ends in fully connected layers.
+field, which goes through more convolutions and ends in fully connected layers. For moments of
+images the fields lie over radii or over Fourier pixels (their appendix A.2), which is not periodic.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -55,6 +57,19 @@ class MomentEncoderConfig:
     def __post_init__(self) -> None:
         if self.kernel % 2 == 0 or self.kernel > self.n or self.n < 4:
             raise ValueError(f"needs an odd kernel no wider than n, and n of 4 or more, got {self}")
+
+    def weight_count(self) -> int:
+        """Weights and biases of the network, without making it."""
+        parts = 2 if self.domain == "fourier" else 1
+        merged = (2 * self.branch[-1], *self.merged)
+        dense = (self.n * merged[-1], *self.hidden, self.n)
+        convolved = ((parts, *self.branch), (parts * self.n, *self.branch), merged)
+        return sum(
+            n_out * (n_in * kernel + 1)
+            for kernel, chains in ((self.kernel, convolved), (1, (dense,)))
+            for widths in chains
+            for n_in, n_out in itertools.pairwise(widths)
+        )
 
 
 class PeriodicConvolution(nn.Module):
@@ -150,3 +165,77 @@ def _dense(widths: tuple[int, ...]) -> nn.Sequential:
     for n_in, n_out in itertools.pairwise(widths):
         layers += [nn.Linear(n_in, n_out), nn.LeakyReLU(_SLOPE)]
     return nn.Sequential(*layers[:-1])
+
+
+@dataclass(frozen=True)
+class FieldEncoderConfig:
+    """Shape of a `FieldEncoder`.
+
+    Attributes
+    ----------
+    branch, merged : tuple of int
+        Channels of each branch's convolutions, and of those after stacking.
+    hidden : tuple of int
+        Units of the fully connected layers before the output.
+    kernel : int
+        Window of the convolutions, odd.
+    """
+
+    branch: tuple[int, ...] = (16, 8, 3)
+    merged: tuple[int, ...] = (6, 6)
+    hidden: tuple[int, ...] = (128,)
+    kernel: int = 5
+
+
+class FieldEncoder(nn.Module):
+    """Two fields over one grid in, a list of numbers out: figure A.11 with any grid.
+
+    Parameters
+    ----------
+    first, second : int
+        Channels of the two fields.
+    grid : tuple of int
+        Points of their grid along one or two axes.
+    outputs : int
+    config : FieldEncoderConfig
+    generator : torch.Generator
+        Draws the weights. The outputs of fresh ones are small.
+    """
+
+    def __init__(
+        self,
+        first: int,
+        second: int,
+        grid: tuple[int, ...],
+        outputs: int,
+        config: FieldEncoderConfig,
+        generator: torch.Generator,
+    ) -> None:
+        super().__init__()
+        axes = len(grid)
+        self.upper = _grid_convolutions((first, *config.branch), config.kernel, axes)
+        self.lower = _grid_convolutions((second, *config.branch), config.kernel, axes)
+        stacked = 2 * config.branch[-1]
+        self.merged = _grid_convolutions((stacked, *config.merged), config.kernel, axes)
+        width = math.prod(grid) * (stacked, *config.merged)[-1]
+        self.dense = _dense((width, *config.hidden, outputs))
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)):
+                nn.init.kaiming_normal_(module.weight, _SLOPE, generator=generator)
+                nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+        with torch.no_grad():
+            self.dense[-1].weight.mul_(0.1)  # type: ignore[operator]
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        """Shapes (b, channels, *grid) to (b, outputs)."""
+        both = torch.cat([self.upper(first), self.lower(second)], 1)
+        values: Tensor = self.dense(self.merged(both).flatten(1))
+        return values
+
+
+def _grid_convolutions(channels: tuple[int, ...], kernel: int, axes: int) -> nn.Sequential:
+    layer = nn.Conv1d if axes == 1 else nn.Conv2d
+    layers: list[nn.Module] = []
+    for n_in, n_out in itertools.pairwise(channels):
+        layers += [layer(n_in, n_out, kernel, padding=kernel // 2), nn.LeakyReLU(_SLOPE)]
+    return nn.Sequential(*layers)

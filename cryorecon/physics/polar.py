@@ -263,13 +263,22 @@ def noise_by_shell(box: int, grid: PolarGrid, level: Tensor | None = None) -> It
     if level is not None:
         removed = fft_centred(level.double(), 2).conj().flatten() / box**2
         constant = x[:, box // 2] * y[:, box // 2] * box**2
+    # Modes q and -q of a shell give the same, but for a conjugate and the sign of the order.
+    index = torch.arange(box)
+    mate = (2 * (box // 2) - index) % box
+    mate = (mate[:, None] * box + mate).flatten()
+    own = mate == torch.arange(box**2)
+    once = torch.arange(box**2) <= mate
+    share = (1 - own.double() / 2).sqrt()
     for shell in range(last + 1):
         total = torch.zeros(grid.n_angles, len(grid.radii), len(grid.radii), dtype=torch.complex128)
-        for modes in torch.nonzero(shells == shell)[:, 0].split(512):
+        for modes in torch.nonzero((shells == shell) & once)[:, 0].split(512):
             values = x[:, modes % box] * y[:, modes // box]
             if removed is not None:
                 values = values - constant[:, None] * removed[modes]
+            values = values * share[modes]
             by_order = torch.fft.fft(values.view(len(grid.radii), grid.n_angles, -1), dim=1)
             by_order = by_order.transpose(0, 1) / grid.n_angles
             total += by_order @ by_order.mH
+        total += total.flip(0).roll(1, 0).conj()
         yield torch.fft.fftshift(total, dim=0)

@@ -23,6 +23,7 @@ from cryorecon.physics.symmetry import symmetry_group
 from cryorecon.run.amortized_stages import AmortizedStages
 from cryorecon.run.job import Job, Task, open_job
 from cryorecon.run.load import Keep, half_sets, load_observations, map_like
+from cryorecon.run.report import report_at_end
 from cryorecon.run.results import joint_map, report_offsets, write_first_poses, write_results
 from cryorecon.run.rmfn_stages import RmfnStages
 
@@ -258,6 +259,7 @@ def _run(
     else:
         state = without_symmetry()
     write_results(job, particles, state, stages.scale_maps(joint_map(state)), options.halves)
+    report_at_end(job, particles)
 
 
 def _stages(

@@ -14,6 +14,7 @@ from torch import Tensor
 from cryorecon.conventions import euler_to_matrix
 from cryorecon.errors import CryoreconError
 from cryorecon.io.cryosparc import is_cryosparc_file, read_cryosparc
+from cryorecon.io.optics import require_within
 from cryorecon.io.star import Tables, numbers, read_star
 from cryorecon.maps.poses import FRACTION_LIMITS_DEG, PoseComparison, compare_pose_sets
 from cryorecon.run.curves import matrix_as_list
@@ -33,17 +34,21 @@ class PoseTable:
     rotations : Tensor, shape (n, 3, 3), float64
     origins_angst : Tensor, shape (n, 2), float64, or None
         None when the file has no origin columns.
+    half_sets : array of float, shape (n,), or None
+        rlnRandomSubset of each image; None when the file has no such column.
     """
 
     path: Path
     images: pd.Index[str]
     rotations: Tensor
     origins_angst: Tensor | None
+    half_sets: NDArray[np.float64] | None = None
 
     def rows(self, index: NDArray[np.int64]) -> PoseTable:
         """Some rows, in the given order."""
         origins = None if self.origins_angst is None else self.origins_angst[index]
-        return PoseTable(self.path, self.images[index], self.rotations[index], origins)
+        halves = None if self.half_sets is None else self.half_sets[index]
+        return PoseTable(self.path, self.images[index], self.rotations[index], origins, halves)
 
 
 def read_pose_table(path: Path) -> PoseTable:
@@ -79,7 +84,8 @@ def read_pose_table(path: Path) -> PoseTable:
         )
     angles = np.stack([numbers(path, table, column) for column in _ANGLES], -1)
     origins = _origins_angst(path, table, blocks)
-    return PoseTable(path, images, euler_to_matrix(torch.from_numpy(angles)), origins)
+    halves = numbers(path, table, "rlnRandomSubset") if "rlnRandomSubset" in table else None
+    return PoseTable(path, images, euler_to_matrix(torch.from_numpy(angles)), origins, halves)
 
 
 def _tables(path: Path) -> Tables:
@@ -97,6 +103,9 @@ def _origins_angst(path: Path, table: pd.DataFrame, blocks: Tables) -> Tensor | 
         if set(names) <= set(table):
             origins = np.stack([numbers(path, table, name) for name in names], -1)
             scale = _pixel_sizes_angst(path, table, blocks)[:, None] if in_px else 1.0
+            rows = np.arange(len(table), dtype=np.int32)
+            for name, values in zip(names, (origins * scale).T, strict=True):
+                require_within(path, rows, name, values)
             return torch.from_numpy(origins * scale)
     return None
 
@@ -107,7 +116,13 @@ def _pixel_sizes_angst(path: Path, table: pd.DataFrame, blocks: Tables) -> NDArr
         return numbers(path, table, "rlnImagePixelSize")
     if {"rlnDetectorPixelSize", "rlnMagnification"} <= set(table):
         detector_um = numbers(path, table, "rlnDetectorPixelSize")
-        return detector_um * 1e4 / numbers(path, table, "rlnMagnification")
+        magnification = numbers(path, table, "rlnMagnification")
+        if not (magnification > 0).all():
+            row = int((magnification > 0).argmin())
+            raise CryoreconError(
+                f"{path}, row {row + 1}: rlnMagnification is {magnification[row]:g}", "Correct it"
+            )
+        return detector_um * 1e4 / magnification
     optics = blocks.get("optics")
     if optics is not None and {"rlnImagePixelSize", "rlnOpticsGroup"} <= set(optics):
         sizes = numbers(path, optics, "rlnImagePixelSize")

@@ -9,21 +9,26 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from xml.sax.saxutils import quoteattr
 
+import pandas as pd
 import torch
 from torch import Tensor
 
 from cryorecon.conventions import shell_to_angst
+from cryorecon.errors import CryoreconError
 from cryorecon.io.files import replacing
+from cryorecon.io.star import numbers, read_star
 from cryorecon.maps.fsc import crossing_shell, resolution_at
 
 # RELION writes the origin of reciprocal space, whose resolution is infinite, as 999 angstrom.
 _INFINITE_ANGST = 999.0
 THRESHOLDS = (0.5, 0.143)
+_CONDITIONS = re.compile(r"# cryorecon; FSC of (.*); (?:no mask|mask (.*)), maps (not )?aligned")
 
 
 @dataclass(frozen=True)
@@ -115,6 +120,33 @@ def write_fsc_star(path: str | Path, curve: FscCurve, threshold: float = 0.143) 
         *rows,
     ]
     _write_text(path, "\n".join(lines) + "\n\n")
+
+
+def read_fsc_star(path: str | Path, box: int, pixel_size_angst: float) -> FscCurve:
+    """Read what :func:`write_fsc_star` or ``relion_postprocess`` wrote.
+
+    Raises
+    ------
+    CryoreconError
+        If the file holds no curve, or one of another box.
+    """
+    table = read_star(path).get("fsc", pd.DataFrame())
+    columns = [c for c in map(str, table) if c.startswith("rlnFourierShellCorrelation")]
+    if not columns:
+        raise CryoreconError(
+            f"{path} holds no Fourier shell correlation", "Give a file that cryorecon fsc wrote"
+        )
+    if len(table) != box // 2 + 1:
+        raise CryoreconError(
+            f"{path} has {len(table)} shells, a map of {box} px has {box // 2 + 1}",
+            "Keep one job's files in a directory: this one is of another box",
+        )
+    values = torch.from_numpy(numbers(path, table, columns[0]))
+    with Path(path).open(encoding="utf-8") as file:
+        told = _CONDITIONS.match(next(file))
+    if told is None:
+        return FscCurve(values, box, pixel_size_angst, f"maps of {Path(path).name}")
+    return FscCurve(values, box, pixel_size_angst, told[1], told[2], told[3] is None)
 
 
 def write_fsc_xml(path: str | Path, curve: FscCurve) -> None:

@@ -63,6 +63,7 @@ def run_demo(folder: Path, seed: int, console: Console) -> Demo:
         f"map         {job / 'initial_model.mrc'}",
         f"poses       {job / 'run_data.star'}",
         f"FSC         {job / 'fsc.star'}, against the truth: {curve.resolution_text(0.5)}",
+        f"report      {job / 'report.html'}",
         f"pose error  {poses.median_deg:.2f} deg (median)",
         f"plots       {folder / 'fsc_truth.png'}, {folder / 'pose_errors.png'}, "
         f"{job / 'map.png'}, {job / 'views.png'}, {job / 'fsc.png'}",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cryorecon.conventions import angst_to_shell, euler_to_matrix, matrix_to_euler
-from cryorecon.errors import CryoreconError
+from cryorecon.errors import CryoreconError, require_file
 from cryorecon.io.cryodrgn import write_ctf, write_poses
 from cryorecon.io.cryosparc_export import write_cryosparc
 from cryorecon.io.files import make_folder, replacing
@@ -24,6 +24,7 @@ from cryorecon.maps.poses import mirror_poses
 from cryorecon.physics.fourier import crop_or_pad_centred, lowpass, sample_volume
 
 _ANGLES = ("rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi")
+_LARGEST_BOX = 4096
 _TABLES = (".star", ".cs")
 
 
@@ -82,8 +83,7 @@ def find_source(path: Path) -> Source:
         If it does not exist, or is a directory without results.
     """
     if not path.is_dir():
-        if not path.is_file():
-            raise CryoreconError(f"{path} does not exist", "Give a job directory or a file")
+        require_file(path, "job directory, table or map")
         is_table = path.suffix in _TABLES
         return Source(path, path if is_table else None, None if is_table else path)
     table, volume = path / "run_data.star", path / "initial_model.mrc"
@@ -204,6 +204,11 @@ def _resampled(volume: Tensor, old_angst: float, new_angst: float) -> Tensor:
     side = volume.shape[-1]
     box = int(side * old_angst / new_angst + 1e-6)
     box -= (box - side) % 2
+    if box > _LARGEST_BOX:
+        raise CryoreconError(
+            f"Voxels of {new_angst:g} A divide {side * old_angst:g} A into {box} px a side",
+            "Give a larger --resample, and check the voxel size in the map's header",
+        )
     if box < 2:
         raise CryoreconError(
             f"Voxels of {new_angst:g} A are too large for a box of {side * old_angst:g} A",
@@ -219,7 +224,10 @@ def to_mrc(source: Source, output: Path, edits: MapEdits) -> list[Path]:
     names = [output, *(output.with_name(f"{output.stem}_half{k}_unfil.mrc") for k in (1, 2))]
     for path, name in zip((volume, *source.halves), names, strict=False):
         found = read_map(path)
-        result, pixel = edited(torch.from_numpy(found.data), found.pixel_size_angst, edits)
+        try:
+            result, pixel = edited(torch.from_numpy(found.data), found.pixel_size_angst, edits)
+        except CryoreconError as error:
+            raise CryoreconError(f"{path}: {error.problem}", error.remedy) from error
         write_map(name, result.numpy(), pixel)
         written.append(name)
     return written

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from cryorecon.engines.image_fit import ImageFit, ImageFitConfig, Method, fit_image
@@ -16,6 +16,7 @@ from cryorecon.errors import CryoreconError, require_file
 from cryorecon.io.files import make_folder, replacing
 from cryorecon.networks.mfn import paper_bands
 
+_MOST_PIXELS = 2**25
 Row = dict[str, str | float]
 
 
@@ -41,8 +42,15 @@ def read_image(path: str | Path, size: int | None) -> tuple[Tensor, Tensor]:
     path = require_file(path, "picture")
     try:
         with Image.open(path) as opened:
+            if opened.width * opened.height > _MOST_PIXELS:
+                raise CryoreconError(
+                    f"{path} has {opened.width} x {opened.height} pixels", "Give a smaller picture"
+                )
             picture = opened.convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
+    except CryoreconError:
+        raise
+    except Exception as error:
+        # Pillow reports damage by exceptions of many kinds.
         raise CryoreconError(
             f"{path} cannot be read as a picture", "Give a PNG, JPEG or TIFF file"
         ) from error

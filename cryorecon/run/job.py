@@ -7,7 +7,7 @@ import dataclasses
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -20,7 +20,7 @@ from rich.console import Console
 from cryorecon import __version__
 from cryorecon.errors import CryoreconError
 from cryorecon.io.files import make_folder, replacing, sha256_of
-from cryorecon.io.star import write_star
+from cryorecon.io.star import read_star, write_star
 from cryorecon.run.checkpoint import NAME, Checkpoint
 from cryorecon.run.progress import Update, stage_bar
 from cryorecon.run.stopping import ABORT_FILE, Stop, listening
@@ -48,7 +48,15 @@ _OUTPUTS = (
     "pose_errors.png",
     "starts.star",
     "information.star",
+    "shells.star",
+    "from_start_map.mrc",
     "view_density.star",
+    "agreement.star",
+    "slices.png",
+    "difference.png",
+    "rounds.star",
+    "report.html",
+    "logfile.pdf",
     "RELION_OUTPUT_NODES.star",
 )
 
@@ -83,6 +91,30 @@ class Job:
     def path(self, name: str) -> Path:
         """A file in the job directory."""
         return self.folder / name
+
+    def record_round(self, stage: str, number: int, measured: Mapping[str, float]) -> None:
+        """Add a row to ``rounds.star``, or replace the one of the same stage and number.
+
+        Parameters
+        ----------
+        stage : str
+            One word.
+        number : int
+            Of the round within its stage.
+        measured : mapping of column name to number
+        """
+        path = self.path("rounds.star")
+        row = {"cryoreconStage": stage, "cryoreconRound": str(number)}
+        row |= {name: f"{value:.6f}" for name, value in measured.items()}
+        rows: list[Any] = []
+        if path.exists():
+            rows = read_star(path)["rounds"].to_dict("records")
+        places = [(old["cryoreconStage"], old["cryoreconRound"]) for old in rows]
+        if (stage, str(number)) in places:
+            rows[places.index((stage, str(number)))] = row
+        else:
+            rows.append(row)
+        write_star(path, {"rounds": pd.DataFrame(rows)})
 
     @contextmanager
     def bar(self, title: str, total: int, unit: str = "images") -> Iterator[Update]:
@@ -225,12 +257,24 @@ def _clear(folder: Path, *, outputs: bool) -> None:
             path.unlink()
 
 
+_NODE, _NODE_TYPE = "rlnPipeLineNodeName", "rlnPipeLineNodeType"
+
+
 def write_output_nodes(folder: Path, nodes: dict[str, int]) -> None:
-    """``RELION_OUTPUT_NODES.star``: file name to RELION's node type (3 particles, 6 map)."""
-    table = pd.DataFrame(
-        {
-            "rlnPipeLineNodeName": [str(folder / name) for name in nodes],
-            "rlnPipeLineNodeType": list(nodes.values()),
-        }
-    )
+    """``RELION_OUTPUT_NODES.star``: file to RELION's node type (3 particles, 6 map, 13 PDF)."""
+    names = [str(folder / name) for name in nodes]
+    table = pd.DataFrame({_NODE: names, _NODE_TYPE: list(nodes.values())})
     write_star(folder / "RELION_OUTPUT_NODES.star", {"output_nodes": table})
+
+
+def add_output_node(folder: Path, name: str, node_type: int) -> None:
+    """Add a file to ``RELION_OUTPUT_NODES.star``, under the folder's name there, if it is new."""
+    path = folder / "RELION_OUTPUT_NODES.star"
+    if not path.exists():
+        write_output_nodes(folder, {name: node_type})
+        return
+    table = read_star(path)["output_nodes"]
+    whole = str(Path(table[_NODE].iloc[0]).parent / name) if len(table) else str(folder / name)
+    if whole not in set(table[_NODE]):
+        row = pd.DataFrame({_NODE: [whole], _NODE_TYPE: [str(node_type)]})
+        write_star(path, {"output_nodes": pd.concat([table, row], ignore_index=True)})

@@ -15,23 +15,31 @@ from rich.console import Console
 from torch import Tensor
 
 from cryorecon.engines.moment_fit import Fitter, MomentFit, MomentFitConfig, visible_radius
-from cryorecon.engines.moment_information import expected_fsc
-from cryorecon.engines.moment_models import Beads, grid_size
-from cryorecon.engines.moments import Moments, MomentsGeometry, SteerableMoments
+from cryorecon.engines.moment_full_fit import FullViews, in_plane_departure
+from cryorecon.engines.moment_information import expected_fsc, information_bytes
+from cryorecon.engines.moment_models import Beads, ViewDensity
+from cryorecon.engines.moments import Moments, MomentsGeometry
 from cryorecon.errors import CryoreconError
 from cryorecon.io.mrc import write_map
 from cryorecon.io.particles import read_particles
 from cryorecon.io.star import write_star
 from cryorecon.maps.align import align_maps, apply_alignment
 from cryorecon.maps.fsc import crossing_shell, fsc_curve
-from cryorecon.physics.fourier import crop_or_pad_centred, lowpass, sample_volume
 from cryorecon.run.checkpoint import Entry
 from cryorecon.run.curves import FscCurve, write_fsc_star
 from cryorecon.run.job import Job, Task, open_job, write_output_nodes
 from cryorecon.run.load import map_like
+from cryorecon.run.moment_maps import aligned, on_images
+from cryorecon.run.moment_start_map import (
+    LARGEST_INFORMATION,
+    StartMap,
+    compare_with_starts,
+    fit_start_map,
+)
 from cryorecon.run.moments import MomentsOptions, moments_of, resolve_geometry, state_path
 from cryorecon.run.moments_store import finished_moments, read_moments
 from cryorecon.run.plots import fsc_figure, map_figure, save_figure, view_density_figure
+from cryorecon.run.report import report_at_end
 
 # Starts whose misfit is within this factor of the best one's fit the moments as well.
 _AS_GOOD = 2.0
@@ -51,6 +59,9 @@ class MomentReconstructOptions:
     engine : MomentFitConfig
     reference : Path, optional
         A map of the images' box and pixel size to align the result to.
+    start_map : StartMap, optional
+        A map to fit from as well, to tell whether moments or search hold the random starts back.
+        With it `engine.starts` may be 0.
     allow_ambiguous : bool
         Write the best map even if starts that fit equally well disagree.
     seed : int
@@ -59,6 +70,7 @@ class MomentReconstructOptions:
 
     engine: MomentFitConfig = field(default_factory=MomentFitConfig)
     reference: Path | None = None
+    start_map: StartMap | None = None
     allow_ambiguous: bool = False
     seed: int = 0
     device: str = "cpu"
@@ -77,7 +89,7 @@ def reconstruct_moments(
     Parameters
     ----------
     path : Path
-        From ``cryorecon moments estimate``, steerable form.
+        From ``cryorecon moments estimate``, in either form.
     output : Path
         Job directory.
     resume : bool
@@ -88,13 +100,18 @@ def reconstruct_moments(
     CryoreconError
         If the file does not fit, shows no signal, or does not determine a map.
     """
-    moments = _steerable(read_moments(path), path)
+    moments = read_moments(path)
     reference = None
     if options.reference is not None:
         reference = map_like(options.reference, moments.geometry, "reference")
+    given = None
+    if options.start_map is not None:
+        given = map_like(options.start_map.path, moments.geometry, "start map")
+    elif options.engine.starts == 0:
+        raise CryoreconError("Nothing to start from", "Give --starts 2 or more, or --start-map")
     task = Task("moments-fit", path, moments.n_images, options, options, options.seed)
     with open_job(output, console, task, resume=resume) as job:
-        _fit_and_write(job, path, moments, options, reference)
+        _fit_and_write(job, path, moments, options, reference, given)
 
 
 def abinitio_moments(
@@ -126,26 +143,43 @@ def abinitio_moments(
             begun = resume and state_path(path).exists()
             with job.bar("Averaging", len(particles)) as bar:
                 found = moments_of(
-                    particles, path, wanted, begun, lambda done, _: bar(done), job.stop
+                    particles,
+                    path,
+                    wanted,
+                    begun,
+                    lambda done, _: bar(done),
+                    job.stop,
+                    lambda *done: bar(len(particles), "noise: shell {} of {}".format(*done)),
                 )
-        _fit_and_write(job, path, _steerable(found, path), options, None)
+        _fit_and_write(job, path, found, options, None)
 
 
 def _fit_and_write(
     job: Job,
     path: Path,
-    moments: SteerableMoments,
+    moments: Moments,
     options: MomentReconstructOptions,
     reference: Tensor | None,
+    given: Tensor | None = None,
 ) -> None:
     radius = _radius(path, moments, options.engine, job)
     fitter = Fitter.of(moments, options.engine, radius, options.device)
+    near, geometry = None, moments.geometry.in_particle_box()
+    if given is not None and options.start_map is not None:
+        near = fit_start_map(job, fitter, options.start_map, given, geometry, options.seed)
+        if options.engine.starts == 0:
+            compare_with_starts(job, near, [], [], geometry)
+            job.say("no random starts: nothing but from_start_map.mrc and shells.star, both USE IT")
+            return
     fits = _all_starts(fitter, options, job)
-    best, geometry = fits[0][1], moments.geometry
+    best = fits[0][1]
     _tell_information(fitter, best, geometry, job)
-    maps = [_on_images(fit, geometry, radius) for _, fit in fits]
+    _tell_in_plane(fitter, best, job)
+    maps = [on_images(fit.volume, geometry, radius) for _, fit in fits]
     agreement = _agreement([fit for _, fit in fits], maps, geometry, radius, job)
     _write_starts(job, fits, agreement)
+    if near is not None:
+        compare_with_starts(job, near, [fit.misfit for _, fit in fits], maps, geometry)
     doubt = _doubt(best, agreement, geometry, radius)
     if doubt is not None and not options.allow_ambiguous:
         raise CryoreconError(
@@ -158,21 +192,13 @@ def _fit_and_write(
     _write_result(job, best, maps, geometry, radius, doubt is None)
     if reference is not None:
         _compare(job, maps[0], reference, str(options.reference), geometry.pixel_size_angst)
+    report_at_end(job)
 
 
-def _steerable(moments: Moments, path: Path) -> SteerableMoments:
-    if not isinstance(moments, SteerableMoments):
-        raise CryoreconError(
-            f"{path} holds moments over all Fourier pixels, which are not fitted",
-            "Estimate them again with --form steerable",
-        )
-    return moments
-
-
-def _radius(path: Path, moments: SteerableMoments, config: MomentFitConfig, job: Job) -> int:
+def _radius(path: Path, moments: Moments, config: MomentFitConfig, job: Job) -> int:
     """How far the moments are fitted: as asked, while they stand above their errors."""
-    visible, side = visible_radius(moments), moments.geometry.side_angst
-    held = moments.geometry.max_radius
+    inside = moments.geometry.in_particle_box()
+    visible, side, held = visible_radius(moments), inside.side_angst, inside.max_radius
     if visible < _LEAST_RADIUS:
         raise CryoreconError(
             f"No signal found: the second moment of {path} stands above its error only up to "
@@ -183,7 +209,8 @@ def _radius(path: Path, moments: SteerableMoments, config: MomentFitConfig, job:
     radius = min(config.radius, visible)
     why = "the file holds no more" if radius == held else "beyond that, errors exceed the signal"
     why = "as asked" if radius == config.radius else why
-    job.say(f"{moments.n_images} images; radii to {radius}, {side / radius:.1f} A ({why})")
+    source = f"{moments.n_images} images" if moments.n_images else "exact moments"
+    job.say(f"{source}; radii to {radius}, {side / radius:.1f} A ({why})")
     return radius
 
 
@@ -237,6 +264,9 @@ def _tell_information(fitter: Fitter, best: MomentFit, geometry: MomentsGeometry
     """How far the moments determine the map near the best start."""
     if not isinstance(best.volume, Beads):
         return
+    if information_bytes(fitter, best) > LARGEST_INFORMATION:
+        job.say("how far the moments determine the map is not computed: too many entries")
+        return
     curve = expected_fsc(fitter, best)
     radii = np.arange(1, len(curve))
     table = pd.DataFrame(
@@ -252,17 +282,14 @@ def _tell_information(fitter: Fitter, best: MomentFit, geometry: MomentsGeometry
     job.say(f"near the best start the moments determine the map {reach} (expected FSC 0.5)")
 
 
-def _on_images(fit: MomentFit, geometry: MomentsGeometry, radius: int) -> Tensor:
-    """The map on the images' grid, low-passed to the radii that were fitted; voxel sums."""
-    size = 2 * grid_size(radius)
-    with torch.no_grad():
-        dense = fit.volume.density(size).cpu()
-    step = geometry.pixel_size_angst * size / geometry.side_angst
-    # Beyond the particle box there is nothing.
-    inside = sample_volume(dense, min(geometry.box, int(size / step)), step) * step**3
-    volume = crop_or_pad_centred(inside, geometry.box, 3)
-    band = radius * geometry.image_side_angst / geometry.side_angst
-    return lowpass(volume, min(band, (geometry.box - 1) / 2), 3)
+def _tell_in_plane(fitter: Fitter, best: MomentFit, job: Job) -> None:
+    """How uniform in-plane angles are, where the moments tell."""
+    views = fitter.views[-1]
+    if isinstance(views, FullViews):
+        with torch.no_grad():
+            found = torch.cat(best.density.probabilities(views))
+        share = in_plane_departure(found, views)
+        job.say(f"in-plane angles are within {100 * share:.0f} % of uniform (root mean square)")
 
 
 def _agreement(
@@ -278,7 +305,7 @@ def _agreement(
     limit = _AS_GOOD * fits[0].misfit
     per_shell = geometry.side_angst / geometry.image_side_angst
     for number in range(1, len(fits)):
-        maps[number] = _aligned(maps[number], maps[0], geometry, radius)
+        maps[number] = aligned(maps[number], maps[0], geometry, radius)
         if fits[number].misfit > limit:
             found.append(None)
             continue
@@ -287,12 +314,6 @@ def _agreement(
     good = sum(a is not None for a in found[1:])
     job.say(f"{good} of {len(fits) - 1} other starts fit the moments as well as the best")
     return found
-
-
-def _aligned(moving: Tensor, fixed: Tensor, geometry: MomentsGeometry, radius: int) -> Tensor:
-    finest = geometry.side_angst / (radius + 1)
-    found = align_maps(moving, fixed, geometry.pixel_size_angst, finest_angst=finest)
-    return apply_alignment(moving, found)
 
 
 def _doubt(
@@ -344,8 +365,8 @@ def _write_result(
     tilt, rot = healpix.pix2ang(_NSIDE, cells)
     flat = np.stack([np.sin(tilt) * np.cos(rot), np.sin(tilt) * np.sin(rot), np.cos(tilt)], -1)
     density = fit.density.over_uniform(torch.from_numpy(flat)).numpy()
-    smooth = "" if fit.density.residual is None else ", smooth part"
-    figure = view_density_figure(density, f"views, from moments{smooth}")
+    smooth = isinstance(fit.density, ViewDensity) and fit.density.residual is None
+    figure = view_density_figure(density, f"views, from moments{'' if smooth else ', smooth part'}")
     save_figure(figure, job.path("views.png"))
     columns = {"rlnAngleRot": np.rad2deg(rot), "rlnAngleTilt": np.rad2deg(tilt)}
     table = pd.DataFrame({**columns, "cryoreconViewDensity": density})

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cryorecon.engines.moment_sums import MomentBatch, MomentSums
 from cryorecon.engines.moment_sums_full import check_full
-from cryorecon.engines.moments import Contrast, Form, Moments, MomentsGeometry
+from cryorecon.engines.moments import BOX_OVER_DIAMETER, Contrast, Form, Moments, MomentsGeometry
 from cryorecon.errors import CryoreconError
 from cryorecon.io.files import sha256_of
 from cryorecon.io.particles import Particles, read_particles
@@ -31,8 +31,6 @@ _BLOCK = 128
 _DEFAULT_RADIUS = 16
 # Beyond this radius the moments take seconds to solve for once all images are summed.
 _LONG_FINISH = 32
-# The particle's box is this many diameters wide, or as wide as the image if that is less.
-_BOX_OVER_DIAMETER = 1.25
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,7 @@ def resolve_geometry(options: MomentsOptions, box: int, pixel_size_angst: float)
             "Give --diameter in angstrom, at most 0.95 of the box",
         )
     steerable = options.form == "steerable"
-    side = min(_BOX_OVER_DIAMETER * diameter, image_side) if steerable else image_side
+    side = min(BOX_OVER_DIAMETER * diameter, image_side) if steerable else image_side
     largest = int(max_band(box) * side / image_side + 1e-9)
     radius = options.max_radius or min(_DEFAULT_RADIUS, largest)
     if options.max_radius is None and options.resolution_angst is not None:
@@ -196,6 +194,7 @@ def estimate_moments(
     options: MomentsOptions,
     resume: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    finishing: Callable[[int, int], None] | None = None,
 ) -> Moments:
     """Estimate moments and write them; the state is kept beside the output while it runs.
 
@@ -209,6 +208,8 @@ def estimate_moments(
         Go on from the state that an interrupted run left.
     progress : callable, optional
         Called with (images done, images in all).
+    finishing : callable, optional
+        Called with (shells done, shells in all) while the noise is subtracted at the end.
 
     Raises
     ------
@@ -218,7 +219,7 @@ def estimate_moments(
         After Ctrl-C, with the state on disk.
     """
     particles = read_particles(path, options.project)
-    return moments_of(particles, output, options, resume, progress)
+    return moments_of(particles, output, options, resume, progress, finishing=finishing)
 
 
 def moments_of(
@@ -228,6 +229,7 @@ def moments_of(
     resume: bool = False,
     progress: Callable[[int, int], None] | None = None,
     stop: Stop | None = None,
+    finishing: Callable[[int, int], None] | None = None,
 ) -> Moments:
     """The same for particles whose table is read; `stop` is the job's, if there is one."""
     geometry = resolve_geometry(options, particles.box, particles.pixel_size_angst)
@@ -244,7 +246,7 @@ def moments_of(
     if geometry.max_radius > _LONG_FINISH:
         # Solving for the moments takes long at high radii: an interruption must lose no sums.
         save_progress(state, done)
-    result = done.sums.finalise()
+    result = done.sums.finalise(finishing)
     save_progress(output, done, result)
     state.unlink(missing_ok=True)
     return result

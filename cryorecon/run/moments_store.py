@@ -11,10 +11,11 @@ import torch
 from cryorecon.engines.moment_sums import MomentSums, merge_arrays
 from cryorecon.engines.moment_sums_full import FullSums
 from cryorecon.engines.moment_sums_steerable import SteerableSums
-from cryorecon.engines.moments import FullMoments, Moments, MomentsGeometry, SteerableMoments
+from cryorecon.engines.moments import Moments, MomentsGeometry
 from cryorecon.errors import CryoreconError
 from cryorecon.io.files import sha256_of
 from cryorecon.io.moments_file import MomentsData, read_moments_data, write_moments
+from cryorecon.run.moments_check import array_of, count_of, geometry_of, moments_of_file
 
 _ABOUT = {
     "first": "M1, unnormalised transform of the images; particles white",
@@ -84,27 +85,12 @@ def save_progress(path: Path, done: Progress, result: Moments | None = None) -> 
     write_moments(path, MomentsData(attributes, arrays, about))
 
 
-def _geometry(path: Path, data: MomentsData) -> MomentsGeometry:
-    try:
-        return MomentsGeometry.from_attributes(dict(data.attributes))
-    except (KeyError, TypeError, ValueError) as error:
-        raise CryoreconError(
-            f"{path} lacks the attribute {error} of a moments file", "Estimate the moments again"
-        ) from error
-
-
 def _read_sums(path: Path, device: str = "cpu") -> tuple[Progress, bool]:
     data = read_moments_data(path)
-    sums = new_sums(_geometry(path, data), device)
-    stored = data.group("sums")
+    sums = new_sums(geometry_of(path, data), device)
     for name, array in sums.arrays.items():
-        if name not in stored or stored[name].shape != tuple(array.shape):
-            raise CryoreconError(
-                f"{path} lacks sums/{name}, or it has another shape than the file's attributes say",
-                "Estimate the moments again",
-            )
-        array.copy_(torch.from_numpy(stored[name]))
-    numbers = [int(data.attributes.get(k, 0)) for k in ("n_images", "images_done", "images_total")]
+        array.copy_(array_of(path, data, f"sums/{name}", array))
+    numbers = [count_of(path, data, k) for k in ("n_images", "images_done", "images_total")]
     sums.n_images = numbers[0]
     sources = tuple(str(data.attributes.get("input_sha256", "")).split())
     return Progress(sums, numbers[1], numbers[2], sources), bool(data.attributes.get("complete"))
@@ -147,19 +133,11 @@ def read_moments(path: str | Path) -> Moments:
     """
     path = Path(path)
     data = read_moments_data(path)
-    geometry = _geometry(path, data)
     if not data.attributes.get("complete"):
         raise CryoreconError(
             f"{path} is not finished", "Go on with `cryorecon moments estimate --continue`"
         )
-    kind = SteerableMoments if geometry.form == "steerable" else FullMoments
-    stored = data.group("moments")
-    names = [f.name for f in dataclasses.fields(kind) if f.name not in ("geometry", "n_images")]
-    missing = [name for name in names if name not in stored]
-    if missing:
-        raise CryoreconError(f"{path} lacks moments/{missing[0]}", "Estimate the moments again")
-    values = {name: torch.from_numpy(stored[name]) for name in names}
-    return kind(geometry, int(data.attributes["n_images"]), **values)
+    return moments_of_file(path, data)
 
 
 def finished_moments(path: Path, star: Path) -> Moments | None:

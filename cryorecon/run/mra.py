@@ -13,12 +13,12 @@ from typing import Any, Literal
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from cryorecon import __version__
-from cryorecon.engines.mra import Moments, MomentSums, estimate_noise_std, moment_errors
+from cryorecon.engines.mra import ShiftMoments, ShiftMomentSums, estimate_noise_std, moment_errors
 from cryorecon.engines.mra_encoding import RefineConfig, solve_encoder
 from cryorecon.engines.mra_solvers import DirectConfig, Solution, solve_direct, solve_spectral
 from cryorecon.engines.mra_training import (
@@ -26,6 +26,7 @@ from cryorecon.engines.mra_training import (
     Training,
     TrainingConfig,
     config_from,
+    errors_of_the_mean,
     held_out_errors,
 )
 from cryorecon.errors import CryoreconError, require_file
@@ -70,7 +71,7 @@ class Solved:
 
 def read_moments(
     path: Path, noise_std: float | None, progress: Progress
-) -> tuple[Moments, dict[str, Any]]:
+) -> tuple[ShiftMoments, dict[str, Any]]:
     """Moments of a file of observations, and what was found on the way.
 
     Raises
@@ -79,7 +80,7 @@ def read_moments(
         If the file does not fit, or the noise cannot be told and is not given.
     """
     file = ObservationFile(path)
-    sums = MomentSums(file.points)
+    sums = ShiftMomentSums(file.points)
     for block in file.blocks():
         sums.add(torch.from_numpy(block))
         progress(sums.count, file.count)
@@ -157,7 +158,7 @@ def solve_file(
     return Solved(solution, figures)
 
 
-def _require_signal(target: Moments, path: Path) -> None:
+def _require_signal(target: ShiftMoments, path: Path) -> None:
     if not math.isfinite(float(target.second_noise)):
         raise CryoreconError(
             f"{path} holds values so large that their fourth powers overflow",
@@ -215,17 +216,25 @@ def train_encoders(
     Raises
     ------
     CryoreconError
-        If there is no checkpoint to go on from, or one of another training.
+        If there is no checkpoint to go on from, or one of another training, or the training
+        diverges; the folder then has the last good checkpoint, but no encoder.
     """
     training = _resumed(folder, config) if resume else Training(config)
     make_folder(folder)
     total = config.epochs * config.steps_per_epoch
     running = torch.zeros(2, dtype=torch.float64)
     while training.step < total:
-        running += torch.tensor(training.advance(), dtype=torch.float64)
+        losses = training.advance()
+        if not all(map(math.isfinite, losses)):
+            raise CryoreconError(
+                f"The training diverged at batch {training.step}: losses {losses[0]:.3g} of the "
+                f"signal and {losses[1]:.3g} of the density; no encoder is written",
+                f"Lower --learning-rate, which is {config.learning_rate:g}",
+            )
+        running += torch.tensor(losses, dtype=torch.float64)
         progress(training.step, total)
         if training.step % config.steps_per_epoch == 0:
-            losses = (running / config.steps_per_epoch).tolist()
+            means = (running / config.steps_per_epoch).tolist()
             running.zero_()
             if training.epoch % checkpoint_every == 0 or training.step == total:
                 # In memory first: a full disk is then an error of the disk, not of the format.
@@ -233,9 +242,10 @@ def train_encoders(
                 torch.save(training.state(), state)
                 with replacing(folder / _CHECKPOINT) as temporary:
                     temporary.write_bytes(state.getvalue())
-            _log(folder, training.epoch, losses)
+            _log(folder, training.epoch, means)
     save_encoders(training.pair, folder)
     signal, density = held_out_errors(training.pair, test_pairs, config.seed + 1)
+    blind = errors_of_the_mean(config, test_pairs, config.seed + 2)
     figures = {
         "program": f"cryorecon {__version__}",
         "pairs_seen": config.pairs * config.epochs,
@@ -244,6 +254,8 @@ def train_encoders(
         "signal_error_median": float(signal.median()),
         "density_error_mean": float(density.mean()),
         "density_error_median": float(density.median()),
+        "signal_error_of_the_mean": blind[0],
+        "density_error_of_the_mean": blind[1],
     }
     write_json(folder / _FIGURES, figures)
     return figures
@@ -296,10 +308,14 @@ def load_encoders(folder: Path) -> EncoderPair:
     try:
         with safe_open(path, "pt") as file:
             config = config_from(json.loads((file.metadata() or {})["config"]))
+            # Two networks of float32; a config must not ask for more than the file holds.
+            if 8 * config.encoder.weight_count() > path.stat().st_size:
+                raise ValueError("the file is smaller than its networks")
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         pair = EncoderPair(config)
         pair.load_state_dict(weights)
-    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, OSError) as error:
+    except Exception as error:
+        # Damage shows as exceptions of many kinds.
         raise CryoreconError(
             f"{path} is no trained encoder of this version", "Train it again with mra train"
         ) from error

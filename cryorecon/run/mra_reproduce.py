@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from cryorecon.engines.mra import (
-    Moments,
-    MomentSums,
+    ShiftMoments,
+    ShiftMomentSums,
     concatenated,
     exact_moments,
     moment_errors,
@@ -102,7 +102,7 @@ def _model_folder(folder: Path, gaussians: int) -> Path:
 
 def noisy_problems(
     training: TrainingConfig, config: ReproduceConfig, observations: int
-) -> tuple[Tensor, Tensor, Moments]:
+) -> tuple[Tensor, Tensor, ShiftMoments]:
     """Signals, densities (float64) and moments of noisy observations; 0 of them: exact moments."""
     generator = torch.Generator().manual_seed(7919 * (config.seed + 1))
     n = training.encoder.n
@@ -111,7 +111,7 @@ def noisy_problems(
         return signal, density, exact_moments(signal, density)
     parts = []
     for one, shifts in zip(signal.float(), density.float(), strict=True):
-        sums = MomentSums(n)
+        sums = ShiftMomentSums(n)
         for begin in range(0, observations, _BLOCK):
             count = min(_BLOCK, observations - begin)
             sums.add(observe(one, shifts, count, config.noise_std, generator))
@@ -150,7 +150,7 @@ def rivals(
 
 
 def _solutions(
-    pair: EncoderPair, target: Moments, config: ReproduceConfig, noisy: bool
+    pair: EncoderPair, target: ShiftMoments, config: ReproduceConfig, noisy: bool
 ) -> dict[str, tuple[Tensor, Tensor]]:
     def both(solution: Solution) -> tuple[Tensor, Tensor]:
         return solution.signal, solution.density
@@ -205,7 +205,7 @@ def figure_4(
 
 
 def _errors(
-    v: Tensor, rho: Tensor, signal: Tensor, density: Tensor, target: Moments
+    v: Tensor, rho: Tensor, signal: Tensor, density: Tensor, target: ShiftMoments
 ) -> dict[str, Any]:
     v, rho = v.to(signal), rho.to(signal)
     first, second = moment_errors(v, rho, target)

@@ -174,13 +174,24 @@ def viewing_direction_figure(rotations: Tensor, title: str = "") -> Figure:
     rotations : Tensor, shape (n, 3, 3)
         A, reference to image coordinates; the viewing direction is its third row.
     """
+    count = f"{len(rotations):,} images"
+    return view_density_figure(view_density(rotations), f"{title}\n{count}" if title else count)
+
+
+def view_density(rotations: Tensor) -> NDArray[np.float64]:
+    """Density of viewing directions relative to uniform, in HEALPix cells (ring order).
+
+    Parameters
+    ----------
+    rotations : Tensor, shape (n, 3, 3)
+        A, reference to image coordinates.
+    """
     x, y, z = rotations[:, 2, :].double().cpu().numpy().T
     # About ten images a cell, so that the picture shows views rather than counting noise.
     nside = int(np.clip(np.sqrt(len(z) / 120), 1, 16))
     cells = healpix.ang2pix(nside, np.arccos(z.clip(-1, 1)), np.arctan2(y, x))
-    density = np.bincount(cells, minlength=12 * nside**2) * (12 * nside**2 / len(z))
-    count = f"{len(z):,} images"
-    return view_density_figure(density, f"{title}\n{count}" if title else count)
+    counts = np.bincount(cells, minlength=12 * nside**2).astype(np.float64)
+    return counts * (12 * nside**2 / len(z))
 
 
 def view_density_figure(density: NDArray[np.floating], title: str = "") -> Figure:

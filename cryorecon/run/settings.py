@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import reprlib
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
@@ -12,6 +13,11 @@ import yaml
 
 from cryorecon.errors import CryoreconError, require_file
 
+# Lists that hold each other, in eight lines of YAML, have more words than fit anywhere.
+_SHOWN = reprlib.Repr()
+_SHOWN.maxlevel = 2
+# Settings take a few lines; yaml takes long over megabytes.
+_LARGEST_FILE = 2**16
 Settings = TypeVar("Settings")
 
 
@@ -25,17 +31,13 @@ def with_settings(config: Settings, path: Path | None, pairs: list[str]) -> Sett
     CryoreconError
         For an unknown key (with the nearest known one) or a value of the wrong kind.
     """
-    updates: dict[str, Any] = {}
     if path is not None:
-        try:
-            loaded = yaml.safe_load(require_file(path, "YAML file").read_text("utf-8")) or {}
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise CryoreconError(
-                f"{path} is not valid YAML", "Write lines of key: value"
-            ) from error
-        if not isinstance(loaded, dict):
-            raise CryoreconError(f"{path} is not a list of settings", "Write lines of key: value")
-        updates.update(loaded)
+        for key, value in _of_file(path).items():
+            try:
+                config = _replaced(config, str(key).split("."), value, str(key))
+            except CryoreconError as error:
+                raise CryoreconError(f"{path}: {error.problem}", error.remedy) from error
+    updates: dict[str, Any] = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals:
@@ -47,6 +49,21 @@ def with_settings(config: Settings, path: Path | None, pairs: list[str]) -> Sett
     for key, value in updates.items():
         config = _replaced(config, str(key).split("."), value, str(key))
     return config
+
+
+def _of_file(path: Path) -> dict[Any, Any]:
+    require_file(path, "YAML file")
+    no_yaml = CryoreconError(f"{path} is not valid YAML", "Write lines of key: value")
+    if path.stat().st_size > _LARGEST_FILE:
+        raise no_yaml
+    try:
+        loaded = yaml.safe_load(path.read_text("utf-8-sig")) or {}
+    except (yaml.YAMLError, ValueError, RecursionError, TypeError, KeyError, OSError) as error:
+        # Dates that do not exist, numbers of thousands of digits, lists as keys.
+        raise no_yaml from error
+    if not isinstance(loaded, dict):
+        raise CryoreconError(f"{path} is not a list of settings", "Write lines of key: value")
+    return loaded
 
 
 def _replaced(config: Settings, path: list[str], value: Any, full_key: str) -> Settings:
@@ -69,7 +86,7 @@ def _replaced(config: Settings, path: list[str], value: Any, full_key: str) -> S
     except ValueError as error:
         told = str(error).splitlines()[0] if str(error) else "it does not fit the others"
         raise CryoreconError(
-            f"Setting {full_key} cannot be {value!r}: {told}", "Correct the setting"
+            f"Setting {full_key} cannot be {_SHOWN.repr(value)}: {told}", "Correct the setting"
         ) from error
 
 
@@ -77,7 +94,7 @@ def _converted(current: Any, value: Any, key: str, choices: tuple[Any, ...] = ()
     """A value of the kind of the current one; of words, one of the choices."""
     try:
         if isinstance(current, tuple) and isinstance(value, (list, tuple)):
-            return tuple(type(current[0])(v) for v in value)
+            return tuple(type(current[0])(_scalar(v)) for v in value)
         if isinstance(current, str) and value in choices:
             return value
         if isinstance(current, bool) == isinstance(value, bool):
@@ -89,7 +106,14 @@ def _converted(current: Any, value: Any, key: str, choices: tuple[Any, ...] = ()
     words = [c for c in choices if isinstance(c, str)] if isinstance(current, str) else []
     kind = "a list" if isinstance(current, tuple) else type(current).__name__
     remedy = f"Give one of {', '.join(words)}" if words else f"Give {kind}, such as {current!r}"
-    raise CryoreconError(f"Setting {key} cannot be {value!r}", remedy)
+    raise CryoreconError(f"Setting {key} cannot be {_SHOWN.repr(value)}", remedy)
+
+
+def _scalar(value: Any) -> Any:
+    """What is no list of lists: those may be endless."""
+    if isinstance(value, (list, tuple, dict, set)):
+        raise TypeError
+    return value
 
 
 def _number(current: Any, value: Any) -> Any:

@@ -16,6 +16,7 @@ from cryorecon.run.simulate_config import SimulateConfig
 
 _MAP_SUFFIXES = (".mrc", ".map", ".ccp4", ".mrcs")
 _DEFAULT_BOX = 64
+_LARGEST_BOX = 4096
 _LEAST_PIXEL_ANGST = 0.5
 
 
@@ -51,6 +52,11 @@ def _load_map(path: str | Path, config: SimulateConfig) -> tuple[Tensor, float]:
     field_of_view = len(volume) * pixel_size
     wanted = config.pixel_size_angst
     if wanted is not None and abs(wanted / pixel_size - 1) > 1e-4:
+        if field_of_view / wanted > _LARGEST_BOX:
+            raise CryoreconError(
+                f"{path} is {field_of_view:g} A wide: more than {_LARGEST_BOX} px of {wanted:g} A",
+                "Use a larger --pixel-size, and check the voxel size in the map's header",
+            )
         volume, pixel_size = _at_pixel_size(volume, pixel_size, wanted)
     box = config.box or round(field_of_view / pixel_size)
     if box < 8:

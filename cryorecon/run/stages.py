@@ -11,7 +11,7 @@ import torch
 from cryorecon.conventions import shell_to_angst
 from cryorecon.engines.observations import ImageSet
 from cryorecon.engines.reconstruction import Reconstruction, best_grid_poses
-from cryorecon.engines.rounds import agreement_band, reassign, refine_round
+from cryorecon.engines.rounds import RoundReport, agreement_band, reassign, refine_round
 from cryorecon.errors import CryoreconError
 from cryorecon.maps.align import align_maps
 from cryorecon.maps.chance import beyond_chance, chance_fsc
@@ -34,6 +34,15 @@ _DOUBTFUL = 0.3
 # standard errors?
 HELD_OUT = 200
 _SURE = 3.0
+
+
+# What ``rounds.star`` puts before the stage's name: rounds are counted anew in each part.
+_IN_TABLE = {
+    "half set 1": "half-set-1-",
+    "half set 2": "half-set-2-",
+    "all": "all-particles-",
+    "symmetry": "symmetric-",
+}
 
 
 def beyond_noise(log_evidence: float, error: float) -> bool:
@@ -197,7 +206,19 @@ class Stages(Parts):
             f"{report.pose_change_deg:.2f} deg and {report.offset_change_px:.2f} px, half maps "
             f"agree to {self._angst(report.agreement_band, box):.2f} A"
         )
+        stage = f"{_IN_TABLE.get(self.part, '')}{'joint-map' if joint else 'half-maps'}"
+        self.job.record_round(stage, number, self._measured(report, box))
         return report.pose_change_deg if state.band <= report.band else float("inf")
+
+    def _measured(self, report: RoundReport, box: int) -> dict[str, float]:
+        """A round's row of ``rounds.star``."""
+        return {
+            "cryoreconResolutionUsed": self._angst(report.band, box),
+            "cryoreconPoseChange": report.pose_change_deg,
+            "cryoreconOffsetChangeAngst": report.offset_change_px * self.pixel_size_angst,
+            "cryoreconLogLikelihood": report.log_likelihood,
+            "cryoreconHalfMapResolution": self._angst(report.agreement_band, box),
+        }
 
     def independent_halves(self, images: ImageSet, half: torch.Tensor) -> Reconstruction:
         """Each half set from scratch on its own, the second moved onto the first.

@@ -37,7 +37,8 @@ def job_summary(folder: str | Path) -> dict[str, Any]:
     dict
         ``job``, ``program``, ``input``, ``particles``, ``seed``, ``box``, ``pixel_size_angst``;
         ``fsc``: of what, and ``resolution_angst`` by threshold (null where the curve is below it
-        from the first shell on); ``starts`` of engine moments; ``files``.
+        from the first shell on); ``starts`` of engine moments; ``consensus``: ``jobs`` and
+        ``pairs`` of agreement.star; ``files``.
     """
     folder = Path(folder)
     told = yaml.safe_load((folder / "job.yaml").read_text("utf-8"))
@@ -56,6 +57,9 @@ def job_summary(folder: str | Path) -> dict[str, Any]:
         found["fsc"] = _fsc(files["fsc"])
     if (folder / "starts.star").exists():
         found["starts"] = _starts(read_star(folder / "starts.star")["starts"])
+    if (folder / "agreement.star").exists():
+        tables = read_star(folder / "agreement.star")
+        found["consensus"] = {name: _records(table) for name, table in tables.items()}
     found["files"] = {what: str(path) for what, path in files.items()}
     return found
 
@@ -86,3 +90,19 @@ def _starts(table: pd.DataFrame) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """Rows with numbers as numbers, under their names without the program's."""
+    rows = []
+    for row in table.to_dict("records"):
+        names = (str(name).removeprefix("cryorecon") for name in row)
+        rows.append(dict(zip(names, map(_number, row.values()), strict=True)))
+    return rows
+
+
+def _number(text: Any) -> Any:
+    try:
+        return float(text)
+    except ValueError:
+        return text

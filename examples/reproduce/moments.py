@@ -1,16 +1,18 @@
 """Maps from first and second moments (Khoo, Paul and Sharon 2024, tables 2 and 3).
 
     python examples/reproduce/moments.py OUT [--n 20000] [--cases exact sigma snr0.1 ctf 4ake]
+        [--views harmonics encoder free] [--fit --max-radius 5 --starts 3]
 
 Four Gaussians in a box of 25 A with views of eight von Mises-Fisher clusters, from exact moments
 and from images with the paper's noise (sigma 0.5 for a map of norm 1: SNR 0.012 in a box twice as
-wide) or less, with and without CTF, and 4AKE at 64 px. One row a case: errors of the moments, how
-far starts that fit equally well agree, what the program says, and the FSC against the truth after
-alignment.
+wide) or less, with and without CTF, and 4AKE at 64 px. One row a case and a density of views:
+errors of the moments, how far starts that fit equally well agree, what the program says, the FSC
+against the truth after alignment, and CPU seconds.
 """
 
 import argparse
 import math
+import resource
 import subprocess
 import sys
 from importlib.resources import files
@@ -67,7 +69,7 @@ def write_exact(path: Path, volume: torch.Tensor, radius: int) -> None:
     none = torch.zeros_like(second)
     tiny = 1e-9 * float(second.abs().max())
     kept, even = torch.ones(radius, radius, dtype=torch.bool), torch.ones(radius)
-    moments = SteerableMoments(geometry, 1, first, second, tiny + 0 * first, tiny + none.real, none,
+    moments = SteerableMoments(geometry, 0, first, second, tiny + 0 * first, tiny + none.real, none,
                                kept, even)  # fmt: skip
     save_progress(path, Progress(SteerableSums(geometry), 1, 1, ("exact",)), moments)
 
@@ -82,16 +84,18 @@ def simulated(folder: Path, model: Path, *words: object) -> tuple[Path, Path]:
     return folder / "moments.h5", stack / "map.mrc"
 
 
-def row(case: str, folder: Path, moments: Path, truth: Path) -> None:
-    code = cryorecon("moments", "reconstruct", moments, "-o", folder / "job", "--overwrite")
+def row(case: str, job: Path, moments: Path, truth: Path, *fit: object) -> None:
+    words = ["moments", "reconstruct", moments, "-o", job, "--overwrite", *fit]
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    code = cryorecon(*words)
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - spent
     if code:
-        cryorecon("moments", "reconstruct", moments, "-o", folder / "job", "--overwrite",
-                  "--allow-ambiguous")  # fmt: skip
-    starts = read_star(folder / "job" / "starts.star")["starts"].astype(float)
+        cryorecon(*words, "--allow-ambiguous")
+    starts = read_star(job / "starts.star")["starts"].astype(float)
     agreed = starts["cryoreconAgreementRadius"]
     least = min(agreed[agreed >= 0], default=float("nan"))
     errors = starts.iloc[0][["cryoreconFirstMomentError", "cryoreconSecondMomentError"]]
-    found, given = read_map(folder / "job" / "initial_model.mrc"), read_map(truth)
+    found, given = read_map(job / "initial_model.mrc"), read_map(truth)
     volume, target = torch.from_numpy(found.data), torch.from_numpy(given.data)
     moved = apply_alignment(volume, align_maps(volume, target, given.pixel_size_angst))
     curve = fsc_curve(moved, target)
@@ -99,7 +103,7 @@ def row(case: str, folder: Path, moments: Path, truth: Path) -> None:
     says = "ambiguous" if code else "map"
     print(
         f"| {case} | {starts['cryoreconMisfit'].iloc[0]:.3g} | {errors.iloc[0]:.4f} | "
-        f"{errors.iloc[1]:.4f} | {least:.1f} | {says} | {angst:.2f} |",
+        f"{errors.iloc[1]:.4f} | {least:.1f} | {says} | {angst:.2f} | {spent:.0f} |",
         flush=True,
     )
 
@@ -109,12 +113,16 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--n", type=int, default=20_000)
     parser.add_argument("--cases", nargs="+", default=["exact", "sigma", "snr0.1", "ctf", "4ake"])
+    parser.add_argument("--views", nargs="+", default=["harmonics"])
+    parser.add_argument("--fit", nargs=argparse.REMAINDER, default=[],
+                        help="further options of `moments reconstruct`")  # fmt: skip
     args = parser.parse_args()
     flat = ["--defocus-min", 0, "--defocus-max", 0, "--astigmatism", 0, "--cs", 0,
             "--amplitude-contrast", 1]  # fmt: skip
     wide = ["--n", args.n, "--box", 50, "--pixel-size", 1]
-    print("| case | misfit | error of M1 | of M2 | starts agree to radius | says | FSC 0.5 (A) |")
-    print("|---|---|---|---|---|---|---|", flush=True)
+    columns = "misfit", "error of M1", "of M2", "starts agree to radius", "says", "FSC 0.5 (A)"
+    print("|", " | ".join(["case", *columns, "CPU s"]), "|")
+    print("|---|---|---|---|---|---|---|---|", flush=True)
     for case in args.cases:
         folder = args.output / case
         folder.mkdir(parents=True, exist_ok=True)
@@ -133,7 +141,9 @@ def main() -> None:
             snr = {"sigma": 0.012, "snr0.1": 0.1, "ctf": 0.1}[case]
             optics = ["--defocus-min", 500, "--defocus-max", 2000] if case == "ctf" else flat
             moments, truth = simulated(folder, model, *wide, "--snr", snr, *optics, 24)
-        row(case, folder, moments, truth)
+        for views in args.views:
+            job = folder / f"job_{views}"
+            row(f"{case}, {views}", job, moments, truth, "--views", views, *args.fit)
 
 
 if __name__ == "__main__":

@@ -4,12 +4,14 @@
 
 Simulates particles of 4AKE (or MODEL), runs the published protocol coarse to fine and with all
 epochs at the full scale from scratch, and compares the poses with the truth. Small by default:
-1,000 images of 32 px in mini-batches of 100, bands of 3, 7 and 15 cycles per box, the first of
-which is the paper's; `--full` takes its 50,000 of 64 px. Histograms are OUT/*/pose_errors.png.
+1,000 images of 32 px, bands of 3, 7 and 15 cycles per box, the first of which is the paper's;
+`--n 2000 --box 64` takes the paper's box, `--full` its 50,000 images too. Poses of as many images
+move at a time as keep the paper's 83 turns an epoch. Histograms are OUT/*/pose_errors.png.
 """
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 from importlib.resources import files
@@ -17,6 +19,9 @@ from pathlib import Path
 
 from cryorecon.maps.poses import FRACTION_LIMITS_DEG
 from cryorecon.run.compare_poses import compare_pose_files
+
+# Mini-batches of 600 images in an epoch of the paper's 50,000.
+TURNS = 83
 
 
 def cryorecon(*words: object) -> None:
@@ -30,9 +35,12 @@ def main() -> None:
     parser.add_argument("--model", default=str(files("cryorecon") / "data/4ake_chain_a_heavy.pdb"))
     parser.add_argument("--pixel-size", type=float, help="angstrom at 64 px; default 1.2")
     parser.add_argument("--stages", default="25,25,50", help="epochs a scale; 1OL5: 15,15,70")
+    parser.add_argument("--n", type=int, default=1_000)
+    parser.add_argument("--box", type=int, default=32)
     args = parser.parse_args()
-    settings = [] if args.full else ["--set", "batch=100", "--set", "coarsest=3"]
-    box, n = (64, 50_000) if args.full else (32, 1_000)
+    box, n = (64, 50_000) if args.full else (args.box, args.n)
+    settings = [] if args.full else ["--set", f"pose_batch={math.ceil(n / TURNS)}"]
+    settings += ["--set", "coarsest=3"] if box < 64 else []
     pixel = (args.pixel_size or 1.2) * 64 / box
     stack = args.output / "stack"
     if not (stack / "particles.star").exists():

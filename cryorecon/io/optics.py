@@ -1,0 +1,144 @@
+"""What a particle table and its optics table say together: groups, pixel size, sane numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from cryorecon.errors import CryoreconError
+from cryorecon.io.star import integers, numbers
+from cryorecon.io.text_table import TextTable
+
+# Far wider than any microscope's: beyond them, formulas overflow.
+_LIMITS = {
+    "rlnVoltage": (1.0, 1e5),
+    "rlnSphericalAberration": (-1e3, 1e3),
+    "rlnAmplitudeContrast": (-1.0, 1.0),
+    "rlnDefocusU": (-1e7, 1e7),
+    "rlnDefocusV": (-1e7, 1e7),
+    "rlnDefocusAngle": (-1e6, 1e6),
+    "rlnPhaseShift": (-1e6, 1e6),
+    "rlnCtfBfactor": (-1e6, 1e6),
+    "rlnOriginX": (-1e7, 1e7),
+    "rlnOriginY": (-1e7, 1e7),
+    "rlnOriginXAngst": (-1e7, 1e7),
+    "rlnOriginYAngst": (-1e7, 1e7),
+}
+_PIXEL_ANGST = (1e-3, 1e5)
+
+
+def require_within(
+    path: Path, rows: NDArray[np.int32], column: str, values: NDArray[np.floating]
+) -> None:
+    """Refuse values of a column that overflow formulas, naming the first.
+
+    Raises
+    ------
+    CryoreconError
+        Naming file, row and column.
+    """
+    low, high = _LIMITS[column]
+    bad = np.flatnonzero(~((values >= low) & (values <= high)))
+    if len(bad):
+        raise CryoreconError(
+            f"{path}, row {rows[bad[0]] + 1}, column {column}: {values[bad[0]]:g} is not between "
+            f"{low:g} and {high:g} ({len(bad)} such rows)",
+            "Correct or remove these rows",
+        )
+
+
+def optics_index(
+    path: Path, table: TextTable, optics: pd.DataFrame, rows: NDArray[np.int32]
+) -> NDArray[np.int64]:
+    """Row of the optics table for each particle.
+
+    Parameters
+    ----------
+    rows : array of int
+        Row of each particle in the file, 0-based.
+
+    Raises
+    ------
+    CryoreconError
+        If a group is no whole number, is in no row of the optics table, or in several.
+    """
+    if len(optics) == 1 and "rlnOpticsGroup" not in table:
+        return np.zeros(len(table), dtype=np.int64)
+    if "rlnOpticsGroup" not in table or "rlnOpticsGroup" not in optics:
+        raise CryoreconError(
+            f"{path} has an optics table but no rlnOpticsGroup to join it by",
+            "Add the column rlnOpticsGroup to both tables",
+        )
+    groups = integers(path, optics, "rlnOpticsGroup")
+    wanted = integers(path, table, "rlnOpticsGroup", rows=rows)
+    if len(np.unique(groups)) < len(groups):
+        twice = next(g for k, g in enumerate(groups) if g in groups[:k])
+        raise CryoreconError(
+            f"{path}: optics group {twice} occurs twice in the optics table", "Remove one of them"
+        )
+    position = pd.Index(groups).get_indexer(pd.Index(wanted))
+    if (position < 0).any():
+        row = int(np.flatnonzero(position < 0)[0])
+        raise CryoreconError(
+            f"{path}, row {rows[row] + 1}: optics group {wanted[row]} is not in the optics table",
+            f"Its groups are {', '.join(map(str, groups))}; correct the row or add the group",
+        )
+    return position.astype(np.int64)
+
+
+def pixel_size_of(
+    path: Path, table: TextTable, optics: pd.DataFrame | None, stack: Path, box: int
+) -> float:
+    """Pixel size in angstrom, the same for all particles.
+
+    Parameters
+    ----------
+    stack : Path
+        One of the stacks, of `box` samples a side, for messages.
+
+    Raises
+    ------
+    CryoreconError
+        If none is stated, several are, or the optics table names another box.
+    """
+    if optics is not None and len(optics) == 0:
+        raise CryoreconError(f"{path}: its optics table is empty", "Add a row for each group")
+    source = optics if optics is not None else table
+    if optics is not None and "rlnImageSize" in optics:
+        sizes = integers(path, optics, "rlnImageSize")
+        if (sizes != box).any():
+            raise CryoreconError(
+                f"{path}: the optics table says {sizes[sizes != box][0]} px boxes, "
+                f"{stack} has {box} px",
+                "Correct rlnImageSize or give the stack it was written for",
+            )
+    for table_ in (source, table):
+        if "rlnImagePixelSize" in table_:
+            found = numbers(path, table_, "rlnImagePixelSize")
+            break
+    else:
+        if {"rlnDetectorPixelSize", "rlnMagnification"} <= set(table):
+            detector_um = numbers(path, table, "rlnDetectorPixelSize")
+            with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+                found = detector_um * 1e4 / numbers(path, table, "rlnMagnification")
+        elif {"rlnPixelSize"} <= set(table):
+            found = numbers(path, table, "rlnPixelSize")
+        else:
+            raise CryoreconError(
+                f"{path} does not state the pixel size",
+                "Add rlnImagePixelSize to the optics table (3.1) or rlnDetectorPixelSize and "
+                "rlnMagnification to the particles (3.0)",
+            )
+    bad = found[~((found >= _PIXEL_ANGST[0]) & (found <= _PIXEL_ANGST[1]))]
+    if len(bad):
+        raise CryoreconError(f"{path} states a pixel size of {bad[0]:g} A", "Correct it")
+    sizes_angst = np.unique(np.round(found, 6))
+    if len(sizes_angst) > 1:
+        listed = ", ".join(f"{s:g}" for s in sizes_angst[:4])
+        raise CryoreconError(
+            f"{path} mixes pixel sizes ({listed} A)", "Rescale all particles to one pixel size"
+        )
+    return float(found[0])

@@ -1,0 +1,141 @@
+"""`cryorecon abinitio --method all`: engines, what goes on when one fails, and going on later."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import MODEL
+from rich.console import Console
+from typer.testing import CliRunner
+
+from cryorecon.cli.main import app
+from cryorecon.errors import CryoreconError
+from cryorecon.io.mrc import read_map, stack_writer
+from cryorecon.io.star import read_star, write_star
+from cryorecon.maps.align import align_maps, apply_alignment
+from cryorecon.maps.fsc import fsc_curve
+from cryorecon.run import stages
+from cryorecon.run.consensus_all import run_engines
+from cryorecon.run.simulate import simulate
+from cryorecon.run.simulate_config import SimulateConfig
+
+QUIET = Console(quiet=True)
+
+
+def run(*arguments):
+    """Through the command; errors that a user can mend are raised."""
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    if isinstance(result.exception, CryoreconError):
+        raise result.exception
+    return result
+
+
+def test_engines_that_fail_are_told_and_the_others_go_on(stack_32, tmp_path):
+    star, out = stack_32 / "particles.star", tmp_path / "out"
+    ran = []
+
+    def good(folder):
+        ran.append(folder.name)
+        folder.mkdir(exist_ok=True)
+        (folder / "RELION_JOB_EXIT_SUCCESS").touch()
+
+    def ambiguous(folder):
+        ran.append(folder.name)
+        folder.mkdir(exist_ok=True)
+        (folder / "starts.star").touch()
+        (folder / "RELION_JOB_EXIT_FAILURE").touch()
+        raise CryoreconError("They disagree", "See starts.star")
+
+    def broken(folder):
+        ran.append(folder.name)
+        raise RuntimeError("no such kernel\nand more")
+
+    engines = {"one": broken, "two": good, "three": ambiguous}
+    folders, failed = run_engines(engines, star, out, {"seed": 1}, QUIET, overwrite=False)
+    assert ran == ["one", "two", "three"]
+    assert folders == [out / "two", out / "three"]
+    assert failed == {"one": "RuntimeError: no such kernel"}
+    # Going on: what has said all it has to say is not repeated.
+    engines["one"] = good
+    folders, failed = run_engines(engines, star, out, {"seed": 1}, QUIET, overwrite=False)
+    assert ran[3:] == ["one"]
+    assert (len(folders), failed) == (3, {})
+    with pytest.raises(CryoreconError, match="begun with other seed"):
+        run_engines(engines, star, out, {"seed": 2}, QUIET, overwrite=False)
+    run_engines(engines, star, out, {"seed": 2}, QUIET, overwrite=True)
+    assert ran[4:] == ["one", "two", "three"]
+
+
+def test_options_of_one_engine_are_refused(stack_32, tmp_path):
+    star = stack_32 / "particles.star"
+    for options in (("--volume", "grid"), ("--set", "heads=2"), ("--set", "heads.x=2")):
+        result = run("abinitio", "--method", "all", star, "-o", tmp_path / "out", *options)
+        assert result.exit_code == 2
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "else").mkdir()
+    (tmp_path / "else" / "thesis.txt").touch()
+    with pytest.raises(CryoreconError, match="is not empty"):
+        run("abinitio", "--method", "all", star, "-o", tmp_path / "else")
+
+
+@pytest.mark.slow
+def test_all_engines_from_start_to_finish(tmp_path):
+    """300 particles of 24 px; the moments of so few determine no map, which is said."""
+    config = SimulateConfig(
+        n_particles=300, box=24, pixel_size_angst=3.2, snr=1, shift_angst=4.0, seed=1
+    )
+    simulate(MODEL, tmp_path, config)
+    out = tmp_path / "out"
+    short = ["half_rounds=5", "joint_rounds=1"]
+    settings = [f"{name}.{pair}" for name in ("rmfn", "amortized") for pair in short]
+    settings += ["amortized.images_seen=16000", "moments.iterations=40", "moments.beads=10"]
+    settings += ["consensus.chance_trials=2"]
+    words = ["abinitio", "--method", "all", tmp_path / "particles.star", "-o", out]
+    words += ["--starts", 2, *(part for pair in settings for part in ("--set", pair))]
+    done = run(*words)
+    assert done.exit_code == 0, done.output
+    tables = read_star(out / "agreement.star")
+    roles = dict(zip(tables["jobs"]["cryoreconJob"], tables["jobs"]["cryoreconRole"], strict=True))
+    assert (roles["rmfn"], roles["amortized"]) == ("agrees", "agrees")
+    assert roles["moments"] in {"no_map", "coarse_but_agrees", "coarse_and_disagrees"}
+    pair = tables["pairs"].iloc[0]
+    # One seed draws one set of halves.
+    assert pair["cryoreconCompared"] == "half_sets_crossed"
+    assert float(pair["cryoreconPosesWithinLimit"]) > 0.7
+    assert len(read_star(out / "run_data.star")["particles"]) == 300
+    source = read_map(tmp_path / "map.mrc")
+    truth = torch.from_numpy(source.data)
+    found = torch.from_numpy(read_map(out / "initial_model.mrc").data)
+    moved = apply_alignment(found, align_maps(found, truth, source.pixel_size_angst))
+    assert fsc_curve(moved, truth)[1:8].min() > 0.8
+
+    before = [(out / name / "job.yaml").stat().st_mtime_ns for name in ("rmfn", "amortized")]
+    again = run(*words, "--set", "consensus.agree_to_angst=9")
+    assert again.exit_code == 0, again.output
+    after = [(out / name / "job.yaml").stat().st_mtime_ns for name in ("rmfn", "amortized")]
+    assert before == after
+    assert again.output.count("finished before") == 3
+    with pytest.raises(CryoreconError, match="begun with other seed"):
+        run(*words, "--seed", 3)
+
+
+@pytest.mark.slow
+def test_maps_of_the_same_noise_do_not_agree(tmp_path, monkeypatch):
+    """Were the jobs not to stop at "No signal found": the same images, other random starts."""
+    config = SimulateConfig(n_particles=300, box=24, pixel_size_angst=3.2, seed=1)
+    simulate(MODEL, tmp_path, config)
+    noise = torch.randn(300, 24, 24, generator=torch.Generator().manual_seed(3))
+    with stack_writer(tmp_path / "noise.mrcs", 24, 3.2) as stack:
+        stack.append(noise.numpy())
+    tables = read_star(tmp_path / "particles.star")
+    tables["particles"]["rlnImageName"] = [f"{i + 1}@noise.mrcs" for i in range(300)]
+    tables["particles"]["rlnRandomSubset"] = [1 + i % 2 for i in range(300)]
+    write_star(tmp_path / "noise.star", tables)
+    monkeypatch.setattr(stages, "_SURE", float("-inf"))
+    for seed in (0, 1):
+        words = ["abinitio", tmp_path / "noise.star", "-o", tmp_path / f"job{seed}"]
+        words += ["--seed", seed, "--starts", 1, "--set", "half_rounds=3"]
+        assert run(*words, "--set", "joint_rounds=1").exit_code == 0
+    with pytest.raises(CryoreconError, match="No agreement"):
+        run("consensus", tmp_path / "job0", tmp_path / "job1", "-o", tmp_path / "out")
+    assert not (tmp_path / "out" / "initial_model.mrc").exists()
