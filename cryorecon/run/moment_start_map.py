@@ -13,10 +13,11 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from cryorecon.engines.moment_fit import Fitter, MomentFit, Target
+from cryorecon.engines.moment_fit import Fitter, MomentFit
 from cryorecon.engines.moment_information import expected_fsc, free_map_share, information_bytes
 from cryorecon.engines.moment_models import Beads
 from cryorecon.engines.moment_starts import fit_from_map, start_steps
+from cryorecon.engines.moment_target import Target
 from cryorecon.engines.moments import MomentsGeometry
 from cryorecon.errors import CryoreconError
 from cryorecon.io.mrc import write_map
