@@ -20,13 +20,13 @@ from cryorecon.io.mrc import stack_writer
 from cryorecon.io.star import read_star, write_star
 from cryorecon.run.moments import (
     MomentsOptions,
-    StoppedError,
     centred_images,
     estimate_moments,
     resolve_geometry,
     state_path,
 )
 from cryorecon.run.moments_store import merge_moments, read_moments
+from cryorecon.run.stopping import StoppedError
 
 
 def run(*arguments):
@@ -118,7 +118,7 @@ def test_an_interrupted_run_goes_on_to_the_same_sums(tmp_path, stack_32, monkeyp
 
     # The same through the command: exit status 3 and the command to go on with.
     def stop_at_once(*_):
-        raise StoppedError(1, 2, state)
+        raise StoppedError(f"1 of 2 images are in {state}")
 
     monkeypatch.setattr("cryorecon.run.moments.estimate_moments", stop_at_once)
     monkeypatch.setattr(sys, "argv", ["cryorecon", "moments", "estimate", "p.star", "-o", "x.h5"])

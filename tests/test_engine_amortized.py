@@ -12,9 +12,12 @@ from conftest import MODEL
 from rich.console import Console
 
 from cryorecon.conventions import euler_to_matrix
-from cryorecon.engines.amortized import Amortized, AmortizedConfig, power_ratio, stream
+from cryorecon.engines.amortized import Amortized, AmortizedConfig
 from cryorecon.engines.decoders import DecoderKind
+from cryorecon.engines.observations import power_ratio
 from cryorecon.engines.rounds import refine_round
+from cryorecon.engines.shrinking import ShrinkingBatch
+from cryorecon.engines.stream import Stream
 from cryorecon.errors import CryoreconError
 from cryorecon.io.mrc import open_stack, read_map, stack_writer
 from cryorecon.io.particles import read_particles
@@ -63,21 +66,69 @@ def trained(images, config, steps, seed=0):
 
 
 def test_stream_shows_every_image_once_an_epoch(generator):
-    rows = stream(1000, 64, generator)
+    rows = Stream(1000, 64, generator)
     first = torch.cat(list(itertools.islice(rows, 16)))
     assert (torch.bincount(first[:1000], minlength=1000) == 1).all()
     assert not torch.equal(first[:1000], torch.arange(1000))
 
 
+def full_device(run, most):
+    """Let steps of more than some images run out of a device's memory, halfway through."""
+    reverse = run._reverse_loss
+
+    def limited(whole, transform):
+        if len(whole) > most:
+            raise torch.OutOfMemoryError("not really")
+        return reverse(whole, transform)
+
+    run._reverse_loss = limited
+
+
+def test_a_full_device_shrinks_batches_not_steps(images_24):
+    """Gradients of the parts add up to the batch's; only random draws differ."""
+    config = replace(TINY, batch=32, reverse=0.0)
+    whole, small = (trained(images_24, config, 0)[0] for _ in range(2))
+    small.parts.size = 10
+    reports = [run.step() for run in (whole, small)]
+    assert reports[0].gain == pytest.approx(reports[1].gain, rel=1e-5)
+    for one, other in zip(whole.decoder.parameters(), small.decoder.parameters(), strict=True):
+        assert torch.allclose(one.grad, other.grad, atol=1e-5 * float(one.grad.abs().max()))
+    told = []
+    run = trained(images_24, replace(TINY, batch=32), 0)[0]
+    run.parts.tell = told.append
+    full_device(run, 9)
+    run.step()
+    run.step()
+    assert run.parts.size == 8
+    assert run.seen == 64
+    assert [line.split()[-5] for line in told] == ["16", "8"]
+    full_device(run, 0)
+    with pytest.raises(torch.OutOfMemoryError):
+        run.step()
+
+
+def test_reading_shrinks_too():
+    parts, seen = ShrinkingBatch(100), []
+
+    def work(rows):
+        if len(rows) > 30:
+            raise torch.OutOfMemoryError("not really")
+        seen.extend(rows.tolist())
+
+    parts(torch.arange(130), work, seen.clear)
+    assert seen == list(range(130))
+    assert parts.size == 25
+
+
 @pytest.mark.parametrize("n", [7, 64, 5000])
 def test_stream_keeps_its_batches_whole(n, generator):
-    batches = list(itertools.islice(stream(n, 64, generator), 200))
+    batches = list(itertools.islice(Stream(n, 64, generator), 200))
     assert {len(b) for b in batches} == {min(64, n)}
 
 
 def test_stream_reads_neighbours(generator):
     """A thousand images ahead at most 4,096 different rows are touched: blocks, not a scatter."""
-    rows = torch.cat(list(itertools.islice(stream(1_000_000, 64, generator), 16)))
+    rows = torch.cat(list(itertools.islice(Stream(1_000_000, 64, generator), 16)))
     assert len(torch.unique(rows // 256)) <= 16
 
 

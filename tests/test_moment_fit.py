@@ -342,10 +342,9 @@ def test_an_interrupted_job_is_marked_and_told_how_to_go_on(
     with pytest.raises(SystemExit) as exit_:
         main()
     assert exit_.value.code == 3
-    told = capsys.readouterr().err
-    assert "--diameter 50.0" in told
-    assert f"'{job / 'moments.h5'}'" in told
+    assert f"cryorecon abinitio --continue '{job}'" in capsys.readouterr().out
     assert (job / "RELION_JOB_EXIT_ABORTED").exists()
+    assert (job / "moments.partial.h5").exists()
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from cryorecon.cli.abinitio_amortized import abinitio_amortized_command
 from cryorecon.cli.abinitio_options import (
     Ambiguous,
     AssignAll,
+    Continue,
     Halves,
     Keep,
     Mask,
@@ -28,6 +29,7 @@ from cryorecon.cli.options import (
     Config,
     Contrast,
     Diameter,
+    DryRun,
     Job,
     Json,
     OffsetRange,
@@ -121,6 +123,8 @@ def abinitio_command(
     config: Config = None,
     json: Json = False,
     overwrite: Overwrite = False,
+    continue_job: Continue = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Find a map and poses from scratch with the chosen engine; engine moments finds no poses.
 
@@ -128,11 +132,13 @@ def abinitio_command(
     Poses in the file are not read. Each engine's own command, abinitio-METHOD or moments, has
     more options. In RELION: an External job with "cryorecon abinitio" as executable.
     """
+    del continue_job  # Then another function runs instead.
     own = {"starts": starts, "volume": volume, "init_map": init_map}
     given: dict[str, Any] = {name: value for name, value in own.items() if value is not None}
     taken: dict[str, Any] = {"particles": particles, "output": output, "diameter": diameter}
     taken |= {"contrast": contrast, "project": project, "seed": seed, "settings": settings}
     taken |= {"config": config, "overwrite": overwrite, "threads": threads, "json": json}
+    taken |= {"dry_run": dry_run}
     more: dict[str, Any] = {
         "offset_range": offset_range,
         "halves": halves,

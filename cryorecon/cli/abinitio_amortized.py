@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from cryorecon.cli.abinitio_options import (
     AssignAll,
+    Continue,
     Decoder,
     Encoder,
     Finish,
@@ -26,6 +27,7 @@ from cryorecon.cli.options import (
     Contrast,
     Device,
     Diameter,
+    DryRun,
     Job,
     Json,
     OffsetRange,
@@ -79,6 +81,8 @@ def abinitio_amortized_command(
     config: Config = None,
     json: Json = False,
     overwrite: Overwrite = False,
+    continue_job: Continue = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Find a map and poses by an encoder that learns to read poses off images.
 
@@ -86,8 +90,10 @@ def abinitio_amortized_command(
     sees a fixed number of images however many there are; --subset trains and refines on some
     and reads the poses of all others at the encoder's speed.
     """
+    del continue_job  # Then another function runs instead.
     from cryorecon.engines.amortized import AmortizedConfig
     from cryorecon.run.abinitio import AbinitioOptions, abinitio, assignment
+    from cryorecon.run.dry_run import describe_abinitio
     from cryorecon.run.settings import with_settings
 
     use_threads(threads)
@@ -119,5 +125,8 @@ def abinitio_amortized_command(
         device=place,
         engine=engine,
     )
+    if dry_run:
+        describe_abinitio(particles, options, messages(json))
+        return
     abinitio(particles, output, options, messages(json))
     print_job(output, json)

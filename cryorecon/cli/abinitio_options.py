@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from cryorecon.cli.command import COMPUTE, EXPERT, INPUT, MOLECULE, OUTPUT
+from cryorecon.cli.continuing import continue_job_callback
 from cryorecon.cli.options import option
 
 Halves = Annotated[
@@ -155,5 +156,16 @@ Ambiguous = Annotated[
         "Write the best map even if starts (engine moments) or jobs disagree.",
         "--allow-ambiguous",
         hidden=True,
+    ),
+]
+Continue = Annotated[
+    Path | None,
+    option(
+        INPUT,
+        "Go on with the interrupted job in DIR; all else is taken from it.",
+        "--continue",
+        metavar="DIR",
+        is_eager=True,
+        callback=continue_job_callback,
     ),
 ]

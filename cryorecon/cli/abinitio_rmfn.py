@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import typer
+
 from cryorecon.cli.abinitio_options import (
     AssignAll,
+    Continue,
     Halves,
     Init,
     InitMap,
@@ -20,6 +23,7 @@ from cryorecon.cli.options import (
     Config,
     Contrast,
     Diameter,
+    DryRun,
     Job,
     Json,
     OffsetRange,
@@ -69,6 +73,8 @@ def abinitio_rmfn_command(
     config: Config = None,
     json: Json = False,
     overwrite: Overwrite = False,
+    continue_job: Continue = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Find a map and poses by a global search and refinement (engine rmfn).
 
@@ -76,16 +82,20 @@ def abinitio_rmfn_command(
     perturbed runs the published protocol instead, which starts 45 to 90 degrees from the poses
     in the file; of the options it takes --diameter, --project, --seed, --set and --config.
     """
+    del continue_job  # Then another function runs instead.
     # torch takes seconds to load: only when the command runs.
     from cryorecon.engines.rmfn import RmfnConfig
     from cryorecon.engines.rmfn_paper import PaperConfig
     from cryorecon.run.abinitio import AbinitioOptions, abinitio, assignment
+    from cryorecon.run.dry_run import describe_abinitio
     from cryorecon.run.paper_protocol import PaperOptions, abinitio_perturbed
     from cryorecon.run.settings import with_settings
 
     use_threads(threads)
     told = messages(json)
     if init == "perturbed":
+        if dry_run:
+            raise typer.BadParameter("--init perturbed has no --dry-run")
         paper = with_settings(PaperConfig(), config, settings or [])
         prepare_folder(output, overwrite)
         paper_options = PaperOptions(diameter, project, seed, paper)
@@ -109,5 +119,8 @@ def abinitio_rmfn_command(
         assign=assignment(everyone=assign_all, refine=refine_all),
         engine=engine,
     )
+    if dry_run:
+        describe_abinitio(particles, options, told)
+        return
     abinitio(particles, output, options, told)
     print_job(output, json)

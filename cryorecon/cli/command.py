@@ -21,6 +21,8 @@ COMMAND_PANELS = (START, SOLVE, INSPECT, CONVERT, METHODS)
 WIDTH = 80
 _LEFT_COLUMN = 22
 _ALL = "cryorecon.help_all"
+# Where an option leaves what is to be done instead of the command.
+INSTEAD = "cryorecon.instead"
 # What RELION's External job calls options, and names that options had before.
 _OTHER_NAMES = {
     "--o": "--output",
@@ -128,6 +130,11 @@ class Command(TyperCommand):
             ctx.meta[_ALL], words = True, ["--help"]
         with _suggesting(self, ctx):
             return super().parse_args(ctx, words)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command, or what one of its options does in its place."""
+        instead = ctx.meta.get(INSTEAD)
+        return super().invoke(ctx) if instead is None else instead()
 
     def todays_names(self, args: Sequence[str]) -> list[str]:
         """Arguments with RELION's names and former ones replaced."""

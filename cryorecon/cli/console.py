@@ -109,7 +109,15 @@ def prepare_folder(folder: Path, overwrite: bool) -> None:
     """
     if folder.is_file():
         raise CryoreconError(f"{folder} is a file", "Give a folder to write to")
-    if folder.is_dir() and not overwrite and _foreign(folder):
+    if overwrite or not folder.is_dir():
+        return
+    if (folder / "job.yaml").exists() and (folder / "checkpoint.pt").exists():
+        raise CryoreconError(
+            f"{folder} holds a job that has not finished",
+            f"Go on with `cryorecon abinitio --continue {folder}`, choose another folder or add "
+            "--overwrite",
+        )
+    if _foreign(folder):
         raise CryoreconError(f"{folder} is not empty", "Choose another folder or add --overwrite")
 
 

@@ -25,6 +25,7 @@ from cryorecon.cli.options import (
     Contrast,
     Device,
     Diameter,
+    DryRun,
     Json,
     NoiseStd,
     Overwrite,
@@ -109,6 +110,7 @@ def estimate_command(
     resume: Annotated[bool, option(INPUT, "Go on after an interruption.", "--continue")] = False,
     json: Json = False,
     overwrite: Overwrite = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Average first and second moments of the images: noise and CTF out, errors beside.
 
@@ -116,7 +118,9 @@ def estimate_command(
     read; origins are, where it has them, and images are centred by them.
     """
     # torch takes seconds to load: only when the command runs.
-    from cryorecon.run.moments import MomentsOptions, StoppedError, estimate_moments
+    from cryorecon.run.dry_run import describe_moments
+    from cryorecon.run.moments import MomentsOptions, estimate_moments
+    from cryorecon.run.stopping import StoppedError
 
     use_threads(threads)
     _check_output(output, overwrite)
@@ -133,6 +137,9 @@ def estimate_command(
         device=usable_device(device),
         checkpoint_images=checkpoint,
     )
+    if dry_run:
+        describe_moments(particles, options, None, messages(json))
+        return
     try:
         with count_progress("Averaging", "images") as progress:
             finishing = partial(progress, title="Subtracting the noise", unit="shells")

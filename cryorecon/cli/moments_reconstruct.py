@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from cryorecon.cli.abinitio_options import Ambiguous
+from cryorecon.cli.abinitio_options import Ambiguous, Continue
 from cryorecon.cli.command import COMPUTE, EXPERT, INPUT, examples
 from cryorecon.cli.console import (
-    error_console,
     messages,
     prepare_folder,
     print_job,
@@ -99,12 +97,14 @@ def reconstruct_command(
     config: Config = None,
     json: Json = False,
     overwrite: Overwrite = False,
+    continue_job: Continue = None,
 ) -> None:
     """Fit a low-resolution map and a density of views to moments, from several starts.
 
     The map counts only as far as starts that fit the moments equally well agree. If they disagree
     within the radii that were fitted, no map is written and the status is 1. The hand is unknown.
     """
+    del continue_job  # Then another function runs instead.
     # torch takes seconds to load: only when the command runs.
     from cryorecon.engines.moment_fit import MomentFitConfig
     from cryorecon.run.moment_reconstruct import MomentReconstructOptions, reconstruct_moments
@@ -142,12 +142,14 @@ def moments_command(
     threads: int | None,
     json: bool,
     starts: int = 6,
+    dry_run: bool = False,
 ) -> None:
     """Both steps, `moments estimate` and `moments reconstruct`, in one folder."""
     # torch takes seconds to load: only when the command runs.
     from cryorecon.engines.moment_fit import MomentFitConfig
+    from cryorecon.run.dry_run import describe_moments
     from cryorecon.run.moment_reconstruct import MomentReconstructOptions, abinitio_moments
-    from cryorecon.run.moments import MomentsOptions, StoppedError
+    from cryorecon.run.moments import MomentsOptions
     from cryorecon.run.settings import with_settings
 
     use_threads(threads)
@@ -157,18 +159,8 @@ def moments_command(
     prepare_folder(output, overwrite)
     wanted = MomentsOptions(diameter_angst=diameter, contrast=contrast, project=project)
     options = MomentReconstructOptions(engine, None, None, allow_ambiguous, seed)
-    try:
-        abinitio_moments(particles, output, wanted, options, messages(json))
-    except StoppedError as stop:
-        words = ["cryorecon", "moments", "estimate", particles, "-o", output / "moments.h5"]
-        words += [] if diameter is None else ["--diameter", diameter]
-        words += [] if project is None else ["--project", project]
-        first = shlex.join(map(str, [*words, "--contrast", contrast, "--continue"]))
-        words = ["cryorecon", "moments", "reconstruct", output / "moments.h5", "-o", output]
-        words += [f"--set={pair}" for pair in settings or []]
-        words += ["--allow-ambiguous"] if allow_ambiguous else []
-        words += ["--starts", starts, "--seed", seed, "--overwrite"]
-        second = shlex.join(map(str, words))
-        error_console.print(f"{stop}. Go on with:\n{first}\n{second}", markup=False)
-        raise KeyboardInterrupt from stop
+    if dry_run:
+        describe_moments(particles, wanted, options, messages(json))
+        return
+    abinitio_moments(particles, output, wanted, options, messages(json))
     print_job(output, json)

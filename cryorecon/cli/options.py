@@ -125,6 +125,10 @@ Json = Annotated[
     bool,
     option(OUTPUT, "Print one JSON object; messages go to stderr.", "--json"),
 ]
+DryRun = Annotated[
+    bool,
+    option(OUTPUT, "Tell what the job will work on and take; write nothing.", "--dry-run"),
+]
 JsonFile = Annotated[
     Path | None, option(OUTPUT, "Write the JSON object to a file.", metavar="FILE", hidden=True)
 ]

@@ -15,7 +15,17 @@ from cryorecon.cli.console import (
     print_json,
     use_threads,
 )
-from cryorecon.cli.options import Json, Overwrite, Particles, Project, Seed, Threads, option, output
+from cryorecon.cli.options import (
+    DryRun,
+    Json,
+    Overwrite,
+    Particles,
+    Project,
+    Seed,
+    Threads,
+    option,
+    output,
+)
 
 EXAMPLES = examples(
     ("a map from refined poses", "cryorecon reconstruct Refine3D/job020/run_data.star -o map.mrc"),
@@ -64,15 +74,20 @@ def reconstruct_command(
     ] = None,
     json: Json = False,
     overwrite: Overwrite = False,
+    dry_run: DryRun = False,
 ) -> None:  # fmt: skip
     """Backproject particles with the poses and CTFs in their file."""
     # torch takes seconds to load: only when the command runs.
     from cryorecon.io.cryodrgn import with_poses
     from cryorecon.io.particles import read_particles
-    from cryorecon.run.job import open_job, write_output_nodes
+    from cryorecon.run.dry_run import describe_reconstruct
+    from cryorecon.run.job import Task, open_job, write_output_nodes
 
     use_threads(threads)
     told = messages(json)
+    if dry_run:
+        describe_reconstruct(particles, project, told)
+        return
     settings = {"half_maps": half_maps, "wiener": wiener, "padding": padding}
     if not output.suffix:
         prepare_folder(output, overwrite)
@@ -81,7 +96,8 @@ def reconstruct_command(
     if output.suffix:
         figures = _reconstruct(source, output, settings, seed, told)
     else:
-        with open_job(output, told, particles, len(source), settings, seed):
+        task = Task("reconstruct", particles, len(source), settings, settings, seed)
+        with open_job(output, told, task):
             figures = _reconstruct(source, output / "reconstruction.mrc", settings, seed, told)
             write_output_nodes(output, {"reconstruction.mrc": 6})
     if json:

@@ -8,17 +8,18 @@ No state belongs to an image; images come in a stream and are seen a few dozen t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from cryorecon.engines.decoders import Decoder, DecoderKind, new_decoder
-from cryorecon.engines.observations import ImageSet, Observations
+from cryorecon.engines.observations import ImageSet, Observations, power_ratio
 from cryorecon.engines.pose_reader import Guesses, PoseReader
 from cryorecon.engines.reconstruction import RefineConfig
+from cryorecon.engines.shrinking import ShrinkingBatch
+from cryorecon.engines.stream import Stream
 from cryorecon.networks.encoders import EncoderConfig, Kind, PoseEncoder
 from cryorecon.physics.fourier import max_band, shift_phases
 from cryorecon.physics.masks import Support
@@ -26,10 +27,6 @@ from cryorecon.physics.projection import Transform, extract_slices
 from cryorecon.physics.rotations import random_rotations
 
 Loss = Literal["likelihood", "l2"]
-
-# Neighbours in the STAR file are read together; batches are drawn from a few such blocks at once.
-_BLOCK = 256
-_BLOCKS_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -126,27 +123,6 @@ class StepReport:
     reverse_deg: float
 
 
-def stream(n: int, batch: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Rows of endless mini-batches: blocks of neighbours in random order, shuffled together.
-
-    Disks read neighbours fast; what is held at a time does not grow with the number of images.
-    """
-    batch = min(batch, n)
-    starts = range(0, n, _BLOCK)
-    left = torch.empty(0, dtype=torch.int64)
-    while True:
-        order = torch.randperm(len(starts), generator=generator).tolist()
-        for first in range(0, len(order), _BLOCKS_AT_ONCE):
-            some = [starts[i] for i in order[first : first + _BLOCKS_AT_ONCE]]
-            rows = torch.cat([torch.arange(i, min(i + _BLOCK, n)) for i in some])
-            rows = rows[torch.randperm(len(rows), generator=generator)]
-            *whole, left = torch.cat([left, rows]).split(batch)
-            yield from whole
-            if len(left) == batch:
-                yield left
-                left = left[:0]
-
-
 class Amortized:
     """Encoder, decoder and their optimiser.
 
@@ -204,7 +180,8 @@ class Amortized:
         self.seen = 0
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
         self.signal = 1.0
-        self._rows = stream(len(images), config.batch, generator)
+        self.parts = ShrinkingBatch(config.batch)
+        self._rows = Stream(len(images), config.batch, generator)
         self._match_scale()
 
     @property
@@ -225,12 +202,33 @@ class Amortized:
     def step(self) -> StepReport:
         """Show one mini-batch; encoder and decoder follow.
 
+        Where a device's memory does not hold the whole batch, gradients add up over parts of it.
+
         Raises
         ------
         FloatingPointError
-            If the loss is not finite; nothing has changed then.
+            If the loss is not finite; no parameter has changed then.
         """
         rows = next(self._rows)
+        drawn = self.generator.get_state()
+
+        def restart() -> None:
+            self.optimizer.zero_grad()
+            self.generator.set_state(drawn)
+
+        def work(part: Tensor) -> tuple[float, float]:
+            return self._learn(part, len(part) / len(rows))
+
+        self.optimizer.zero_grad()
+        found = self.parts(rows, work, restart)
+        torch.nn.utils.clip_grad_norm_(self.reader.encoder.parameters(), 1.0)
+        self.optimizer.step()
+        self.schedule.step()
+        self.seen += len(rows)
+        return StepReport(*(sum(values) for values in zip(*found, strict=True)))
+
+    def _learn(self, rows: Tensor, share: float) -> tuple[float, float]:
+        """Gradients of a share of a batch; its share of the step's report."""
         whole = self.images.select(rows).to(self.device)
         batch = whole.within(self.band)
         transform = self.decoder.transform(self.band)
@@ -243,14 +241,12 @@ class Amortized:
             reverse, reverse_deg = self._reverse_loss(whole, transform)
             loss = loss + self.config.reverse * reverse
         if not bool(loss.isfinite()):
-            raise FloatingPointError(f"loss {float(loss.detach())} after {self.seen} images")
-        self.optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.reader.encoder.parameters(), 1.0)
-        self.optimizer.step()
-        self.schedule.step()
-        self.seen += len(rows)
-        return StepReport(float(gain.detach()), reverse_deg)
+            number = self.seen // self.config.batch + 1
+            raise FloatingPointError(
+                f"loss {float(loss.detach())} in batch {number}, after {self.seen} images"
+            )
+        (loss * share).backward()
+        return float(gain.detach()) * share, reverse_deg * share
 
     def read_poses(self, images: ImageSet, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The encoder's likeliest guess for some images; no gradients, no search.
@@ -271,6 +267,37 @@ class Amortized:
             rotations, offsets = guesses.chosen(best)
             gain = self._gain(batch, rotations, offsets, transform)
         return rotations.cpu(), offsets.cpu(), gain.cpu()
+
+    def weights(self) -> dict[str, Any]:
+        """What reading poses takes: both networks and how far the training has come."""
+        return {
+            "encoder": self.reader.encoder.state_dict(),
+            "decoder": self.decoder.state_dict(),
+            "seen": self.seen,
+            "signal": self.signal,
+        }
+
+    def load_weights(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`weights` gave."""
+        self.reader.encoder.load_state_dict(state["encoder"])
+        self.decoder.load_state_dict(state["decoder"])
+        self.seen, self.signal = state["seen"], state["signal"]
+
+    def state(self) -> dict[str, Any]:
+        """Between two steps: all that training has changed, by reference."""
+        return {
+            **self.weights(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "stream": self._rows.state(),
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state` gave; the generator is the caller's."""
+        self.load_weights(state)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self._rows.load(state["stream"])
 
     def _winners(self, batch: Observations, guesses: Guesses, transform: Transform) -> Tensor:
         """Index of each image's likeliest guess, shape (b,); no gradients."""
@@ -365,19 +392,3 @@ class Amortized:
         ratio, seen = power_ratio(batch, slices.abs().square().mean(0))
         self.decoder.scale.mul_(ratio**0.5)
         self.signal = max(seen, 1.0)
-
-
-def power_ratio(batch: Observations, power: Tensor) -> tuple[float, float]:
-    """Power of images beyond their noise relative to a model's, and in units of the noise.
-
-    Parameters
-    ----------
-    power : Tensor, shape (m,)
-        Mean squared modulus of the model's slices.
-    """
-    noise = batch.noise_power[:, batch.plane.shell][batch.group]
-    precision = batch.precision()
-    seen = ((batch.coefficients.abs().square() - noise) * precision).sum(-1).mean()
-    expected = (batch.ctf.square() * power * precision).sum(-1).mean()
-    ratio = (seen / expected.clamp(min=1e-30)).clamp(min=1e-6)
-    return float(ratio), float(seen)

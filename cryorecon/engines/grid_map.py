@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -55,3 +57,11 @@ class GridMap:
         """Take a map; the other arguments are for networks."""
         del n_steps, n_points, generator
         self._volumes[scale] = lowpass(target, self.bands[scale], 3)
+
+    def state(self) -> dict[str, Any]:
+        """The maps of the scales, by reference."""
+        return {"volumes": dict(self._volumes)}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state` gave."""
+        self._volumes = dict(state["volumes"])

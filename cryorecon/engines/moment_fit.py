@@ -11,9 +11,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from cryorecon.engines.moment_encoding import EncodedDensity
 from cryorecon.engines.moment_full_fit import (
@@ -32,9 +33,9 @@ from cryorecon.engines.moment_models import (
     grid_size,
     new_volume,
 )
-from cryorecon.engines.moments import FullMoments, Moments, SteerableMoments
+from cryorecon.engines.moment_target import Target
+from cryorecon.engines.moments import FullMoments, Moments
 from cryorecon.networks.moment_encoders import FieldEncoderConfig
-from cryorecon.physics.polar import PolarGrid
 
 # Radii of the coarse stages; the last stage has all.
 _STAGES = (3, 4, 6, 9, 13, 19, 28)
@@ -100,99 +101,6 @@ class MomentFitConfig:
 
 
 @dataclass(frozen=True)
-class Target:
-    """Moments up to a radius, with the weight of each entry.
-
-    Attributes
-    ----------
-    grid : PolarGrid
-        Circles in cycles per particle box.
-    first, second : Tensor, shape (K,) and (M + 1, K, K)
-    first_weight, second_weight : Tensor, real, same shapes
-        Inverse variances; orders above 0 count twice.
-    power : Tensor, shape (K,)
-        Of each radius, over all orders.
-    """
-
-    grid: PolarGrid
-    first: Tensor
-    second: Tensor
-    first_weight: Tensor
-    second_weight: Tensor
-    power: Tensor
-
-    @staticmethod
-    def of(moments: SteerableMoments, radius: int, model_error: float) -> Target:
-        """Moments of radii 1 to `radius`, of the angular orders that they hold."""
-        whole, k = moments.geometry, radius
-        order = min(whole.order_at(k), whole.max_order)
-        grid = replace(whole, max_radius=k, max_order=order).map_grid()
-        second = moments.second[: order + 1, :k, :k]
-        error = moments.second_error[: order + 1, :k, :k]
-        twice = torch.full((order + 1, 1, 1), 2.0, dtype=torch.float64)
-        twice[0] = 1
-        diagonal = (twice * second).diagonal(dim1=-2, dim2=-1).real.sum(0)
-        noise = (twice * error).diagonal(dim1=-2, dim2=-1).square().sum(0).sqrt()
-        power = torch.maximum(diagonal, noise.nan_to_num(posinf=0.0)).clamp(min=1e-30)
-        floor = model_error**2
-        by_first = 1 / (moments.first_error[:k] ** 2 + floor * power)
-        by_second = twice / (error**2 + floor * power[:, None] * power)
-        return Target(grid, moments.first[:k], second, by_first, by_second, power)
-
-    def to(self, device: str) -> Target:
-        """Single precision on a device."""
-        parts = (self.first, self.second, self.first_weight, self.second_weight, self.power)
-        single = [p.to(device, torch.complex64 if p.is_complex() else torch.float32) for p in parts]
-        return Target(self.grid, *single)
-
-    def misfit(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-        """Weighted squares of what is left of either moment."""
-        one = (self.first_weight * (first - self.first) ** 2).sum()
-        two = (self.second_weight * (second - self.second).abs().square()).sum()
-        return one, two
-
-    def whitened(self, first: Tensor, second: Tensor) -> Tensor:
-        """Both moments in units of their standard errors, real and imaginary parts; float64."""
-        # Orders -m and the other triangle say the same again: half weight, but for k = k', m = 0.
-        share = torch.full_like(self.second_weight, 0.5)
-        share[0].fill_diagonal_(1.0)
-        root = (share * self.second_weight).sqrt()
-        parts = (self.first_weight.sqrt() * first, root * second.real, root * second.imag)
-        return torch.cat([part.double().flatten() for part in parts])
-
-    def total(self, second: Tensor) -> Tensor:
-        """Power that a map's amplitude is first set by."""
-        return second[0].diagonal().real.sum()
-
-    def fields(self) -> tuple[Tensor, Tensor]:
-        """Both moments over the radii, every radius of power 1: what an encoder reads.
-
-        Shapes (1, K) and (2 (M + 1) K, K): order, part and other radius are channels.
-        """
-        by = self.power.rsqrt()
-        second = (self.second * by[:, None] * by).nan_to_num()
-        return (self.first * by)[None], torch.view_as_real(second).permute(0, 3, 2, 1).flatten(0, 2)
-
-    @property
-    def count(self) -> float:
-        """Real and imaginary parts of all measured entries: the scale of a misfit."""
-        return len(self.first) + 2 * float((self.second_weight > 0).sum())
-
-    def relative(self, first: Tensor, second: Tensor, *, white: bool) -> tuple[float, float]:
-        """Relative Frobenius errors of both moments, every radius of equal power or by area."""
-        radii = self.grid.radii.to(self.power)
-        by = 1 / self.power.sqrt() if white else radii.sqrt()
-        pair = (self.second_weight > 0) * (by[:, None] * by) ** 2
-        pair = (
-            pair * torch.where(torch.arange(len(pair), device=by.device) > 0, 2, 1)[:, None, None]
-        )
-        one = (by**2 * (first - self.first) ** 2).sum() / (by**2 * self.first**2).sum()
-        left = (pair * (second - self.second).abs() ** 2).sum()
-        two = left / (pair * self.second.abs() ** 2).sum()
-        return float(one) ** 0.5, float(two) ** 0.5
-
-
-@dataclass(frozen=True)
 class MomentFit:
     """Where one start ended.
 
@@ -212,6 +120,23 @@ class MomentFit:
     misfit: float
     white: tuple[float, float]
     frobenius: tuple[float, float]
+
+    def state(self) -> dict[str, Any]:
+        """Everything, as :meth:`Fitter.restored` takes it."""
+        return {
+            "volume": self.volume.state_dict(),
+            "density": self.density.state_dict(),
+            "misfit": self.misfit,
+            "white": self.white,
+            "frobenius": self.frobenius,
+        }
+
+
+def _going(stage: int, volume: VolumeModel, density: Density) -> dict[str, Any]:
+    return {"stage": stage, "volume": volume.state_dict(), "density": density.state_dict()}
+
+
+Keep = Callable[[Callable[[], dict[str, Any]]], None]
 
 
 def visible_radius(moments: Moments) -> int:
@@ -293,7 +218,11 @@ class Fitter:
         return self.config.first_iterations + early + self.config.iterations
 
     def fit(
-        self, generator: torch.Generator, progress: Callable[[int], None] | None = None
+        self,
+        generator: torch.Generator,
+        progress: Callable[[int], None] | None = None,
+        saved: dict[str, Any] | None = None,
+        keep: Keep | None = None,
     ) -> MomentFit:
         """One random start, from the radii of the first stage to all.
 
@@ -302,31 +231,71 @@ class Fitter:
         generator : torch.Generator
             On the CPU.
         progress : callable, optional
-            Called with 1 after each step.
+            Called with the steps done since the last call.
+        saved : dict, optional
+            A state that `keep` was given: the stages before it are left out.
+        keep : callable, optional
+            Called after each stage with a function that gives the state.
 
         Raises
         ------
         FloatingPointError
             If the misfit is not finite.
         """
+        volume, density = self._fresh(generator)
+        done = -1
+        if saved is None:
+            self.match_power(volume)
+        else:
+            volume.load_state_dict(saved["volume"])
+            density.load_state_dict(saved["density"])
+            done = saved["stage"]
+            if progress is not None:
+                progress(sum(self._count(stage) for stage in range(-1, done)))
+        for stage in range(done, len(self.targets)):
+            self._stage(stage, volume, density, progress)
+            if keep is not None:
+                keep(partial(_going, stage + 1, volume, density))
+        return self.judged(volume, density)
+
+    def restored(self, state: dict[str, Any]) -> MomentFit:
+        """A start that was fitted before, from :meth:`MomentFit.state`."""
+        # What a fresh start draws is thrown away.
+        volume, density = self._fresh(torch.Generator())
+        if isinstance(density, ViewDensity) and "residual" in state["density"]:
+            density.free(self.views[-1])
+        volume.load_state_dict(state["volume"])
+        density.load_state_dict(state["density"])
+        return MomentFit(volume, density, state["misfit"], state["white"], state["frobenius"])
+
+    def _fresh(self, generator: torch.Generator) -> tuple[VolumeModel, Density]:
         config = self.config
         volume = new_volume(
             config.volume, self.reach, self.particle_radius, config.beads, config.width, generator
-        ).to(self.device)
-        density = self.new_density(generator)
-        self.match_power(volume)
-        alone = replace(
-            self.targets[0], second_weight=torch.zeros_like(self.targets[0].second_weight)
         )
-        count = config.first_iterations
-        self.descend(volume, density, alone, self.views[0], count, progress)
-        last = len(self.targets) - 1
-        for number, (target, views) in enumerate(zip(self.targets, self.views, strict=True)):
-            if number == last and isinstance(density, ViewDensity) and config.density == "free":
-                density.free(views)
-            count = config.iterations if number == last else config.iterations // 2
-            self.descend(volume, density, target, views, count, progress)
-        return self.judged(volume, density)
+        return volume.to(self.device), self.new_density(generator)
+
+    def _count(self, stage: int) -> int:
+        """Steps of a stage; -1 is that of the first moment alone."""
+        if stage < 0:
+            return self.config.first_iterations
+        last = stage == len(self.targets) - 1
+        return self.config.iterations if last else self.config.iterations // 2
+
+    def _stage(
+        self,
+        stage: int,
+        volume: VolumeModel,
+        density: Density,
+        progress: Callable[[int], None] | None,
+    ) -> None:
+        target, views = self.targets[max(stage, 0)], self.views[max(stage, 0)]
+        if stage < 0:
+            target = replace(target, second_weight=torch.zeros_like(target.second_weight))
+        last = stage == len(self.targets) - 1
+        if last and isinstance(density, ViewDensity) and self.config.density == "free":
+            density.free(views)
+        self.descend(volume, density, target, views, self._count(stage), progress)
 
     def new_density(self, generator: torch.Generator) -> Density:
         """A density of views to begin with: uniform, or what a fresh encoder says."""

@@ -9,6 +9,7 @@ its band, however many images the sums stand for.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -160,3 +161,18 @@ class NetworkMap:
             wanted = to_volume(target, self.grid_size(scale)).norm()
             self.scale *= float(wanted / self.volume(scale).norm().clamp(min=1e-30))
         self._fitted = True
+
+    def state(self) -> dict[str, Any]:
+        """All that training has changed, by reference."""
+        return {
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scale": self.scale,
+            "fitted": self._fitted,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state` gave."""
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scale, self._fitted = state["scale"], state["fitted"]

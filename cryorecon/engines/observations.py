@@ -159,3 +159,19 @@ def centred(matched: Tensor, offsets_px: Tensor, plane: HalfPlane) -> Tensor:
 def as_real(values: Tensor) -> Tensor:
     """Complex (..., m) as real (..., 2m), so that inner products are real matrix products."""
     return torch.cat([values.real, values.imag], -1)
+
+
+def power_ratio(batch: Observations, power: Tensor) -> tuple[float, float]:
+    """Power of images beyond their noise relative to a model's, and in units of the noise.
+
+    Parameters
+    ----------
+    power : Tensor, shape (m,)
+        Mean squared modulus of the model's slices.
+    """
+    noise = batch.noise_power[:, batch.plane.shell][batch.group]
+    precision = batch.precision()
+    seen = ((batch.coefficients.abs().square() - noise) * precision).sum(-1).mean()
+    expected = (batch.ctf.square() * power * precision).sum(-1).mean()
+    ratio = (seen / expected.clamp(min=1e-30)).clamp(min=1e-6)
+    return float(ratio), float(seen)

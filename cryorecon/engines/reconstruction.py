@@ -82,10 +82,11 @@ class Reconstruction:
         Reference of each half set.
     band : float
         Radius that the next refinement uses, in cycles per box.
-    sums : list of two NormalEquations
-        Of the half sets, at the poses of the last round against half maps.
+    halves : list of two Tensor, shape (N, N, N)
+        Unfiltered, unmasked maps of the half sets, at the poses of the last round against half
+        maps.
     fsc : Tensor, shape (N // 2 + 1,)
-        Between the maps of these, masked.
+        Between these, masked.
     support : Support
         Where maps may have density.
     group : Tensor, shape (g, 3, 3)
@@ -103,7 +104,7 @@ class Reconstruction:
     maps: list[Tensor]
     band: float
     support: Support
-    sums: list[NormalEquations] = field(default_factory=list)
+    halves: list[Tensor] = field(default_factory=list)
     fsc: Tensor = field(default_factory=lambda: torch.ones(1))
     group: Tensor = field(default_factory=lambda: torch.eye(3)[None])
     half_poses: tuple[Tensor, Tensor] | None = None

@@ -9,7 +9,7 @@ own map, at a band that follows the half maps' agreement. Finish: the same again
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -146,6 +146,11 @@ class Search:
         -------
         float
             Median effective number of poses an image.
+
+        Raises
+        ------
+        FloatingPointError
+            If the images have no finite evidence.
         """
         turn = random_rotations(1, self.generator, torch.float32)[0]
         rotations = self.grid @ turn
@@ -157,6 +162,8 @@ class Search:
                 batch, templates, self.offsets, temperature
             )
             new = accumulate_grid(signal, weight, rotations, batch.plane)
+        if not bool(posterior.log_evidence.isfinite().all()):
+            raise FloatingPointError("the evidence of the images is not finite")
         old = self.sums
         self.sums = new if old is None else old.scaled(self.config.memory).plus(new)
         self._follow(self.sums)
@@ -178,6 +185,27 @@ class Search:
                 self.offsets,
             )
         self.held_out_evidence, self.held_out_error = found
+
+    def state(self) -> dict[str, Any]:
+        """Between two epochs: all that the search has changed, by reference."""
+        sums = self.sums
+        return {
+            "network": self.network.state(),
+            "sums": None if sums is None else [sums.signal, sums.weight],
+            "log_evidence": self.log_evidence,
+            "held_out_evidence": self.held_out_evidence,
+            "held_out_error": self.held_out_error,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state` gave."""
+        self.network.load(state["network"])
+        if state["sums"] is not None:
+            signal, weight = state["sums"]
+            self.sums = NormalEquations(signal, weight, 2)
+        self.log_evidence = state["log_evidence"]
+        self.held_out_evidence = state["held_out_evidence"]
+        self.held_out_error = state["held_out_error"]
 
 
 def scaled_to_images(volume: Tensor, images: ImageSet, config: RmfnConfig) -> Tensor:

@@ -10,8 +10,10 @@ negative is the map, not each scale's addition to it (the paper's equation 8 has
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -126,16 +128,43 @@ class PaperProtocol:
         self.map = NetworkMap(network, Support(config.diameter / 2), generator, fit)
         self._match_scale()
 
-    def epochs(self) -> Iterator[tuple[int, int, float]]:
-        """Run all epochs; yields (scale, epochs done, mean relative loss) after each."""
-        done = 0
+    def epochs(self, done: int = 0) -> Iterator[tuple[int, int, float]]:
+        """Run all epochs; yields (scale, epochs done, mean relative loss) after each.
+
+        Parameters
+        ----------
+        done : int
+            Epochs that a loaded state has behind it.
+
+        Raises
+        ------
+        FloatingPointError
+            If the loss is not finite.
+        """
+        before = 0
         for scale, count in enumerate(self.config.epochs):
             band = float(min(self.bands[scale], max_band(self.observations.plane.box)))
             filtered = gaussian_filtered(self.observations, band)
-            for _ in range(count):
+            for epoch in range(before + 1, before + count + 1):
+                if epoch <= done:
+                    continue
                 losses = [self._batch(filtered, rows, scale) for rows in self._turns()]
-                done += 1
-                yield scale, done, sum(losses) / len(losses)
+                mean = sum(losses) / len(losses)
+                if not math.isfinite(mean):
+                    raise FloatingPointError(f"loss {mean} in epoch {epoch}, scale {scale + 1}")
+                yield scale, epoch, mean
+            before += count
+
+    def state(self) -> dict[str, Any]:
+        """Between two epochs: all that the run has changed, by reference."""
+        generator = self.generator.get_state()
+        return {"map": self.map.state(), "rotations": self.rotations, "generator": generator}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state` gave."""
+        self.map.load(state["map"])
+        self.rotations = state["rotations"]
+        self.generator.set_state(state["generator"])
 
     def volume(self, scale: int) -> Tensor:
         """The map of one scale on the images' grid, shape (N, N, N)."""

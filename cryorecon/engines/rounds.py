@@ -115,6 +115,11 @@ def refine_round(
         FSC of two maps, shape (N // 2 + 1,).
     joint : bool
         Against the map of all images instead of each half set's own.
+
+    Raises
+    ------
+    FloatingPointError
+        If an image's likelihood is not finite.
     """
     before, before_offsets = state.rotations.clone(), state.offsets_px.clone()
     references = [(state.maps[0] + state.maps[1]) / 2] * 2 if joint else state.maps
@@ -131,6 +136,7 @@ def refine_round(
             poses = refine_poses(
                 batch, model, state.rotations[rows], state.offsets_px[rows], n_steps
             )
+            _refuse_broken(images.rows[rows], poses)
             _store(state, rows, poses)
             learned.add(rows, batch, predictions(batch, model, poses))
             _insert(new, loaded, poses, state.group)
@@ -190,6 +196,15 @@ def _empty(images: ImageSet) -> NormalEquations:
     return NormalEquations.empty(band, 2, images.gain.dtype, images.gain.device)
 
 
+def _refuse_broken(rows: Tensor, poses: Poses) -> None:
+    broken = rows[~poses.log_likelihood.isfinite()]
+    if len(broken):
+        raise FloatingPointError(
+            f"the likelihood of {len(broken)} images of {len(rows)} in a batch is not finite, "
+            f"the first of them particle {int(broken[0]) + 1}"
+        )
+
+
 def _store(state: Reconstruction, rows: Tensor, poses: Poses) -> None:
     state.rotations[rows], state.offsets_px[rows] = poses.rotations, poses.offsets_px
 
@@ -201,11 +216,6 @@ def _insert(sums: NormalEquations, batch: Observations, poses: Poses, group: Ten
         sums.add(signal, weight, poses.rotations @ rotation, batch.plane)
 
 
-def half_maps(state: Reconstruction, box: int) -> list[Tensor]:
-    """Unfiltered, unmasked maps of the half sets."""
-    return [to_volume(s.solve(shell_prior(s, 1e-3, max_band(box))), box) for s in state.sums]
-
-
 def _solve_halves(
     state: Reconstruction,
     sums: list[NormalEquations],
@@ -215,18 +225,16 @@ def _solve_halves(
 ) -> None:
     """Wiener maps whose signal power comes from the half sets' agreement.
 
-    A joint round leaves the half sets' sums and their FSC as the last half-map round left them:
+    A joint round leaves the half sets' own maps and their FSC as the last half-map round left them:
     poses that were refined against the joint map would make the halves agree too well. With
     correlation c between half maps the signal-to-noise ratio of one is c / (1 - c), of both
     together twice that.
     """
     box = state.maps[0].shape[-1]
-    measured = joint and len(state.sums) > 0
-    if not measured:
-        state.sums = sums
     mask = state.support.on(box)
-    if not measured:
-        state.fsc = agreement(*(half * mask for half in half_maps(state, box)))
+    if not (joint and state.halves):
+        state.halves = [to_volume(s.solve(shell_prior(s, 1e-3, max_band(box))), box) for s in sums]
+        state.fsc = agreement(*(half * mask for half in state.halves))
     correlation = state.fsc[: max_band(box) + 1].clamp(1e-3, 0.999)
     ratio = correlation / (1 - correlation)
     solved = sums if not joint else [sums[0].plus(sums[1])]

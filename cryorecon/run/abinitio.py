@@ -21,9 +21,8 @@ from cryorecon.io.mrc import write_map
 from cryorecon.io.particles import Particles, read_particles
 from cryorecon.physics.symmetry import symmetry_group
 from cryorecon.run.amortized_stages import AmortizedStages
-from cryorecon.run.job import Job, open_job
+from cryorecon.run.job import Job, Task, open_job
 from cryorecon.run.load import Keep, half_sets, load_observations, map_like
-from cryorecon.run.progress import stage_bar
 from cryorecon.run.report import report_at_end
 from cryorecon.run.results import joint_map, report_offsets, write_first_poses, write_results
 from cryorecon.run.rmfn_stages import RmfnStages
@@ -132,7 +131,12 @@ def assignment(*, everyone: bool, refine: bool) -> Assign:
 
 
 def abinitio(
-    star: str | Path, output: str | Path, options: AbinitioOptions, console: Console
+    star: str | Path,
+    output: str | Path,
+    options: AbinitioOptions,
+    console: Console,
+    *,
+    resume: bool = False,
 ) -> None:
     """Run the job: poses and map from scratch; pose columns of the STAR file are not read.
 
@@ -142,6 +146,33 @@ def abinitio(
         Particle STAR file.
     output : path
         Job directory.
+    resume : bool
+        Go on with what an interrupted job left there.
+
+    Raises
+    ------
+    CryoreconError
+        For input or options that cannot be used, or with fewer than 20 particles.
+    """
+    particles, rows, config = prepared(star, options)
+    task = Task("abinitio", Path(star), len(particles), config, options, options.seed)
+    with open_job(Path(output), console, task, resume=resume) as job:
+        _run(job, particles, rows, config, options)
+
+
+def prepared(
+    star: str | Path, options: AbinitioOptions
+) -> tuple[Particles, Tensor, RmfnConfig | AmortizedConfig]:
+    """Everything that is looked at before anything is written.
+
+    Returns
+    -------
+    particles : Particles
+        All that get poses.
+    rows : Tensor, int64
+        Which of them make the map.
+    config : RmfnConfig or AmortizedConfig
+        The resolved settings.
 
     Raises
     ------
@@ -159,9 +190,7 @@ def abinitio(
     config = _resolved(options, particles)
     _refuse_contradictions(options, particles)
     particles.ctf_parameters()
-    inputs, folder = Path(star), Path(output)
-    with open_job(folder, console, inputs, len(particles), config, options.seed) as job:
-        _run(job, particles, rows, config, options)
+    return particles, rows, config
 
 
 def _subset(particles: Particles, options: AbinitioOptions) -> Tensor:
@@ -205,20 +234,30 @@ def _run(
         f"{len(particles)} particles, {box} px at {pixel:g} A, particle diameter "
         f"{config.diameter * box * pixel:.0f} A"
     )
-    with stage_bar(job.console, "Reading", len(particles)) as bar:
+    with job.bar("Reading", len(particles)) as bar:
         images = load_observations(
             particles, config.diameter, lambda done, _: bar(done), options.keep
         )
     _set_contrast(job, images, config, options.contrast)
     half = half_sets(particles, generator)
     stages = _stages(job, config, generator, pixel, options, particles)
-    state = _reconstruct(stages, images, half, rows, options, particles)
-    if isinstance(stages, AmortizedStages) and stages.read is not None:
-        write_first_poses(job, particles, *stages.read)
-    report_offsets(job, state, config, particles)
-    if len(_group(options.symmetry)) > 1:
+
+    def without_symmetry() -> Reconstruction:
+        state = _reconstruct(stages, images, half, rows, options, particles)
+        if isinstance(stages, AmortizedStages) and stages.read is not None:
+            write_first_poses(job, particles, *stages.read)
+        report_offsets(job, state, config, particles)
+        return state
+
+    def in_c1() -> Reconstruction:
+        state = without_symmetry()
         write_map(job.path("initial_model_C1.mrc"), joint_map(state).numpy(), pixel)
-        stages.symmetrise(state, images, options.symmetry.upper())
+        return state
+
+    if len(_group(options.symmetry)) > 1:
+        state = stages.symmetrise(in_c1, images, options.symmetry.upper())
+    else:
+        state = without_symmetry()
     write_results(job, particles, state, stages.scale_maps(joint_map(state)), options.halves)
     report_at_end(job, particles)
 
@@ -250,8 +289,11 @@ def _reconstruct(
     if len(rows) == len(images):
         return _first_map(stages, images, half, options, particles)
     stages.job.say(f"{len(rows)} of {len(images)} particles make the map")
-    state = _first_map(stages, images.apart(rows), half[rows], options, particles)
-    return stages.extend(state, images, half, rows, refine=options.assign == "refine")
+
+    def first() -> Reconstruction:
+        return _first_map(stages, images.apart(rows), half[rows], options, particles)
+
+    return stages.extend(first, images, half, rows, refine=options.assign == "refine")
 
 
 def _first_map(

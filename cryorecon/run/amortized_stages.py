@@ -10,9 +10,11 @@ from cryorecon.engines.amortized import Amortized, AmortizedConfig, StepReport
 from cryorecon.engines.observations import ImageSet
 from cryorecon.engines.reconstruction import Reconstruction, offsets_for
 from cryorecon.engines.search import evidence
+from cryorecon.engines.shrinking import ShrinkingBatch
 from cryorecon.errors import CryoreconError
 from cryorecon.physics.rotations import so3_grid
-from cryorecon.run.progress import stage_bar
+from cryorecon.run.checkpoint import Entry
+from cryorecon.run.parts import Place
 from cryorecon.run.stages import HELD_OUT, Stages, refuse_noise
 
 _READ_AT_ONCE = 500
@@ -42,34 +44,54 @@ class AmortizedStages(Stages):
     def begin(self, images: ImageSet, half: torch.Tensor) -> Reconstruction:
         """Train, judge by images that took no part, and read every image's pose."""
         n_held = min(HELD_OUT, len(images) // 5)
-        order = torch.randperm(len(images), generator=self.generator)
+        saved = self.job.checkpoint.get(self.part)
+        drawn = torch.randperm(len(images), generator=self.generator)
+        order = drawn if saved is None else saved["order"]
         seen, held = order[n_held:].sort().values, order[:n_held]
-        self.trained = Amortized(
-            self.config,
-            images.apart(seen),
-            self.pixel_size_angst,
-            self.generator,
-            self.mask,
-            self.device,
-        )
-        self._train(self.trained)
+        self.trained = self._new(images.apart(seen))
+        if saved is not None:
+            self.trained.load(saved["training"])
+            self.generator.set_state(saved["generator"])
+        self._train(self.trained, order)
         self._judge(self.trained, images, held)
         rotations, offsets = self.read_poses(images)
         self.read = rotations.clone(), offsets.clone()
         volume, band = self.trained.volume(), self.trained.band
         return Reconstruction(rotations, offsets, half, [volume, volume], band, self.support)
 
-    def refine(self, state: Reconstruction, images: ImageSet) -> None:
+    def _new(self, images: ImageSet, generator: torch.Generator | None = None) -> Amortized:
+        return Amortized(
+            self.config,
+            images,
+            self.pixel_size_angst,
+            generator or self.generator,
+            self.mask,
+            self.device,
+        )
+
+    def engine_state(self) -> Entry:
+        """Both networks, and the poses that the encoder has read."""
+        assert self.trained is not None
+        return {"trained": self.trained.weights(), "read": self.read}
+
+    def load_engine(self, state: Entry, images: ImageSet) -> None:
+        """Go on from what :meth:`engine_state` gave."""
+        # What a fresh network draws is thrown away.
+        self.trained = self._new(images, torch.Generator())
+        self.trained.load_weights(state["trained"])
+        self.read = state["read"]
+
+    def refine(self, state: Reconstruction, images: ImageSet, place: Place) -> None:
         """Local refinement of the table of poses, unless the encoder has the last word."""
         if self.config.finish:
-            super().refine(state, images)
+            super().refine(state, images, place)
         else:
             self.keep(state, images)
 
-    def finish(self, state: Reconstruction, images: ImageSet, number: int) -> None:
+    def finish(self, state: Reconstruction, images: ImageSet, place: Place) -> None:
         """Rounds against the map of all images, or that map alone."""
         if self.config.finish:
-            super().finish(state, images, number)
+            super().finish(state, images, place)
         else:
             self.keep(state, images, halves=False)
 
@@ -79,24 +101,37 @@ class AmortizedStages(Stages):
         """The encoder's poses of images that it may never have seen."""
         del state
         assert self.trained is not None
+        trained, parts = self.trained, ShrinkingBatch(_READ_AT_ONCE, self.job.say)
         rotations, offsets = torch.empty(len(images), 3, 3), torch.empty(len(images), 2)
-        with stage_bar(self.job.console, "Reading poses", len(images)) as bar:
+
+        def read(rows: torch.Tensor) -> None:
+            rotations[rows], offsets[rows], _ = trained.read_poses(images, rows)
+
+        with self.job.bar("Reading poses", len(images)) as bar:
             for rows in torch.arange(len(images)).split(_READ_AT_ONCE):
-                rotations[rows], offsets[rows], _ = self.trained.read_poses(images, rows)
+                parts(rows, read)
                 bar(int(rows[-1]) + 1)
         self.job.say(f"the encoder has read the poses of {len(images)} images")
         return rotations, offsets
 
-    def _train(self, run: Amortized) -> None:
+    def _train(self, run: Amortized, order: torch.Tensor) -> None:
         config, box = self.config, run.images.plane.box
         size = config.encoder_size(box)
         self.job.say(
             f"training on {len(run.images)} images: {config.encoder} encoder of {size} px with "
             f"{config.heads * (2 if config.symmetric else 1)} guesses, {config.decoder} decoder"
         )
+        if run.seen:
+            self.job.say(f"the training goes on after {run.seen} images")
+
+        def pack() -> Entry:
+            generator = self.generator.get_state()
+            return {"order": order, "training": run.state(), "generator": generator}
+
+        run.parts.tell = self.job.say
         reports: list[StepReport] = []
-        lines_told = 0
-        with stage_bar(self.job.console, "Training", config.images_seen) as bar:
+        lines_told = int(run.progress * _LINES)
+        with self.job.bar("Training", config.images_seen) as bar:
             while run.seen < config.images_seen:
                 reports.append(self._step(run))
                 text = self._describe(reports[-50:], run)
@@ -104,6 +139,7 @@ class AmortizedStages(Stages):
                 if run.progress >= (lines_told + 1) / _LINES:
                     lines_told += 1
                     self.job.say(f"{run.seen} images seen, {text}")
+                self.job.checkpoint.put(self.part, pack, force=run.seen >= config.images_seen)
 
     def _describe(self, reports: list[StepReport], run: Amortized) -> str:
         gain = sum(report.gain for report in reports) / len(reports)
@@ -119,7 +155,8 @@ class AmortizedStages(Stages):
         except FloatingPointError as error:
             raise CryoreconError(
                 f"The training diverged: {error}",
-                "Lower the rates: --set encoder_rate=3e-4 --set decoder_rate=0.02",
+                "Lower the rates: --set encoder_rate=3e-4 --set decoder_rate=0.02; the last good "
+                "state is kept",
             ) from error
 
     def _judge(self, run: Amortized, images: ImageSet, held: torch.Tensor) -> None:

@@ -26,7 +26,7 @@ from cryorecon.run.consensus_results import (
     write_curves,
     write_pictures,
 )
-from cryorecon.run.job import Job, open_job, write_output_nodes
+from cryorecon.run.job import Job, Task, open_job, write_output_nodes
 
 # Agreement that counts reaches this many cycles per particle diameter: unlike molecules of one
 # size, aligned, reach 2.6 once chance is taken out.
@@ -97,7 +97,8 @@ def consensus(
         raise _nothing(without)
     first, n_rows = _first_file(jobs[0]) if jobs else (Path(), 0)
     settings, seed = {"jobs": list(paths), "consensus": options}, options.seed
-    with open_job(output, console, inputs or first, n_rows, settings, seed) as job:
+    task = Task("consensus", inputs or first, n_rows, settings, settings, seed)
+    with open_job(output, console, task) as job:
         if not jobs:
             raise _nothing(without)
         _run(job, jobs, without, options, group)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -16,8 +18,12 @@ import yaml
 from rich.console import Console
 
 from cryorecon import __version__
+from cryorecon.errors import CryoreconError
 from cryorecon.io.files import make_folder, replacing, sha256_of
 from cryorecon.io.star import read_star, write_star
+from cryorecon.run.checkpoint import NAME, Checkpoint
+from cryorecon.run.progress import Update, stage_bar
+from cryorecon.run.stopping import ABORT_FILE, Stop, listening
 
 _MARKERS = {
     "success": "RELION_JOB_EXIT_SUCCESS",
@@ -26,6 +32,7 @@ _MARKERS = {
 }
 # What jobs write besides log and job.yaml, which are replaced at once.
 _OUTPUTS = (
+    NAME,
     "initial_model.mrc",
     "initial_model_C1.mrc",
     "initial_model_aligned.mrc",
@@ -55,10 +62,23 @@ _OUTPUTS = (
 
 
 class Job:
-    """An open job: ``say`` writes a line to the terminal and to ``run.log``."""
+    """An open job: ``say`` writes a line to the terminal and to ``run.log``.
 
-    def __init__(self, folder: Path, console: Console, log: TextIO) -> None:
+    Attributes
+    ----------
+    folder : Path
+    console : Console
+    stop : Stop
+        Whether somebody has asked the job to end.
+    checkpoint : Checkpoint
+        What a continued job begins with.
+    """
+
+    def __init__(
+        self, folder: Path, console: Console, log: TextIO, stop: Stop, checkpoint: Checkpoint
+    ) -> None:
         self.folder, self.console = folder, console
+        self.stop, self.checkpoint = stop, checkpoint
         self._log, self._start = log, time.monotonic()
 
     def say(self, line: str) -> None:
@@ -96,18 +116,74 @@ class Job:
             rows.append(row)
         write_star(path, {"rounds": pd.DataFrame(rows)})
 
+    @contextmanager
+    def bar(self, title: str, total: int, unit: str = "images") -> Iterator[Update]:
+        """A progress bar; RELION's request to end is looked for whenever it moves."""
+        with stage_bar(self.console, title, total, unit) as update:
 
-def _describe(inputs: Path, n_rows: int, config: Any, seed: int) -> dict[str, Any]:
+            def tick(done: int, note: str = "") -> None:
+                self.stop.poll()
+                update(done, note)
+
+            yield tick
+
+    def tell_how_to_go_on(self) -> None:
+        """What is kept, and the command that continues the job."""
+        # Alone on its line, to be copied; the log may be on a full disk.
+        for line in (self.checkpoint.describe(), continue_command(self.folder)):
+            self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self.say("stopped")
+
+
+def continue_command(folder: Path) -> str:
+    """What continues a job of any engine."""
+    return shlex.join(["cryorecon", "abinitio", "--continue", str(folder)])
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What a job does, as ``job.yaml`` records it.
+
+    Attributes
+    ----------
+    kind : str
+        Which function of this layer runs it.
+    inputs : Path
+        The particle STAR file, or a moments file.
+    n_rows : int
+        Particles in use.
+    config : dataclass, or dict of them
+        The resolved settings.
+    options : dataclass, or dict of them
+        What the user chose: a continued job is run with these.
+    seed : int
+    """
+
+    kind: str
+    inputs: Path
+    n_rows: int
+    config: Any
+    options: Any
+    seed: int
+
+
+def _describe(task: Task) -> dict[str, Any]:
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "program": f"cryorecon {__version__}",
-        "command": " ".join(sys.argv),
-        "input": str(inputs),
-        "input_sha256": sha256_of(inputs),
-        "input_rows": n_rows,
-        "seed": seed,
+        "command": shlex.join(sys.argv),
+        "directory": str(Path.cwd()),
+        "kind": task.kind,
+        "input": str(task.inputs),
+        "input_sha256": sha256_of(task.inputs),
+        "input_rows": task.n_rows,
+        "seed": task.seed,
         "torch": str(torch.__version__),
+        "cuda": torch.version.cuda,
+        "gpu": gpus,
         "threads": torch.get_num_threads(),
-        "config": yaml.safe_load(yaml.safe_dump(_plain(config))),
+        "config": _plain(task.config),
+        "options": _plain(task.options),
     }
 
 
@@ -122,39 +198,61 @@ def _plain(value: Any) -> Any:
 
 
 @contextmanager
-def open_job(
-    folder: Path, console: Console, inputs: Path, n_rows: int, config: Any, seed: int
-) -> Iterator[Job]:
+def open_job(folder: Path, console: Console, task: Task, *, resume: bool = False) -> Iterator[Job]:
     """Make the directory, record what runs in ``job.yaml``, and leave a marker at the end.
 
     Parameters
     ----------
-    inputs : Path
-        The particle STAR file.
-    config : dataclass, or dict of them
-        The resolved settings.
+    resume : bool
+        Go on with what the directory holds; else whatever an earlier job wrote is removed.
+
+    Raises
+    ------
+    StoppedError
+        If the user or RELION asked to stop; what is kept and how to go on has been told.
     """
     make_folder(folder)
-    _clear(folder)
-    with replacing(folder / "job.yaml") as temporary:
-        temporary.write_text(
-            yaml.safe_dump(_describe(inputs, n_rows, config, seed), sort_keys=False), "utf-8"
-        )
+    _clear(folder, outputs=not resume)
+    if not resume:
+        with replacing(folder / "job.yaml") as temporary:
+            text = yaml.safe_dump(_describe(task), sort_keys=False)
+            temporary.write_text(text, "utf-8")
     outcome = "failure"
     try:
-        with (folder / "run.log").open("w", encoding="utf-8") as log:
-            yield Job(folder, console, log)
-        outcome = "success"
-    except KeyboardInterrupt:
-        outcome = "aborted"
-        raise
+        with (
+            listening(folder) as stop,
+            (folder / "run.log").open("a" if resume else "w", encoding="utf-8") as log,
+        ):
+            checkpoint = Checkpoint(folder / NAME, stop, resume=resume)
+            job = Job(folder, console, log, stop, checkpoint)
+            try:
+                yield job
+            except KeyboardInterrupt:
+                outcome = "aborted"
+                job.tell_how_to_go_on()
+                raise
+            except (CryoreconError, OSError) as error:
+                if checkpoint.path.exists() and isinstance(error.__cause__ or error, OSError):
+                    # The disk's fault, not the job's.
+                    with contextlib.suppress(OSError):
+                        job.tell_how_to_go_on()
+                raise
+            outcome = "success"
     finally:
-        (folder / _MARKERS[outcome]).touch()
+        # On a full disk there is no room even for a marker; the error itself must be seen.
+        with contextlib.suppress(OSError):
+            (folder / _MARKERS[outcome]).touch()
+    checkpoint.remove()
 
 
-def _clear(folder: Path) -> None:
+def finished(folder: Path) -> bool:
+    """Whether a job's directory bears the marker of success."""
+    return (folder / _MARKERS["success"]).exists()
+
+
+def _clear(folder: Path, *, outputs: bool) -> None:
     """Remove what an earlier job wrote: a job that fails must not seem to have made it."""
-    for pattern in (*_MARKERS.values(), *_OUTPUTS):
+    for pattern in (*_MARKERS.values(), ABORT_FILE, *(_OUTPUTS if outputs else ())):
         for path in folder.glob(pattern):
             path.unlink()
 

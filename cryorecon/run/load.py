@@ -81,6 +81,11 @@ def memory_needed(n: int, box: int) -> int:
     return n * len(half_plane(box)) * _BYTES
 
 
+def memory_to_use() -> float:
+    """Bytes that held images may take: half of what is free."""
+    return _SHARE_OF_MEMORY * psutil.virtual_memory().available
+
+
 def load_observations(
     particles: Particles,
     diameter: float,
@@ -114,9 +119,7 @@ def load_observations(
     outside = 1 - soft_ball(particles.box, radius_px, 2.0, 2)
     disk = _FromDisk(particles, particles.ctf_parameters(), plane, outside)
     if keep == "auto":
-        free = psutil.virtual_memory().available
-        fits = memory_needed(n, particles.box) < _SHARE_OF_MEMORY * free
-        keep = "memory" if fits else "disk"
+        keep = "memory" if memory_needed(n, particles.box) < memory_to_use() else "disk"
     held = n if keep == "memory" else 0
     store = _InMemory(
         torch.empty(held, len(plane), dtype=torch.complex64), torch.empty(held, len(plane))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import healpix
@@ -23,8 +25,9 @@ from cryorecon.io.particles import read_particles
 from cryorecon.io.star import write_star
 from cryorecon.maps.align import align_maps, apply_alignment
 from cryorecon.maps.fsc import crossing_shell, fsc_curve
+from cryorecon.run.checkpoint import Entry
 from cryorecon.run.curves import FscCurve, write_fsc_star
-from cryorecon.run.job import Job, open_job, write_output_nodes
+from cryorecon.run.job import Job, Task, open_job, write_output_nodes
 from cryorecon.run.load import map_like
 from cryorecon.run.moment_maps import aligned, on_images
 from cryorecon.run.moment_start_map import (
@@ -33,10 +36,9 @@ from cryorecon.run.moment_start_map import (
     compare_with_starts,
     fit_start_map,
 )
-from cryorecon.run.moments import MomentsOptions, moments_of, resolve_geometry
-from cryorecon.run.moments_store import read_moments
+from cryorecon.run.moments import MomentsOptions, moments_of, resolve_geometry, state_path
+from cryorecon.run.moments_store import finished_moments, read_moments
 from cryorecon.run.plots import fsc_figure, map_figure, save_figure, view_density_figure
-from cryorecon.run.progress import stage_bar
 from cryorecon.run.report import report_at_end
 
 # Starts whose misfit is within this factor of the best one's fit the moments as well.
@@ -75,7 +77,12 @@ class MomentReconstructOptions:
 
 
 def reconstruct_moments(
-    path: Path, output: Path, options: MomentReconstructOptions, console: Console
+    path: Path,
+    output: Path,
+    options: MomentReconstructOptions,
+    console: Console,
+    *,
+    resume: bool = False,
 ) -> None:
     """Fit a map and a view density to a moments file and write what can be trusted.
 
@@ -85,6 +92,8 @@ def reconstruct_moments(
         From ``cryorecon moments estimate``, in either form.
     output : Path
         Job directory.
+    resume : bool
+        Go on with what an interrupted job left there.
 
     Raises
     ------
@@ -100,7 +109,8 @@ def reconstruct_moments(
         given = map_like(options.start_map.path, moments.geometry, "start map")
     elif options.engine.starts == 0:
         raise CryoreconError("Nothing to start from", "Give --starts 2 or more, or --start-map")
-    with open_job(output, console, path, moments.n_images, options, options.seed) as job:
+    task = Task("moments-fit", path, moments.n_images, options, options, options.seed)
+    with open_job(output, console, task, resume=resume) as job:
         _fit_and_write(job, path, moments, options, reference, given)
 
 
@@ -110,6 +120,8 @@ def abinitio_moments(
     wanted: MomentsOptions,
     options: MomentReconstructOptions,
     console: Console,
+    *,
+    resume: bool = False,
 ) -> None:
     """Both steps in one job directory: ``moments.h5``, then the map.
 
@@ -118,21 +130,27 @@ def abinitio_moments(
     CryoreconError
         If input or options do not fit, or the moments do not determine a map.
     StoppedError
-        After Ctrl-C while images are averaged; the state is on disk.
+        If asked to stop; the state is on disk.
     """
     particles = read_particles(star, wanted.project)
     resolve_geometry(wanted, particles.box, particles.pixel_size_angst)
     both = {"moments": wanted, "fit": options}
-    with open_job(output, console, star, len(particles), both, options.seed) as job:
+    task = Task("moments", star, len(particles), both, both, options.seed)
+    with open_job(output, console, task, resume=resume) as job:
         path = job.path("moments.h5")
-        with stage_bar(console, "Averaging", len(particles)) as bar:
-            found = moments_of(
-                particles,
-                path,
-                wanted,
-                progress=lambda done, _: bar(done),
-                finishing=lambda *done: bar(len(particles), "noise: shell {} of {}".format(*done)),
-            )
+        found = finished_moments(path, star) if resume else None
+        if found is None:
+            begun = resume and state_path(path).exists()
+            with job.bar("Averaging", len(particles)) as bar:
+                found = moments_of(
+                    particles,
+                    path,
+                    wanted,
+                    begun,
+                    lambda done, _: bar(done),
+                    job.stop,
+                    lambda *done: bar(len(particles), "noise: shell {} of {}".format(*done)),
+                )
         _fit_and_write(job, path, found, options, None)
 
 
@@ -201,19 +219,26 @@ def _all_starts(
 ) -> list[tuple[int, MomentFit]]:
     """Number of the start and its fit, the best first; starts that diverge are told and left."""
     starts = options.engine.starts
-    fits: list[tuple[int, MomentFit]] = []
-    with stage_bar(job.console, "Fitting", starts * fitter.steps, unit="steps") as bar:
-        done = 0
+    saved = job.checkpoint.get("starts") or {"tried": 0, "fits": [], "going": None}
+    fits = [(entry["number"], fitter.restored(entry)) for entry in saved["fits"]]
+    if saved["tried"] or saved["going"]:
+        job.say(f"{saved['tried']} starts taken from the checkpoint")
+    with job.bar("Fitting", starts * fitter.steps, unit="steps") as bar:
+        for start in range(saved["tried"], starts):
+            done = start * fitter.steps
 
-        def progress(steps: int) -> None:
-            nonlocal done
-            done += steps
-            bar(done, f"start {1 + done // fitter.steps} of {starts}")
+            def progress(steps: int) -> None:
+                nonlocal done
+                done += steps
+                bar(done, f"start {1 + done // fitter.steps} of {starts}")
 
-        for start in range(starts):
+            def keep(going: Callable[[], Entry], start: int = start) -> None:
+                job.checkpoint.put("starts", lambda: _packed(fits, start, going()))
+
             generator = torch.Generator().manual_seed(options.seed * 1000 + start)
+            going = saved["going"] if start == saved["tried"] else None
             try:
-                fit = fitter.fit(generator, progress)
+                fit = fitter.fit(generator, progress, going, keep)
             except FloatingPointError as error:
                 job.say(f"start {start + 1} diverged: {error}")
                 continue
@@ -223,9 +248,16 @@ def _all_starts(
                 f"start {start + 1}: misfit {fit.misfit:.3g}, errors of the moments "
                 f"{one:.4f} and {two:.4f}"
             )
+            pack = partial(_packed, fits, start + 1, None)
+            job.checkpoint.put("starts", pack, force=start + 1 == starts)
     if not fits:
         raise CryoreconError("All starts diverged", "Lower --set rate")
     return sorted(fits, key=lambda pair: pair[1].misfit)
+
+
+def _packed(fits: list[tuple[int, MomentFit]], tried: int, going: Entry | None) -> Entry:
+    done = [{"number": number, **fit.state()} for number, fit in fits]
+    return {"tried": tried, "fits": done, "going": going}
 
 
 def _tell_information(fitter: Fitter, best: MomentFit, geometry: MomentsGeometry, job: Job) -> None:

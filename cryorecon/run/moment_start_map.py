@@ -13,10 +13,11 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from cryorecon.engines.moment_fit import Fitter, MomentFit, Target
+from cryorecon.engines.moment_fit import Fitter, MomentFit
 from cryorecon.engines.moment_information import expected_fsc, free_map_share, information_bytes
 from cryorecon.engines.moment_models import Beads
 from cryorecon.engines.moment_starts import fit_from_map, start_steps
+from cryorecon.engines.moment_target import Target
 from cryorecon.engines.moments import MomentsGeometry
 from cryorecon.errors import CryoreconError
 from cryorecon.io.mrc import write_map
@@ -25,7 +26,6 @@ from cryorecon.maps.fsc import crossing_shell
 from cryorecon.physics.fourier import lowpass
 from cryorecon.run.job import Job
 from cryorecon.run.moment_maps import aligned, fsc_by_radius, on_images, on_particle_box
-from cryorecon.run.progress import stage_bar
 
 # A random start whose misfit is below this many times the given map's fits the moments as well.
 AS_GOOD = 2.0
@@ -96,7 +96,7 @@ def fit_start_map(
     blurred, name = _blurred(inside, start, geometry), f"{start.path}"
     name += f" low-passed to {start.blur_angst:g} A" if start.blur_angst > 0 else ""
     generator = torch.Generator().manual_seed(seed)
-    with stage_bar(job.console, f"Start {start.path.name}", start_steps(fitter), "steps") as bar:
+    with job.bar(f"Start {start.path.name}", start_steps(fitter), "steps") as bar:
         done = 0
 
         def progress(steps: int) -> None:

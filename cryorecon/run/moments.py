@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 import numpy as np
 import psutil
@@ -28,6 +25,7 @@ from cryorecon.physics.imaging import noise_powers_outside, noise_unmixing
 from cryorecon.physics.masks import soft_ball
 from cryorecon.run.load import normalised, refuse_blank
 from cryorecon.run.moments_store import Progress, load_progress, new_sums, save_progress
+from cryorecon.run.stopping import Stop, StoppedError, listening
 
 _BLOCK = 128
 _DEFAULT_RADIUS = 16
@@ -74,14 +72,6 @@ class MomentsOptions:
     project: Path | None = None
     device: str = "cpu"
     checkpoint_images: int = 20_000
-
-
-class StoppedError(KeyboardInterrupt):
-    """The user asked to stop; the state is on disk."""
-
-    def __init__(self, done: int, total: int, state: Path) -> None:
-        self.done, self.total, self.state = done, total, state
-        super().__init__(f"{done} of {total} images are in {state}")
 
 
 def resolve_geometry(options: MomentsOptions, box: int, pixel_size_angst: float) -> MomentsGeometry:
@@ -229,7 +219,7 @@ def estimate_moments(
         After Ctrl-C, with the state on disk.
     """
     particles = read_particles(path, options.project)
-    return moments_of(particles, output, options, resume, progress, finishing)
+    return moments_of(particles, output, options, resume, progress, finishing=finishing)
 
 
 def moments_of(
@@ -238,9 +228,10 @@ def moments_of(
     options: MomentsOptions,
     resume: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    stop: Stop | None = None,
     finishing: Callable[[int, int], None] | None = None,
 ) -> Moments:
-    """The same for particles whose table is read."""
+    """The same for particles whose table is read; `stop` is the job's, if there is one."""
     geometry = resolve_geometry(options, particles.box, particles.pixel_size_angst)
     if geometry.form == "full":
         check_full(geometry, psutil.virtual_memory().available)
@@ -250,7 +241,8 @@ def moments_of(
         done = load_progress(state, geometry, source, options.device)
     else:
         done = Progress(new_sums(geometry, options.device), 0, len(particles), (source,))
-    done = _pass(particles, done, state, options, progress)
+    with nullcontext(stop) if stop is not None else listening(grace_s=None) as asked:
+        done = _pass(particles, done, state, options, progress, asked)
     if geometry.max_radius > _LONG_FINISH:
         # Solving for the moments takes long at high radii: an interruption must lose no sums.
         save_progress(state, done)
@@ -271,44 +263,22 @@ def _pass(
     state: Path,
     options: MomentsOptions,
     progress: Callable[[int, int], None] | None,
+    stop: Stop,
 ) -> Progress:
     sums: MomentSums = done.sums
     reader, total = _Reader.of(particles, sums.geometry), len(particles)
     order = torch.from_numpy(particles.file_order())
     seen = saved = done.images_done
-    with _deferred_interrupt() as asked:
-        for rows in order[seen:].split(_BLOCK):
-            sums.add(reader.read(rows, sums.frequencies))
-            seen += len(rows)
-            now = dataclasses.replace(done, images_done=seen)
-            if progress is not None:
-                progress(seen, total)
-            if asked.is_set() and seen < total:
-                save_progress(state, now)
-                raise StoppedError(seen, total, state)
-            if seen - saved >= options.checkpoint_images and seen < total:
-                save_progress(state, now)
-                saved = seen
+    for rows in order[seen:].split(_BLOCK):
+        sums.add(reader.read(rows, sums.frequencies))
+        seen += len(rows)
+        now = dataclasses.replace(done, images_done=seen)
+        if progress is not None:
+            progress(seen, total)
+        if stop.asked and seen < total:
+            save_progress(state, now)
+            raise StoppedError(f"{seen} of {total} images are in {state}")
+        if seen - saved >= options.checkpoint_images and seen < total:
+            save_progress(state, now)
+            saved = seen
     return dataclasses.replace(done, images_done=total)
-
-
-@contextmanager
-def _deferred_interrupt() -> Iterator[threading.Event]:
-    """Note Ctrl-C instead of stopping in the middle of a block; a second one stops at once."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-    before = signal.getsignal(signal.SIGINT)
-
-    def note(number: int, frame: FrameType | None) -> None:
-        del number, frame
-        if asked.is_set():
-            raise KeyboardInterrupt
-        asked.set()
-
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -13,6 +13,7 @@ from cryorecon.engines.moment_sums_full import FullSums
 from cryorecon.engines.moment_sums_steerable import SteerableSums
 from cryorecon.engines.moments import Moments, MomentsGeometry
 from cryorecon.errors import CryoreconError
+from cryorecon.io.files import sha256_of
 from cryorecon.io.moments_file import MomentsData, read_moments_data, write_moments
 from cryorecon.run.moments_check import array_of, count_of, geometry_of, moments_of_file
 
@@ -137,6 +138,14 @@ def read_moments(path: str | Path) -> Moments:
             f"{path} is not finished", "Go on with `cryorecon moments estimate --continue`"
         )
     return moments_of_file(path, data)
+
+
+def finished_moments(path: Path, star: Path) -> Moments | None:
+    """The moments of a STAR file, if an earlier run of the job has finished them."""
+    if not path.exists():
+        return None
+    progress, complete = _read_sums(path)
+    return read_moments(path) if complete and progress.sources == (sha256_of(star),) else None
 
 
 def merge_moments(first: Path, second: Path, output: Path) -> Moments:

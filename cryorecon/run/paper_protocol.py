@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,10 +17,10 @@ from cryorecon.engines.rmfn_paper import PaperConfig, PaperProtocol, perturbed
 from cryorecon.io.mrc import write_map
 from cryorecon.io.particles import Particles, read_particles
 from cryorecon.maps.poses import compare_pose_sets
-from cryorecon.run.job import Job, open_job, write_output_nodes
+from cryorecon.run.checkpoint import Entry, broken
+from cryorecon.run.job import Job, Task, open_job, write_output_nodes
 from cryorecon.run.load import load_observations
 from cryorecon.run.plots import map_figure, pose_error_figure, save_figure
-from cryorecon.run.progress import stage_bar
 
 LEAST_DEG, MOST_DEG = 45.0, 90.0
 
@@ -42,7 +44,12 @@ class PaperOptions:
 
 
 def abinitio_perturbed(
-    star: str | Path, output: str | Path, options: PaperOptions, console: Console
+    star: str | Path,
+    output: str | Path,
+    options: PaperOptions,
+    console: Console,
+    *,
+    resume: bool = False,
 ) -> None:
     """Run the protocol from the poses of a STAR file, each turned by 45 to 90 degrees.
 
@@ -60,9 +67,10 @@ def abinitio_perturbed(
     if options.diameter_angst is not None:
         config = dataclasses.replace(config, diameter=options.diameter_angst / side_angst)
     given = euler_to_matrix(torch.from_numpy(particles.euler_deg())).float()
-    with open_job(Path(output), console, Path(star), len(particles), config, options.seed) as job:
+    task = Task("perturbed", Path(star), len(particles), config, options, options.seed)
+    with open_job(Path(output), console, task, resume=resume) as job:
         job.say(f"poses start {LEAST_DEG:g} to {MOST_DEG:g} degrees FROM THOSE IN {star}")
-        with stage_bar(console, "Reading", len(particles)) as bar:
+        with job.bar("Reading", len(particles)) as bar:
             observations = load_observations(particles, config.diameter, lambda n, _: bar(n))
         run = _begin(particles, observations.whole(), config, given, options.seed)
         _train(job, run, particles)
@@ -83,14 +91,32 @@ def _begin(
 
 
 def _train(job: Job, run: PaperProtocol, particles: Particles) -> None:
-    total = sum(run.config.epochs)
-    with stage_bar(job.console, "Training", total * len(particles)) as bar:
-        for scale, done, loss in run.epochs():
+    total, begun = sum(run.config.epochs), 0
+    saved = job.checkpoint.get("training")
+    if saved is not None:
+        begun = saved["epochs"]
+        run.load(saved["run"])
+        job.say(f"the training goes on after {begun} epochs")
+    with job.bar("Training", total * len(particles)) as bar:
+        for scale, done, loss in _epochs(run, begun):
             band = run.bands[scale]
             angst = shell_to_angst(band, particles.box, particles.pixel_size_angst)
             bar(done * len(particles), f"scale {scale + 1} at {angst:.1f} A, loss {loss:.4f}")
             if done == total or done == sum(run.config.epochs[: scale + 1]):
                 job.say(f"epoch {done}: scale {scale + 1} at {angst:.1f} A, loss {loss:.4f}")
+            pack = partial(_pack, run, done)
+            job.checkpoint.put("training", pack, force=done == total)
+
+
+def _pack(run: PaperProtocol, done: int) -> Entry:
+    return {"epochs": done, "run": run.state()}
+
+
+def _epochs(run: PaperProtocol, begun: int) -> Iterator[tuple[int, int, float]]:
+    try:
+        yield from run.epochs(begun)
+    except FloatingPointError as error:
+        raise broken("The training", error) from error
 
 
 def _write(job: Job, run: PaperProtocol, particles: Particles, given: torch.Tensor) -> None:

@@ -6,7 +6,6 @@ from torch import Tensor
 
 from cryorecon.conventions import matrix_to_euler
 from cryorecon.engines.reconstruction import Reconstruction, RefineConfig
-from cryorecon.engines.rounds import half_maps
 from cryorecon.io.mrc import write_map
 from cryorecon.io.particles import Particles
 from cryorecon.run.curves import FscCurve, write_fsc_star, write_fsc_xml
@@ -85,7 +84,7 @@ def write_results(
 
 def _write_halves(job: Job, state: Reconstruction, particles: Particles, label: str) -> None:
     box, pixel = particles.box, particles.pixel_size_angst
-    for number, volume in enumerate(half_maps(state, box), 1):
+    for number, volume in enumerate(state.halves, 1):
         write_map(job.path(f"run_half{number}_class001_unfil.mrc"), volume.numpy(), pixel)
     aligned = label == _HALVES_LABEL["independent"]
     mask = "soft sphere of the diameter"

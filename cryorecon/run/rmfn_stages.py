@@ -14,7 +14,8 @@ from cryorecon.engines.rmfn import RmfnConfig, Search, fit_scales, new_map, scal
 from cryorecon.engines.search import evidence
 from cryorecon.errors import CryoreconError
 from cryorecon.physics.rotations import so3_grid
-from cryorecon.run.progress import stage_bar
+from cryorecon.run.checkpoint import Entry, broken, frozen
+from cryorecon.run.progress import Update
 from cryorecon.run.stages import HELD_OUT, Stages, beyond_noise, refuse_noise
 
 
@@ -33,16 +34,39 @@ class RmfnStages(Stages):
 
     def begin(self, images: ImageSet, half: torch.Tensor) -> Reconstruction:
         """Search, then give every image its best pose."""
-        found = self.search(images)
-        self.network = found.network
+        self.network = self.search(images)
         with torch.no_grad():
-            volume = found.network.volume(0)
+            volume = self.network.volume(0)
         return self._assigned(volume, images, half)
+
+    def engine_state(self) -> Entry:
+        """The network."""
+        assert self.network is not None
+        return {"network": self.network.state()}
+
+    def load_engine(self, state: Entry, images: ImageSet) -> None:
+        """Go on from what :meth:`engine_state` gave."""
+        self.network = self._network(state["network"], images)
+
+    def _network(self, state: Entry, images: ImageSet) -> NetworkMap | GridMap:
+        # What a fresh network draws is thrown away.
+        network = new_map(self.config, images.plane.box, torch.Generator(), self.mask)
+        network.load(state)
+        return network
 
     def from_map(
         self, images: ImageSet, half: torch.Tensor, volume: torch.Tensor
     ) -> Reconstruction:
         """Assign and refine, with a given map in place of the search's."""
+
+        def begin() -> Reconstruction:
+            return self._assigned_to(images, half, volume)
+
+        return self.go_through("map", images, begin, self.refine)
+
+    def _assigned_to(
+        self, images: ImageSet, half: torch.Tensor, volume: torch.Tensor
+    ) -> Reconstruction:
         config, box = self.config, images.plane.box
         scaled = scaled_to_images(volume, images, config)
         band = config.search_band(box)
@@ -58,9 +82,7 @@ class RmfnStages(Stages):
                 "It must be white on black, of this particle; or leave it out and search",
             )
         self.network = new_map(config, box, self.generator, self.mask)
-        state = self._assigned(scaled, images, half)
-        self.refine(state, images)
-        return state
+        return self._assigned(scaled, images, half)
 
     def scale_maps(self, joint: torch.Tensor) -> list[torch.Tensor]:
         """The network's scales, coarse to fine, fitted to the final map."""
@@ -71,40 +93,96 @@ class RmfnStages(Stages):
     def _assigned(
         self, volume: torch.Tensor, images: ImageSet, half: torch.Tensor
     ) -> Reconstruction:
-        with stage_bar(self.job.console, "Assigning", len(images)) as bar:
+        with self.job.bar("Assigning", len(images)) as bar:
             state = assign(volume, self.support, images, half, self.config, self.generator, bar)
         self.job.say("every image has a first pose")
         return state
 
-    def search(self, images: ImageSet) -> Search:
-        """Run the starts and keep the likeliest."""
-        config, box = self.config, images.plane.box
+    def search(self, images: ImageSet) -> NetworkMap | GridMap:
+        """Run the starts and keep the likeliest one's map."""
+        config = self.config
         n_held = min(HELD_OUT, len(images) // 5)
         n = min(config.search_images, len(images) - n_held)
-        best: Search | None = None
-        band = config.search_band(box)
-        band_angst = self._angst(band, box)
-        self.job.say(f"searching from random poses at {band_angst:.1f} A with {n} images")
-        for start in range(config.n_starts):
-            order = torch.randperm(len(images), generator=self.generator)
-            rows, held = order[:n], order[n : n + n_held]
-            search = Search(config, images.select(rows, band), self.generator, self.mask)
-            title = f"Search {start + 1}/{config.n_starts}"
-            with stage_bar(self.job.console, title, n * len(config.temperatures)) as bar:
-                done = 0
-                for temperature in config.temperatures:
-                    for batch in search.batches():
-                        effective = search.step(batch, temperature)
-                        done += len(batch)
-                        bar(done, f"{band_angst:.1f} A, {effective:.1f} poses an image")
-                    search.end_epoch()
-            search.judge(images.select(held, band))
+        band_angst = self._angst(config.search_band(images.plane.box), images.plane.box)
+        saved = self.job.checkpoint.get(self.part)
+        run = _Starts() if saved is None else _Starts(**saved["search"])
+        if saved is None:
+            self.job.say(f"searching from random poses at {band_angst:.1f} A with {n} images")
+        else:
+            self.generator.set_state(saved["generator"])
+            self.job.say(f"search: start {run.start + 1} goes on after {run.epochs} epochs")
+        while run.start < config.n_starts:
+            search = self._one_start(run, images, n, n_held)
             self.job.say(
-                f"start {start + 1}: log-evidence {search.log_evidence:.2f} an image, "
+                f"start {run.start + 1}: log-evidence {search.log_evidence:.2f} an image, "
                 f"{search.held_out_evidence:.2f} of {n_held} held out"
             )
-            if best is None or search.log_evidence > best.log_evidence:
-                best = search
-        assert best is not None
-        refuse_noise(best.held_out_evidence, best.held_out_error)
-        return best
+            if run.best is None or search.log_evidence > run.best["log_evidence"]:
+                run.best = frozen(search.state())
+            run.start, run.epochs, run.order, run.state = run.start + 1, 0, None, None
+            self._keep_search(run, force=run.start == config.n_starts)
+        assert run.best is not None
+        refuse_noise(run.best["held_out_evidence"], run.best["held_out_error"])
+        return self._network(run.best["network"], images)
+
+    def _one_start(self, run: _Starts, images: ImageSet, n: int, n_held: int) -> Search:
+        """All epochs of a start, or those that are left of it."""
+        config, box = self.config, images.plane.box
+        band = config.search_band(box)
+        at = self.generator.get_state()
+        fresh = run.order is None
+        if run.order is None:
+            run.order = torch.randperm(len(images), generator=self.generator)
+        rows, held = run.order[:n], run.order[n : n + n_held]
+        search = Search(config, images.select(rows, band), self.generator, self.mask)
+        if not fresh:
+            search.load(run.state or {})
+            self.generator.set_state(at)
+        title = f"Search {run.start + 1}/{config.n_starts}"
+        with self.job.bar(title, n * len(config.temperatures)) as bar:
+            while run.epochs < len(config.temperatures):
+                self._epoch(search, run, n * run.epochs, bar)
+                run.epochs += 1
+                run.state = search.state()
+                self._keep_search(run)
+        search.judge(images.select(held, band))
+        return search
+
+    def _epoch(self, search: Search, run: _Starts, done: int, bar: Update) -> None:
+        band_angst = self._angst(search.band, search.observations.plane.box)
+        for number, batch in enumerate(search.batches(), 1):
+            try:
+                effective = search.step(batch, self.config.temperatures[run.epochs])
+            except FloatingPointError as error:
+                where = f"start {run.start + 1}, epoch {run.epochs + 1}, batch {number}"
+                raise broken(f"The search ({where})", error) from error
+            done += len(batch)
+            bar(done, f"{band_angst:.1f} A, {effective:.1f} poses an image")
+        search.end_epoch()
+
+    def _keep_search(self, run: _Starts, *, force: bool = False) -> None:
+        def pack() -> Entry:
+            return {"search": dict(vars(run)), "generator": self.generator.get_state()}
+
+        self.job.checkpoint.put(self.part, pack, force=force)
+
+
+@dataclass
+class _Starts:
+    """How far the search has come.
+
+    Attributes
+    ----------
+    start, epochs : int
+        Starts that are done; epochs of the next one that are.
+    order : Tensor, shape (n,), optional
+        Images of the start that is going on, in the order in which they were drawn.
+    state, best : dict, optional
+        Of the start that is going on, and of the likeliest that is done.
+    """
+
+    start: int = 0
+    epochs: int = 0
+    order: torch.Tensor | None = None
+    state: Entry | None = None
+    best: Entry | None = None

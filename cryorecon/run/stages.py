@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from cryorecon.conventions import shell_to_angst
 from cryorecon.engines.observations import ImageSet
-from cryorecon.engines.reconstruction import Reconstruction, RefineConfig, best_grid_poses
-from cryorecon.engines.rounds import (
-    RoundReport,
-    agreement_band,
-    half_maps,
-    reassign,
-    refine_round,
-)
+from cryorecon.engines.reconstruction import Reconstruction, best_grid_poses
+from cryorecon.engines.rounds import RoundReport, agreement_band, reassign, refine_round
 from cryorecon.errors import CryoreconError
 from cryorecon.maps.align import align_maps
 from cryorecon.maps.chance import beyond_chance, chance_fsc
@@ -24,14 +19,12 @@ from cryorecon.maps.fsc import fsc_curve
 from cryorecon.maps.poses import mirror_poses, rotate_poses, shift_origins
 from cryorecon.maps.symmetry import find_symmetry
 from cryorecon.physics.fourier import lowpass
-from cryorecon.physics.masks import Support
 from cryorecon.physics.symmetry import symmetry_group
-from cryorecon.run.job import Job
-from cryorecon.run.progress import stage_bar
+from cryorecon.run.checkpoint import broken
+from cryorecon.run.parts import HALF_SETS, Parts, Place
 
-# All images are searched again after this round, and every second round from then on while more
-# than this share of them finds a better pose.
-_FIRST_NEW_SEARCH = 3
+# All images are searched again every second round while more than this share of them finds a
+# better pose.
 _ENOUGH_FOUND = 0.02
 # The axes are looked for where half maps agree by more than this; copies that correlate less are
 # doubtful.
@@ -41,6 +34,15 @@ _DOUBTFUL = 0.3
 # standard errors?
 HELD_OUT = 200
 _SURE = 3.0
+
+
+# What ``rounds.star`` puts before the stage's name: rounds are counted anew in each part.
+_IN_TABLE = {
+    "half set 1": "half-set-1-",
+    "half set 2": "half-set-2-",
+    "all": "all-particles-",
+    "symmetry": "symmetric-",
+}
 
 
 def beyond_noise(log_evidence: float, error: float) -> bool:
@@ -64,65 +66,51 @@ def refuse_noise(log_evidence: float, error: float) -> None:
 
 
 @dataclass
-class Stages(ABC):
-    """One run's surroundings: where it logs, its settings and its random numbers.
-
-    Attributes
-    ----------
-    part : str
-        What ``rounds.star`` puts before the stage's name: rounds are counted anew in each part.
-    """
-
-    job: Job
-    config: RefineConfig
-    generator: torch.Generator
-    pixel_size_angst: float
-    mask: torch.Tensor | None = None
-    part: str = ""
+class Stages(Parts):
+    """What runs of all engines go through."""
 
     @abstractmethod
     def begin(self, images: ImageSet, half: torch.Tensor) -> Reconstruction:
         """A first pose of every image and a coarse map, from nothing."""
 
-    def from_scratch(self, images: ImageSet, half: torch.Tensor) -> Reconstruction:
+    def from_scratch(
+        self, images: ImageSet, half: torch.Tensor, part: str = "map"
+    ) -> Reconstruction:
         """Poses and half maps from random starts."""
-        state = self.begin(images, half)
-        self.refine(state, images)
-        return state
+        return self.go_through(part, images, lambda: self.begin(images, half), self.refine)
 
     def scale_maps(self, joint: torch.Tensor) -> list[torch.Tensor]:
         """Maps of an engine's scales, coarse to fine; none where it has none."""
         del joint
         return []
 
-    @property
-    def support(self) -> Support:
-        """Where maps may have density."""
-        return Support(self.config.diameter / 2, self.mask)
-
-    def refine(self, state: Reconstruction, images: ImageSet) -> None:
+    def refine(self, state: Reconstruction, images: ImageSet, place: Place) -> None:
         """Rounds against the half maps until they settle, then against the joint map."""
-        number, search_after = 0, _FIRST_NEW_SEARCH
-        while number < self.config.half_rounds:
-            if number == search_after:
+        while not place.settled and place.number < self.config.half_rounds:
+            if place.number == place.search_after:
                 share = self.search_again(state, images)
-                search_after = number + 2 if share > _ENOUGH_FOUND else -1
-            number += 1
-            moved = self.round(state, images, number, joint=False)
-            if moved < self.config.settled_deg and search_after < 0:
-                break
-        self.finish(state, images, number)
+                place.search_after = place.number + 2 if share > _ENOUGH_FOUND else -1
+                self.save(state, images, place)
+            place.number += 1
+            moved = self.round(state, images, place.number, joint=False)
+            place.settled = moved < self.config.settled_deg and place.search_after < 0
+            self.save(state, images, place)
+        self.finish(state, images, place)
 
-    def finish(self, state: Reconstruction, images: ImageSet, number: int) -> None:
+    def finish(self, state: Reconstruction, images: ImageSet, place: Place) -> None:
         """Rounds against the map of all images."""
-        state.half_poses = state.rotations.clone(), state.offsets_px.clone()
-        for joint in range(self.config.joint_rounds):
-            self.round(state, images, number + joint + 1, joint=True)
+        if place.joint < 0:
+            state.half_poses = state.rotations.clone(), state.offsets_px.clone()
+            place.joint = 0
+        while place.joint < self.config.joint_rounds:
+            place.joint += 1
+            self.round(state, images, place.number + place.joint, joint=True)
+            self.save(state, images, place)
 
     def keep(self, state: Reconstruction, images: ImageSet, *, halves: bool = True) -> None:
         """Maps from the poses as they are; half maps and their FSC too unless told otherwise."""
         state.half_poses = state.rotations.clone(), state.offsets_px.clone()
-        with stage_bar(self.job.console, "Averaging", len(images)) as bar:
+        with self.job.bar("Averaging", len(images)) as bar:
             for joint in (False, True) if halves else (True,):
                 refine_round(
                     state, images, self.config, fsc_curve, joint=joint, n_steps=0, progress=bar
@@ -130,7 +118,7 @@ class Stages(ABC):
 
     def extend(
         self,
-        state: Reconstruction,
+        first: Callable[[], Reconstruction],
         images: ImageSet,
         half: torch.Tensor,
         rows: torch.Tensor,
@@ -141,17 +129,27 @@ class Stages(ABC):
 
         Parameters
         ----------
-        state : Reconstruction
-            Of some images.
+        first : callable
+            Gives the state of some images.
         images : ImageSet
             All of them.
         half : Tensor, shape (n,), int64
         rows : Tensor, int64
-            Which of all images `state` has.
+            Which of all images `first` has.
         refine : bool
             Whether all poses are refined, as after a search: against the coarse map that they
             share at first, then half set against half set.
         """
+
+        def begin() -> Reconstruction:
+            return self._joined(first(), images, half, rows)
+
+        work = self.refine if refine else self._keep_part
+        return self.go_through("all", images, begin, work, instead_of=("map",))
+
+    def _joined(
+        self, state: Reconstruction, images: ImageSet, half: torch.Tensor, rows: torch.Tensor
+    ) -> Reconstruction:
         others = torch.ones(len(images), dtype=torch.bool)
         others[rows] = False
         rest = torch.nonzero(others)[:, 0]
@@ -160,10 +158,11 @@ class Stages(ABC):
         rotations[rest], offsets[rest] = self.read_poses(images.apart(rest), state)
         band = float(self.config.assign_band(images.plane.box))
         coarse = lowpass((state.maps[0] + state.maps[1]) / 2, band, 3)
-        self.part = "all-particles-"
-        full = Reconstruction(rotations, offsets, half, [coarse, coarse], band, self.support)
-        (self.refine if refine else self.keep)(full, images)
-        return full
+        return Reconstruction(rotations, offsets, half, [coarse, coarse], band, self.support)
+
+    def _keep_part(self, state: Reconstruction, images: ImageSet, place: Place) -> None:
+        del place
+        self.keep(state, images)
 
     def read_poses(
         self, images: ImageSet, state: Reconstruction
@@ -173,12 +172,12 @@ class Stages(ABC):
         band = config.assign_band(box)
         joint = (state.maps[0] + state.maps[1]) / 2
         nside = config.search_nside + 1
-        with stage_bar(self.job.console, "Assigning", len(images)) as bar:
+        with self.job.bar("Assigning", len(images)) as bar:
             return best_grid_poses(images.within(band), joint, config, nside, self.generator, bar)
 
     def search_again(self, state: Reconstruction, images: ImageSet) -> float:
         """Every image against the better map; the share that found a better pose."""
-        with stage_bar(self.job.console, "Searching again", len(images)) as bar:
+        with self.job.bar("Searching again", len(images)) as bar:
             share = reassign(state, images, self.config, self.generator, bar)
         self.job.say(f"searched again: {100 * share:.1f} % of the images found a better pose")
         return share
@@ -188,23 +187,26 @@ class Stages(ABC):
         box = images.plane.box
         band_angst = self._angst(state.band, box)
         title = f"Refining {'all' if joint else 'halves'} at {band_angst:.2f} A"
-        with stage_bar(self.job.console, title, len(images)) as bar:
-            report = refine_round(
-                state,
-                images,
-                self.config,
-                fsc_curve,
-                joint=joint,
-                n_steps=8 if number == 1 else 4,
-                progress=bar,
-            )
+        with self.job.bar(title, len(images)) as bar:
+            try:
+                report = refine_round(
+                    state,
+                    images,
+                    self.config,
+                    fsc_curve,
+                    joint=joint,
+                    n_steps=8 if number == 1 else 4,
+                    progress=bar,
+                )
+            except FloatingPointError as error:
+                raise broken(f"Round {number} of {self.part}", error) from error
         self.job.say(
             f"round {number} ({'joint' if joint else 'half'} maps) at {band_angst:.2f} A: "
             f"log-likelihood {report.log_likelihood:.2f}, poses moved "
             f"{report.pose_change_deg:.2f} deg and {report.offset_change_px:.2f} px, half maps "
             f"agree to {self._angst(report.agreement_band, box):.2f} A"
         )
-        stage = f"{self.part}{'joint-map' if joint else 'half-maps'}"
+        stage = f"{_IN_TABLE.get(self.part, '')}{'joint-map' if joint else 'half-maps'}"
         self.job.record_round(stage, number, self._measured(report, box))
         return report.pose_change_deg if state.band <= report.band else float("inf")
 
@@ -223,6 +225,13 @@ class Stages(ABC):
 
         Rounds against the joint map follow; half maps and FSC are those from before them.
         """
+
+        def begin() -> Reconstruction:
+            return self._both_halves(images, half)
+
+        return self.go_through("both", images, begin, self.finish, instead_of=HALF_SETS)
+
+    def _both_halves(self, images: ImageSet, half: torch.Tensor) -> Reconstruction:
         n = len(images)
         runs: list[Reconstruction] = []
         rows = [torch.nonzero(half == number)[:, 0] for number in (0, 1)]
@@ -230,10 +239,8 @@ class Stages(ABC):
             self.job.say(f"half set {number + 1}, {len(mine)} images, by itself")
             quarters = torch.randperm(len(mine), generator=self.generator) % 2
             own = images.apart(mine)
-            self.part = f"half-set-{number + 1}-"
-            runs.append(self.from_scratch(own, quarters))
+            runs.append(self.from_scratch(own, quarters, HALF_SETS[number]))
             images.gain[mine] = own.gain
-        self.part = ""
         self._move_second(runs)
         state = Reconstruction(
             torch.empty(n, 3, 3),
@@ -247,14 +254,12 @@ class Stages(ABC):
             state.rotations[mine], state.offsets_px[mine] = run.rotations, run.offsets_px
         refine_round(state, images, self.config, fsc_curve, joint=False, n_steps=0)
         self._take_out_chance(state)
-        self.finish(state, images, 0)
         return state
 
     def _take_out_chance(self, state: Reconstruction) -> None:
         """Correct the half maps' FSC for what aligning one to the other brought."""
-        box = state.maps[0].shape[-1]
-        mask = state.support.on(box)
-        first, second = half_maps(state, box)
+        mask = state.support.on(state.maps[0].shape[-1])
+        first, second = state.halves
         chance = chance_fsc(second, first, mask, self.pixel_size_angst, self.generator)
         state.chance, state.fsc = chance, beyond_chance(state.fsc, chance)
         self.job.say(
@@ -262,11 +267,25 @@ class Stages(ABC):
             f"{float(chance[1:].max()):.2f}, which is taken out"
         )
 
-    def symmetrise(self, state: Reconstruction, images: ImageSet, name: str) -> None:
+    def symmetrise(
+        self, first: Callable[[], Reconstruction], images: ImageSet, name: str
+    ) -> Reconstruction:
         """Find the axes in the map, move poses onto them, and finish with every image's copies.
 
         The half maps are made anew from the poses before any joint round.
+
+        Parameters
+        ----------
+        first : callable
+            Gives the state without symmetry.
         """
+
+        def begin() -> Reconstruction:
+            return self._on_axes(first(), images, name)
+
+        return self.go_through("symmetry", images, begin, self.finish, ("map", "all", "both"))
+
+    def _on_axes(self, state: Reconstruction, images: ImageSet, name: str) -> Reconstruction:
         box, group = images.plane.box, symmetry_group(name)
         limit = agreement_band(state.fsc, _SYMMETRY_FSC)
         fit = find_symmetry((state.maps[0] + state.maps[1]) / 2, group, limit)
@@ -284,8 +303,7 @@ class Stages(ABC):
         refine_round(state, images, self.config, fsc_curve, joint=False, n_steps=0)
         if state.chance is not None:
             state.fsc = beyond_chance(state.fsc, state.chance)
-        self.part = "symmetric-"
-        self.finish(state, images, 0)
+        return state
 
     def _move_second(self, runs: list[Reconstruction]) -> None:
         first, second = runs

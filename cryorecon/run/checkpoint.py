@@ -1,0 +1,181 @@
+"""What a job needs to go on after it was killed: one file, replaced as a whole.
+
+A run has *parts* (one, or each half set and then both), and each part one entry: the latest state
+that it can go on from. Entries are nested dicts and lists of tensors, numbers and words.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cryorecon import __version__
+from cryorecon.errors import CryoreconError
+from cryorecon.io.files import replacing
+from cryorecon.run.stopping import Stop, StoppedError
+
+NAME = "checkpoint.pt"
+_FORMAT = 1
+# Work between two checkpoints within a stage, and its least multiple of the time one takes.
+_EVERY_S = 20.0
+_TIMES_ITS_COST = 60.0
+
+Entry = dict[str, Any]
+
+
+def frozen(value: Any) -> Any:
+    """A copy that later work in place does not change; strides stay, on which sums depend."""
+    if isinstance(value, Tensor):
+        plain = value.detach()
+        if 0 in plain.stride():
+            return plain.contiguous()
+        return torch.empty_strided(
+            plain.size(), plain.stride(), dtype=plain.dtype, device=plain.device
+        ).copy_(plain)
+    if isinstance(value, dict):
+        return {key: frozen(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(frozen(item) for item in value)
+    return value
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+
+
+class Checkpoint:
+    """The file, and what of it later parts still need.
+
+    Parameters
+    ----------
+    path : Path
+    stop : Stop
+        Whoever asks to stop is heard whenever a state could be kept.
+    resume : bool
+        Begin with what the file holds, if there is one; else remove it.
+
+    Attributes
+    ----------
+    spent_s : float
+        Time that writing has taken.
+    """
+
+    def __init__(self, path: Path, stop: Stop, *, resume: bool = False) -> None:
+        self.path, self.stop = path, stop
+        self.spent_s = 0.0
+        self._due = time.monotonic() + _EVERY_S
+        self._entries: dict[str, Entry] = {}
+        if resume and path.exists():
+            self._entries = _read(path)
+        elif not resume:
+            path.unlink(missing_ok=True)
+
+    def get(self, part: str) -> Entry | None:
+        """Where a part stands; None if it has not begun."""
+        return self._entries.get(part)
+
+    def drop(self, *parts: str) -> None:
+        """Forget parts whose outcome has gone into a later one."""
+        for part in parts:
+            self._entries.pop(part, None)
+
+    def put(
+        self, part: str, pack: Callable[[], Entry], *, force: bool = False, hold: bool = False
+    ) -> None:
+        """Keep the state of a part, if the last one is old enough, or if told to.
+
+        Parameters
+        ----------
+        pack : callable
+            Gives the state; only called when it is written.
+        force : bool
+            At the end of a stage: write now.
+        hold : bool
+            At the end of a part: keep a copy for as long as other parts go on.
+
+        Raises
+        ------
+        CryoreconError
+            If the state holds numbers that are not finite, or the disk is full: the last good
+            checkpoint stays.
+        StoppedError
+            If somebody has asked to stop, with this state on disk.
+        """
+        self.stop.poll()
+        if not (force or self.stop.asked or time.monotonic() >= self._due):
+            return
+        start = time.monotonic()
+        entry = pack()
+        _refuse_broken(part, entry)
+        self._entries.pop(part, None)
+        self._write({**self._entries, part: entry})
+        if hold:
+            self._entries[part] = frozen(entry)
+        cost_s = time.monotonic() - start
+        self.spent_s += cost_s
+        self._due = time.monotonic() + max(_EVERY_S, _TIMES_ITS_COST * cost_s)
+        if self.stop.asked:
+            raise StoppedError("the state at this point is on disk")
+
+    def describe(self) -> str:
+        """How old the state on disk is, in words."""
+        if not self.path.exists():
+            return "Nothing was kept yet; what begins the job again:"
+        age = time.time() - self.path.stat().st_mtime
+        return f"{self.path} holds the state of {max(0.0, age):.0f} s ago; go on with:"
+
+    def remove(self) -> None:
+        """Delete the file: the job is finished."""
+        self.path.unlink(missing_ok=True)
+
+    def _write(self, entries: dict[str, Entry]) -> None:
+        whole = {"format": _FORMAT, "program": f"cryorecon {__version__}", "parts": entries}
+        with replacing(self.path) as temporary:
+            try:
+                torch.save(whole, temporary)
+            except RuntimeError as error:
+                # torch's writer tells a full disk by a RuntimeError.
+                raise OSError(None, f"{error}".splitlines()[0]) from error
+
+
+def _read(path: Path) -> dict[str, Entry]:
+    remedy = "Start anew with --overwrite"
+    try:
+        whole = torch.load(path, map_location="cpu", weights_only=True)
+        if whole["format"] != _FORMAT:
+            raise CryoreconError(f"{path} is of another version, {whole['program']}", remedy)
+        return whole["parts"]
+    except CryoreconError:
+        raise
+    except Exception as error:  # Whatever reading a damaged file leads to.
+        raise CryoreconError(f"{path} cannot be read as a checkpoint", remedy) from error
+
+
+def _refuse_broken(part: str, entry: Entry) -> None:
+    for tensor in _tensors(entry):
+        if not bool(torch.isfinite(tensor).all()):
+            raise CryoreconError(
+                f"The state of {part} holds numbers that are not finite",
+                "Check the images; the last good checkpoint was kept",
+            )
+
+
+def broken(where: str, error: FloatingPointError) -> CryoreconError:
+    """What a run that met numbers which are not finite tells."""
+    return CryoreconError(
+        f"{where} broke down: {error}",
+        "Look for images of extreme values and CTF columns that are off; the state from before "
+        "is kept",
+    )

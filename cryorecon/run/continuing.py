@@ -1,0 +1,173 @@
+"""Going on with a job that was killed, stopped or failed, from what its directory says."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import types
+from pathlib import Path
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import torch
+import yaml
+from rich.console import Console
+
+from cryorecon import __version__
+from cryorecon.errors import CryoreconError
+from cryorecon.io.files import sha256_of
+from cryorecon.run.abinitio import AbinitioOptions, abinitio
+from cryorecon.run.job import finished
+from cryorecon.run.moment_reconstruct import (
+    MomentReconstructOptions,
+    abinitio_moments,
+    reconstruct_moments,
+)
+from cryorecon.run.moments import MomentsOptions
+from cryorecon.run.paper_protocol import PaperOptions, abinitio_perturbed
+
+Options = TypeVar("Options")
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What ``job.yaml`` says.
+
+    Raises
+    ------
+    CryoreconError
+        If the folder is not that of a job that can go on.
+    """
+    path = folder / "job.yaml"
+    if not path.is_file():
+        raise CryoreconError(f"{folder} holds no job.yaml", "Give the directory of a job")
+    try:
+        record = yaml.safe_load(path.read_text("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise CryoreconError(f"{path} cannot be read", "Start anew with --overwrite") from error
+    needed = ("kind", "input", "input_sha256", "options", "directory")
+    if not isinstance(record, dict) or not set(needed) <= set(record):
+        raise CryoreconError(
+            f"{path} does not say how the job was begun, as of an older version",
+            "Start anew with --overwrite",
+        )
+    return record
+
+
+def begun_with(folder: Path) -> list[str]:
+    """The command line that a job was begun with, program first."""
+    return shlex.split(str(read_record(folder).get("command", "")))
+
+
+def threads_of(folder: Path) -> int | None:
+    """CPU threads that a job was begun with."""
+    threads = read_record(folder).get("threads")
+    return threads if isinstance(threads, int) and threads > 0 else None
+
+
+def continue_job(folder: Path, console: Console) -> None:
+    """Go on with a job of any engine to the result of an uninterrupted one.
+
+    Raises
+    ------
+    CryoreconError
+        If the folder holds no job, or its input has changed.
+    """
+    record = read_record(folder)
+    if finished(folder):
+        _tell(console, f"{folder} is finished: nothing to do")
+        return
+    base = Path(record["directory"])
+    inputs = _found(record["input"], base)
+    if sha256_of(inputs) != record["input_sha256"]:
+        raise CryoreconError(
+            f"{inputs} has changed since the job in {folder} was begun",
+            "Bring the old file back, or start anew with --overwrite",
+        )
+    _tell_differences(record, console)
+    _run(record, inputs, folder, base, console)
+
+
+def _run(record: dict[str, Any], inputs: Path, folder: Path, base: Path, console: Console) -> None:
+    kind, given = record["kind"], record["options"]
+    try:
+        if kind == "abinitio":
+            options = from_plain(AbinitioOptions, given, base)
+            abinitio(inputs, folder, _at_home(options, base), console, resume=True)
+        elif kind == "perturbed":
+            paper = from_plain(PaperOptions, given, base)
+            abinitio_perturbed(inputs, folder, _at_home(paper, base), console, resume=True)
+        elif kind == "moments":
+            wanted = from_plain(MomentsOptions, given["moments"], base)
+            fit = from_plain(MomentReconstructOptions, given["fit"], base)
+            abinitio_moments(inputs, folder, _at_home(wanted, base), fit, console, resume=True)
+        elif kind == "moments-fit":
+            fit = from_plain(MomentReconstructOptions, given, base)
+            reconstruct_moments(inputs, folder, fit, console, resume=True)
+        else:
+            raise KeyError(kind)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CryoreconError(
+            f"{folder / 'job.yaml'} has settings that this version does not know ({error})",
+            "Start anew with --overwrite",
+        ) from error
+
+
+def _found(path: str, base: Path) -> Path:
+    """A path of the job as seen from here."""
+    given = Path(path)
+    here = given if given.is_absolute() or base == Path.cwd() else base / given
+    if not here.is_file():
+        raise CryoreconError(f"The job's input {here} is gone", "Bring it back")
+    return here
+
+
+def _at_home(options: Options, base: Path) -> Options:
+    """Where images are named relative to the directory that the job was begun in."""
+    away = base != Path.cwd() and getattr(options, "project", None) is None
+    return dataclasses.replace(options, project=base) if away else options  # type: ignore[type-var]
+
+
+def _tell_differences(record: dict[str, Any], console: Console) -> None:
+    """What may make the result differ from an uninterrupted run's in the last digits."""
+    now = {
+        "program": f"cryorecon {__version__}",
+        "torch": str(torch.__version__),
+        "threads": torch.get_num_threads(),
+    }
+    for name, value in now.items():
+        if record.get(name) != value:
+            _tell(
+                console,
+                f"WARNING: begun with {name} {record.get(name)}, now {value}: the result may "
+                "differ in its last digits from an uninterrupted run's",
+            )
+
+
+def _tell(console: Console, line: str) -> None:
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def from_plain(kind: type[Options], values: dict[str, Any], base: Path) -> Options:
+    """A dataclass from what YAML made of it; relative paths are relative to `base`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the values are not of this dataclass.
+    """
+    hints = get_type_hints(kind)
+    return kind(**{name: _value(hints[name], value, base) for name, value in values.items()})
+
+
+def _value(hint: Any, value: Any, base: Path) -> Any:
+    choices = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    if isinstance(value, dict):
+        for choice in choices:
+            if dataclasses.is_dataclass(choice) and {
+                f.name for f in dataclasses.fields(choice)
+            } == set(value):
+                return from_plain(choice, value, base)  # type: ignore[arg-type]
+        raise ValueError(f"{', '.join(value)} are not the settings of {hint}")
+    if Path in choices and isinstance(value, str):
+        path = Path(value)
+        return path if path.is_absolute() or base == Path.cwd() else base / path
+    return tuple(value) if isinstance(value, list) else value

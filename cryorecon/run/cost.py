@@ -1,0 +1,126 @@
+"""What a job will take, before it starts: CPU seconds and memory, good to about a factor of two.
+
+Every figure is a count (images, rounds, voxels) times the time of one, measured on one core of a
+desktop machine with 64 px images (``docs/benchmarks.md``). Assumed: settled poses after about eight
+rounds against half maps and two new searches, as on the simulated stacks there; images that a disk
+gives as fast as they are worked on; one thread (a second one gains up to 1.6).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from cryorecon.engines.amortized import AmortizedConfig
+from cryorecon.engines.moment_fit import MomentFitConfig, stages
+from cryorecon.engines.moments import MomentsGeometry
+from cryorecon.engines.reconstruction import RefineConfig
+from cryorecon.engines.rmfn import RmfnConfig
+from cryorecon.physics.fourier import half_plane
+
+# Coefficients of a 64 px image, which times are of.
+_COEFFICIENTS = 1600
+# Seconds: loading the libraries, drawing, writing.
+_FIXED = 10.0
+# Search: an epoch of the network's steps, and an image in it.
+_EPOCH, _SEARCHED = 0.5, 2.5e-3
+# An image against all poses of the finer grid, as in the assignment.
+_ASSIGNED, _ASSIGNMENTS = 1.5e-3, 3
+# Rounds until poses settle; an image's pose steps in one; solving for maps, by padded voxel.
+_HALF_ROUNDS, _REFINED, _SOLVED = 8, 2e-3, 2.5e-7
+# An image seen in training at 32 to 64 px by the dense encoder; others take as many times more.
+_TRAINED, _READ = 1.4e-3, 3.3e-4
+_ENCODERS = {"dense": 1.0, "small": 4.0, "paper": 100.0}
+_NETWORK_DECODER = 4.0
+# An image of 64 px averaged to radius 16; a step of the fit at radius 8; a matrix of information.
+_AVERAGED, _FIT_STEP, _INFORMED = 5e-4, 3e-2, 10.0
+_BACKPROJECTED = 5e-4
+
+# Bytes: the libraries; tables of a search; by voxel of the box: transforms, gradients, sums.
+_PROGRAM, _SEARCH, _BY_VOXEL = 350e6, 650e6, 600
+_NETWORK_SEARCH = 450e6
+
+
+@dataclass(frozen=True)
+class Cost:
+    """An estimate.
+
+    Attributes
+    ----------
+    cpu_s : float
+        On one core.
+    bytes : float
+        Peak, without the images that are held.
+    """
+
+    cpu_s: float
+    bytes: float
+
+    def plus(self, other: Cost) -> Cost:
+        """One job after the other."""
+        return Cost(self.cpu_s + other.cpu_s, max(self.bytes, other.bytes))
+
+
+def abinitio_cost(
+    config: RefineConfig, n: int, box: int, *, independent: bool, others: int
+) -> Cost:
+    """Of a run of engine rmfn or amortized.
+
+    Parameters
+    ----------
+    n : int
+        Particles that make the map.
+    independent : bool
+        Whether both half sets start from scratch.
+    others : int
+        Particles that join later.
+    """
+    times = 2 if independent else 1
+    begin = _search(config, n // times) if isinstance(config, RmfnConfig) else _training(config)
+    rounds = min(config.half_rounds, _HALF_ROUNDS) + config.joint_rounds
+    finish = not isinstance(config, AmortizedConfig) or config.finish
+    moved = rounds * _REFINED * _size(box) + (_ASSIGNMENTS - 1) * _ASSIGNED if finish else 0.0
+    solved = times * rounds * _SOLVED * (2 * box) ** 3
+    joined = others * (_ASSIGNED + moved)
+    seconds = _FIXED + times * begin.cpu_s + n * moved + solved + joined
+    return Cost(seconds, max(begin.bytes, _PROGRAM + _BY_VOXEL * box**3))
+
+
+def _search(config: RmfnConfig, n: int) -> Cost:
+    epochs = config.n_starts * len(config.temperatures)
+    seconds = epochs * (_EPOCH + min(n, config.search_images) * _SEARCHED) + n * _ASSIGNED
+    seconds += 0.1 * config.final_steps if config.volume == "rmfn" else 0.0
+    network = _NETWORK_SEARCH if config.volume == "rmfn" else 0.0
+    return Cost(seconds, _PROGRAM + _SEARCH + network)
+
+
+def _training(config: RefineConfig) -> Cost:
+    assert isinstance(config, AmortizedConfig)
+    grid = config.decoder in ("grid", "log-grid")
+    each = _TRAINED * _ENCODERS[config.encoder] * (1.0 if grid else _NETWORK_DECODER)
+    return Cost(config.images_seen * each * config.heads / 4, _PROGRAM + 350e6)
+
+
+def moments_cost(geometry: MomentsGeometry, n: int) -> Cost:
+    """Of averaging: grows with the image's area and the radius."""
+    size = (geometry.box / 64) ** 2 * (geometry.max_radius / 16)
+    sums = 80.0 * (math.pi / 2 * geometry.max_radius**2) ** 2 if geometry.form == "full" else 50e6
+    return Cost(_FIXED / 2 + n * _AVERAGED * max(size, 0.25), _PROGRAM + 100e6 + sums)
+
+
+def moment_fit_cost(config: MomentFitConfig) -> Cost:
+    """Of all starts of a fit to moments."""
+    early = (len(stages(config.radius)) - 1) * (config.iterations // 2)
+    steps = config.starts * (config.first_iterations + early + config.iterations)
+    size = (config.radius / 8) ** 3
+    return Cost(_FIXED + steps * _FIT_STEP * size + _INFORMED * size, _PROGRAM + 600e6 * size)
+
+
+def backprojection_cost(n: int, box: int) -> Cost:
+    """Of a map from known poses."""
+    seconds = _FIXED / 2 + n * _BACKPROJECTED * _size(box) + _SOLVED * (2 * box) ** 3
+    return Cost(seconds, _PROGRAM + 100 * (2 * box) ** 3)
+
+
+def _size(box: int) -> float:
+    return len(half_plane(box)) / _COEFFICIENTS

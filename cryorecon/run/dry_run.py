@@ -1,0 +1,131 @@
+"""``--dry-run``: what a job would work on and take; reads some images and writes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from rich.console import Console
+
+from cryorecon.engines.contrast import SURE, contrast_score
+from cryorecon.io.particles import Particles, read_particles
+from cryorecon.run.abinitio import AbinitioOptions, prepared
+from cryorecon.run.cost import (
+    Cost,
+    abinitio_cost,
+    backprojection_cost,
+    moment_fit_cost,
+    moments_cost,
+)
+from cryorecon.run.load import Keep, load_observations, memory_needed, memory_to_use
+from cryorecon.run.moment_reconstruct import MomentReconstructOptions
+from cryorecon.run.moments import MomentsOptions, resolve_geometry
+
+# Images that the contrast is guessed from: enough to be sure of most stacks.
+_LOOKED_AT = 500
+_GB = 1e9
+
+
+def describe_abinitio(star: Path, options: AbinitioOptions, console: Console) -> None:
+    """Tell what ``abinitio`` with these options would do.
+
+    Raises
+    ------
+    CryoreconError
+        Whatever the job itself would refuse before its start.
+    """
+    particles, rows, config = prepared(star, options)
+    say = _teller(console)
+    _tell_particles(particles, config.diameter, say)
+    say(f"particle diameter {config.diameter * particles.box * particles.pixel_size_angst:.0f} A")
+    others = len(particles) - len(rows)
+    if others:
+        say(f"{len(rows)} of the particles make the map, {others} join it")
+    independent = options.halves == "independent"
+    box, n = particles.box, len(rows)
+    cost = abinitio_cost(config, n, box, independent=independent, others=others)
+    _tell_cost(cost, _tell_images(len(particles), box, options.keep, say), say)
+
+
+def describe_moments(
+    star: Path, wanted: MomentsOptions, fit: MomentReconstructOptions | None, console: Console
+) -> None:
+    """Tell what ``moments estimate``, with or without a fit, would do."""
+    particles = read_particles(star, wanted.project)
+    geometry = resolve_geometry(wanted, particles.box, particles.pixel_size_angst)
+    say = _teller(console)
+    share = geometry.diameter_angst / (particles.box * particles.pixel_size_angst)
+    _tell_particles(particles, share, say, ctf=wanted.ctf)
+    say(f"particle diameter {geometry.diameter_angst:.0f} A")
+    radius, side = geometry.max_radius, geometry.side_angst
+    say(f"radii to {radius} cycles per {side:.0f} A ({side / radius:.1f} A)")
+    cost = moments_cost(geometry, len(particles))
+    say("images are read once, in blocks")
+    _tell_cost(cost if fit is None else cost.plus(moment_fit_cost(fit.engine)), 0, say)
+
+
+def describe_reconstruct(star: Path, project: Path | None, console: Console) -> None:
+    """Tell what ``reconstruct`` would do."""
+    particles = read_particles(star, project)
+    particles.euler_deg()
+    say = _teller(console)
+    _tell_particles(particles, 0.8, say)
+    say("images are read once, in blocks")
+    _tell_cost(backprojection_cost(len(particles), particles.box), 0, say)
+
+
+def _teller(console: Console) -> Callable[[str], None]:
+    return lambda line: console.print(line, markup=False, highlight=False)
+
+
+def _tell_particles(
+    particles: Particles, diameter: float, say: Callable[[str], None], *, ctf: bool = True
+) -> None:
+    """Open the first and the last stack, and look at some images."""
+    order = particles.file_order()
+    particles.images(order[[0, -1]])
+    say(f"{len(particles)} particles, {particles.box} px at {particles.pixel_size_angst:g} A")
+    groups = np.unique(particles.optics_index())
+    say(f"{len(groups)} optics group{'s' * (len(groups) > 1)}")
+    if not ctf:
+        return
+    voltages = particles.ctf_parameters().voltage_kv.unique().tolist()
+    say(f"voltage {', '.join(f'{v:g}' for v in voltages)} kV")
+    some = order[:: max(1, -(-len(order) // _LOOKED_AT))]
+    images = load_observations(particles.subset(np.sort(some)), diameter, keep="memory")
+    score = contrast_score(images, diameter)
+    seen = "white on black" if score > 0 else "BLACK ON WHITE"
+    seen = seen if abs(score) >= SURE else "not told by so few images"
+    say(f"contrast: {seen} ({score:.1f} standard errors, {len(images)} images)")
+
+
+def _tell_images(n: int, box: int, keep: Keep, say: Callable[[str], None]) -> int:
+    """How images would be held; bytes that they take."""
+    needed, limit = memory_needed(n, box), memory_to_use()
+    held = keep == "memory" or (keep == "auto" and needed < limit)
+    why = f"half of the free memory is {limit / _GB:.1f} GB" if keep == "auto" else "as asked"
+    if held:
+        say(f"images held in memory, {needed / _GB:.2f} GB ({why})")
+        return needed
+    say(f"images read again when needed; held they would take {needed / _GB:.1f} GB ({why})")
+    return 0
+
+
+def _tell_cost(cost: Cost, images: int, say: Callable[[str], None]) -> None:
+    peak, free = cost.bytes + images, psutil.virtual_memory().available
+    short = "" if peak < free else f"; ONLY {free / _GB:.1f} GB ARE FREE"
+    say(f"memory about {peak / _GB:.1f} GB{short}")
+    cores = torch.get_num_threads()
+    say(
+        f"time about {_duration(cost.cpu_s)} of one core ({cores} in use), within a factor of two; "
+        "nothing was written"
+    )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
