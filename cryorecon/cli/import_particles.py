@@ -37,7 +37,7 @@ def import_command(
     ctf: Annotated[
         Path | None,
         option(
-            INPUT, "ctf.pkl of cryoDRGN, where PARTICLES is a stack.", "--ctf-file", metavar="FILE"
+            INPUT, "ctf.pkl of cryoDRGN, if PARTICLES is a stack.", "--ctf-file", metavar="FILE"
         ),
     ] = None,
     poses: Annotated[
