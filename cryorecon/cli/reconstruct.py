@@ -56,7 +56,9 @@ def reconstruct_command(
     threads: Threads = None,
     ctf: Annotated[
         Path | None,
-        option(INPUT, "ctf.pkl of cryoDRGN, if PARTICLES is a stack.", "--ctf-file", metavar="FILE"),
+        option(
+            INPUT, "ctf.pkl of cryoDRGN, if PARTICLES is a stack.", "--ctf-file", metavar="FILE",
+        ),
     ] = None,
     poses: Annotated[
         Path | None,
