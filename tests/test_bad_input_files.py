@@ -259,7 +259,7 @@ def test_damaged_pickles_of_cryodrgn(folder: Path, data: st.DataObject) -> None:
             folder,
             "import",
             "s.mrcs",
-            "--ctf",
+            "--ctf-file",
             given_["ctf"],
             "--poses",
             given_["poses"],

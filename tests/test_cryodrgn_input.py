@@ -47,7 +47,7 @@ def refused(words: str, *arguments: object) -> None:
 
 
 def test_poses_and_ctf_come_back_row_by_row(folder: Path) -> None:
-    files = ("--ctf", "ctf.pkl", "--poses", "poses.pkl")
+    files = ("--ctf-file", "ctf.pkl", "--poses", "poses.pkl")
     assert run(folder, "import", "s.mrcs", *files, "-o", "out/p.star").exit_code == 0
     before, after = read_particles("good.star"), read_particles("out/p.star")
     both = [euler_to_matrix(torch.from_numpy(p.euler_deg())) for p in (before, after)]
@@ -73,7 +73,10 @@ def test_ctf_values_of_any_float32_come_back_exactly(folder: Path) -> None:
     values[:, 8] = random.uniform(0, 180, COUNT)
     values[:, 1] = 1.2345678
     dump(folder / "other.pkl", values)
-    assert run(folder, "import", "s.mrcs", "--ctf", "other.pkl", "-o", "out/p.star").exit_code == 0
+    assert (
+        run(folder, "import", "s.mrcs", "--ctf-file", "other.pkl", "-o", "out/p.star").exit_code
+        == 0
+    )
     assert run(folder, "export", "out/p.star", "-o", "out/b", "--to", "cryodrgn").exit_code == 0
     assert np.array_equal(read_ctf("out/b/ctf.pkl"), values)
 
@@ -93,7 +96,7 @@ def test_files_of_cryodrgn_itself(tmp_path: Path) -> None:
 
 
 def test_reconstruct_takes_a_stack_with_its_pickles(folder: Path) -> None:
-    files = ("--ctf", "ctf.pkl", "--poses", "poses.pkl")
+    files = ("--ctf-file", "ctf.pkl", "--poses", "poses.pkl")
     assert run(folder, "reconstruct", "s.mrcs", *files, "-o", "out/a.mrc").exit_code == 0
     assert run(folder, "reconstruct", "good.star", "-o", "out/b.mrc").exit_code == 0
     one, other = read_map("out/a.mrc").data, read_map("out/b.mrc").data
@@ -134,7 +137,7 @@ def test_a_list_of_stacks_is_read_from_its_folder(folder: Path) -> None:
             stack.append(part)
     (folder / "data/all.txt").write_text("a.mrcs\nb.mrcs\n\n")
     dump(folder / "four.pkl", read_ctf("ctf.pkl")[:4])
-    files = ("--ctf", "four.pkl", "-o", "out/p.star")
+    files = ("--ctf-file", "four.pkl", "-o", "out/p.star")
     assert run(folder, "import", "data/all.txt", *files).exit_code == 0
     found = read_particles("out/p.star")
     assert np.array_equal(found.images(range(4)), images.astype("f4"))
@@ -249,11 +252,11 @@ def test_what_does_not_belong_together_is_named(folder: Path) -> None:
     refused("row 3: the matrix", "import", "good.star", "--poses", "scaled.pkl", *out)
     refused("(6 such rows)", "import", "good.star", "--poses", "mirrored.pkl", *out)
     refused("holds no poses", "import", "good.star", "--poses", "ctf.pkl", *out)
-    refused("fewctf.pkl has 4 rows", "import", "s.mrcs", "--ctf", "fewctf.pkl", *out)
-    refused("mixes box or pixel", "import", "s.mrcs", "--ctf", "mixed.pkl", *out)
-    refused("no CTF table", "import", "s.mrcs", "--ctf", "poses.pkl", *out)
-    refused("no stack of images", "import", "good.star", "--ctf", "ctf.pkl", *out)
-    refused("--ctf ctf.pkl", "import", "s.mrcs", "--poses", "poses.pkl", *out)
+    refused("fewctf.pkl has 4 rows", "import", "s.mrcs", "--ctf-file", "fewctf.pkl", *out)
+    refused("mixes box or pixel", "import", "s.mrcs", "--ctf-file", "mixed.pkl", *out)
+    refused("no CTF table", "import", "s.mrcs", "--ctf-file", "poses.pkl", *out)
+    refused("no stack of images", "import", "good.star", "--ctf-file", "ctf.pkl", *out)
+    refused("--ctf-file ctf.pkl", "import", "s.mrcs", "--poses", "poses.pkl", *out)
     refused("cryorecon import s.mrcs", "moments", "estimate", "s.mrcs", "-o", "out/x.h5")
     assert run(folder, "import", "good.star", *out).exit_code == 2
     assert run(folder, "import", "good.star", "--poses", "poses.pkl", "-o", "x").exit_code == 2

@@ -15,11 +15,11 @@ from cryorecon.cli.options import output as output_option
 EXAMPLES = examples(
     (
         "a stack with the pickles of cryoDRGN",
-        "cryorecon import particles.mrcs --ctf ctf.pkl --poses poses.pkl -o particles.star",
+        "cryorecon import particles.mrcs --ctf-file ctf.pkl --poses poses.pkl -o particles.star",
     ),
     (
         "many stacks, one a line",
-        "cryorecon import stacks.txt --ctf ctf.pkl -o particles.star",
+        "cryorecon import stacks.txt --ctf-file ctf.pkl -o particles.star",
     ),
     (
         "poses that cryoDRGN found, back into the STAR file",
@@ -36,7 +36,9 @@ def import_command(
     output: Annotated[Path, output_option("File to write (.star).", "FILE")],
     ctf: Annotated[
         Path | None,
-        option(INPUT, "ctf.pkl of cryoDRGN, where PARTICLES is a stack.", metavar="FILE"),
+        option(
+            INPUT, "ctf.pkl of cryoDRGN, if PARTICLES is a stack.", "--ctf-file", metavar="FILE"
+        ),
     ] = None,
     poses: Annotated[
         Path | None,
@@ -52,7 +54,7 @@ def import_command(
     if output.suffix != ".star":
         raise typer.BadParameter(f"STAR files end in .star, not as {output}")
     if ctf is None and poses is None:
-        raise typer.BadParameter("give --ctf, --poses or both")
+        raise typer.BadParameter("give --ctf-file, --poses or both")
     # torch takes seconds to load: only when the command runs.
     from cryorecon.io.cryodrgn import with_poses
     from cryorecon.io.particles import read_particles

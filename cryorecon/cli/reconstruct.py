@@ -35,7 +35,7 @@ EXAMPLES = examples(
     ),
     (
         "a stack with the pickles of cryoDRGN",
-        "cryorecon reconstruct particles.mrcs --ctf ctf.pkl --poses poses.pkl -o map.mrc",
+        "cryorecon reconstruct particles.mrcs --ctf-file ctf.pkl --poses poses.pkl -o map.mrc",
     ),
     (
         "into a job directory, with the markers that RELION looks for",
@@ -66,7 +66,9 @@ def reconstruct_command(
     threads: Threads = None,
     ctf: Annotated[
         Path | None,
-        option(INPUT, "ctf.pkl of cryoDRGN, where PARTICLES is a stack.", metavar="FILE"),
+        option(
+            INPUT, "ctf.pkl of cryoDRGN, if PARTICLES is a stack.", "--ctf-file", metavar="FILE",
+        ),
     ] = None,
     poses: Annotated[
         Path | None,

@@ -300,7 +300,7 @@ def _read_stack(path: Path, ctf: str | Path | None) -> tuple[pd.DataFrame, TextT
         raise CryoreconError(
             f"{path} holds images, but neither their pixel size nor their CTF",
             "Give a STAR or .cs file of particles, or make one: cryorecon import "
-            f"{path.name} --ctf ctf.pkl -o particles.star",
+            f"{path.name} --ctf-file ctf.pkl -o particles.star",
         )
     return read_stack_table(path, ctf)
 
