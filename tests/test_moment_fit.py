@@ -289,9 +289,7 @@ def test_the_map_on_the_images_grid_has_the_projections_of_the_fit(box, pixel):
     assert torch.allclose(found, torch.stack([x, z]), atol=0.02)
 
 
-def test_moments_over_fourier_pixels_are_fitted(
-    tmp_path, stack_32, no_pictures, coarse_alignment
-):
+def test_moments_over_fourier_pixels_are_fitted(tmp_path, stack_32, no_pictures, coarse_alignment):
     run("moments", "estimate", stack_32 / "particles.star", "-o", tmp_path / "f.h5",
         "--form", "full", "--max-radius", 4, "--diameter", 55)  # fmt: skip
     job = tmp_path / "job"
