@@ -8,10 +8,12 @@ from conftest import MODEL
 from rich.console import Console
 
 from cryorecon.conventions import euler_to_matrix
+from cryorecon.engines.observations import Observations
 from cryorecon.engines.rmfn_paper import PaperConfig, PaperProtocol, gaussian_filtered, perturbed
 from cryorecon.io.mrc import read_map
 from cryorecon.io.particles import read_particles
 from cryorecon.maps.poses import compare_pose_sets
+from cryorecon.physics.fourier import half_plane, max_band
 from cryorecon.physics.rotations import geodesic_distance_deg, random_rotations
 from cryorecon.run.load import load_observations
 from cryorecon.run.paper_protocol import PaperOptions, abinitio_perturbed
@@ -42,7 +44,7 @@ def test_the_filter_acts_on_image_and_prediction(stack):
     gain = torch.exp(-0.5 * (filtered.plane.radius / 4) ** 2).float()
     assert torch.allclose(filtered.coefficients, observations.coefficients[:, :m] * gain)
     assert torch.allclose(filtered.ctf, observations.ctf[:, :m] * gain)
-    assert filtered.plane.radius.max() == pytest.approx(6 * 3**0.5, abs=0.5)
+    assert filtered.plane.radius.max() == pytest.approx(8, abs=0.5)
 
 
 def test_the_protocol_brings_poses_closer(stack, generator):
@@ -57,6 +59,19 @@ def test_the_protocol_brings_poses_closer(stack, generator):
     assert run.volume(1).min() >= 0
     assert losses[-1] < 0.8 * losses[0]
     assert compare_pose_sets(run.rotations.double(), true.double()).median_deg < 8
+
+
+def test_every_scale_of_the_papers_bands_reads_its_own_grid(generator):
+    plane = half_plane(64, max_band(64))
+    n = len(plane)
+    ones = torch.ones(4, n)
+    images = Observations(plane, ones.to(torch.complex64), ones, torch.ones(1, plane.n_shells),
+                          torch.zeros(4, dtype=torch.int64))  # fmt: skip
+    config = PaperConfig(epochs=(1, 1, 0), width=8, structure_steps=1, pose_steps=1)
+    start = random_rotations(4, generator).float()
+    run = PaperProtocol(config, images, start, torch.zeros(4, 2), generator)
+    assert run.bands == (3, 9, 31)
+    assert [scale for scale, _, _ in run.epochs()] == [0, 1]
 
 
 def test_few_poses_move_while_the_structure_sees_many_images(stack, generator, monkeypatch):

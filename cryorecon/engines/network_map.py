@@ -20,6 +20,9 @@ from cryorecon.physics.fourier import crop_or_pad_centred
 from cryorecon.physics.masks import Support
 from cryorecon.physics.projection import Transform, gridded_transform, to_volume
 
+# Cycles per box that a scale's grid holds beyond its band.
+GRID_MARGIN = 2
+
 
 @dataclass(frozen=True)
 class FitConfig:
@@ -72,7 +75,7 @@ class NetworkMap:
 
     def grid_size(self, scale: int) -> int:
         """Points a side that hold scale `scale` (0-based), with room for the mask's edge."""
-        return smallest_grid(self.bands[scale] + 2)
+        return smallest_grid(self.bands[scale] + GRID_MARGIN)
 
     def volume(self, scale: int, box: int | None = None) -> Tensor:
         """The map of one scale on a grid of `box` points a side; sums over a voxel's share."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from cryorecon.engines.accumulate import NormalEquations
-from cryorecon.engines.network_map import FitConfig, NetworkMap
+from cryorecon.engines.network_map import GRID_MARGIN, FitConfig, NetworkMap
 from cryorecon.engines.observations import Observations, centred
 from cryorecon.engines.refine import derivatives, slices_with_gradient
 from cryorecon.networks.mfn import MfnConfig, paper_bands
@@ -27,8 +27,6 @@ from cryorecon.physics.fourier import max_band, shift_phases
 from cryorecon.physics.masks import Support
 from cryorecon.physics.projection import extract_slices, padded_transform
 from cryorecon.physics.rotations import exp_map
-
-_CORNER = 3**0.5
 
 
 @dataclass(frozen=True)
@@ -85,9 +83,9 @@ def perturbed(
 def gaussian_filtered(observations: Observations, band: float) -> Observations:
     """Images and predictions alike under a Gaussian of width two thirds of the band.
 
-    They are kept as far out as the network goes: its band is a cube's.
+    The network's band is a cube's: they are kept beyond it, as far as the scale's grid holds.
     """
-    within = observations.within(_CORNER * band)
+    within = observations.within(band + GRID_MARGIN)
     gain = torch.exp(-0.5 * (within.plane.radius / (2 / 3 * band)) ** 2).to(within.ctf)
     return replace(within, coefficients=within.coefficients * gain, ctf=within.ctf * gain)
 
