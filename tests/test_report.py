@@ -29,11 +29,13 @@ from cryorecon.physics.fourier import radius_grid
 from cryorecon.physics.rotations import random_rotations
 from cryorecon.run import report
 from cryorecon.run.abinitio import AbinitioOptions, abinitio
+from cryorecon.run.checkpoint import Checkpoint
 from cryorecon.run.curves import FscCurve, read_fsc_star, write_fsc_star
-from cryorecon.run.job import Job, add_output_node, open_job, write_output_nodes
+from cryorecon.run.job import Job, Task, add_output_node, open_job, write_output_nodes
 from cryorecon.run.report_inputs import read_job
 from cryorecon.run.report_particles import example_particles
 from cryorecon.run.report_pictures import sphere_picture
+from cryorecon.run.stopping import Stop
 from cryorecon.run.surface import shaded_views, surface_mesh
 
 QUIET = Console(quiet=True)
@@ -47,7 +49,8 @@ def job(stack_32, tmp_path_factory):
     folder = tmp_path_factory.mktemp("jobs") / "job001"
     particles = read_particles(stack_32 / "particles.star")
     volume = read_map(stack_32 / "map.mrc").data
-    with open_job(folder, QUIET, particles.path, 600, RmfnConfig(), 3) as opened:
+    task = Task("abinitio", particles.path, 600, RmfnConfig(), {}, 3)
+    with open_job(folder, QUIET, task) as opened:
         for number in (1, 2):
             opened.record_round("half-maps", number, ROUND)
         write_map(folder / "initial_model.mrc", volume, 2.4)
@@ -66,6 +69,12 @@ def job(stack_32, tmp_path_factory):
 @pytest.fixture
 def copy(job, tmp_path):
     return shutil.copytree(job, tmp_path / "copy")
+
+
+def open_log(folder, log):
+    """A job that writes its log elsewhere."""
+    stop = Stop(folder)
+    return Job(folder, QUIET, log, stop, Checkpoint(folder / "checkpoint.pt", stop, resume=False))
 
 
 @pytest.fixture
@@ -150,7 +159,7 @@ def test_warnings_say_what_to_do(short, copy):
 
 
 def test_repeating_a_round_replaces_its_row(tmp_path):
-    job = Job(tmp_path, QUIET, StringIO())
+    job = open_log(tmp_path, StringIO())
     for stage, number, value in (("a", 1, 5.0), ("a", 2, 4.0), ("b", 1, 3.0), ("a", 1, 2.0)):
         job.record_round(stage, number, {"cryoreconPoseChange": value})
     table = read_star(tmp_path / "rounds.star")["rounds"]
@@ -338,7 +347,7 @@ def test_a_job_of_moments_shows_what_it_has(short, job, tmp_path):
 def test_a_failing_report_does_not_fail_the_job(short, copy, monkeypatch):
     log = StringIO()
     monkeypatch.setattr(report, "write_pdf", lambda *_: 1 / 0)
-    report.report_at_end(Job(copy, QUIET, log))
+    report.report_at_end(open_log(copy, log))
     assert "WARNING: the report could not be written: ZeroDivisionError" in log.getvalue()
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 from cryorecon.cli.command import INPUT, examples
-from cryorecon.cli.console import console
-from cryorecon.cli.options import Project, argument, option
+from cryorecon.cli.console import messages, print_json
+from cryorecon.cli.options import Json, Project, argument, option
 
 EXAMPLES = examples(
     ("a job's page made anew", "cryorecon report job001"),
@@ -19,6 +19,7 @@ EXAMPLES = examples(
         "a map of any program, with the poses it was made from",
         "cryorecon report run_it025_class001.mrc --particles run_it025_data.star",
     ),
+    ("which warnings fire, for a script", "cryorecon report job001 --json"),
 )
 
 
@@ -34,6 +35,7 @@ def report_command(
         ),
     ] = None,
     project: Project = None,
+    json: Json = False,
 ) -> None:
     """Write report.html, which opens offline, and logfile.pdf into a job directory.
 
@@ -48,5 +50,13 @@ def report_command(
         written = write_map_report(job, particles=particles, project=project)
     else:
         written = write_report(job, particles=particles, project=project)
-    for path in written:
-        console.print(str(path), markup=False)
+    for path in written.files:
+        messages(json).print(str(path), markup=False)
+    for finding in written.findings:
+        if finding.fires:
+            text = f"WARNING: {finding.problem} {finding.remedy}"
+            messages(json).print(text, markup=False, highlight=False)
+    if json:
+        names = ("name", "score", "threshold", "side", "fires")
+        checks = [{name: getattr(found, name) for name in names} for found in written.findings]
+        print_json({"files": written.files, "checks": checks})

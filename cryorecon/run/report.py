@@ -148,6 +148,14 @@ def _flat(settings: Json, prefix: str = "") -> list[tuple[str, str]]:
     return rows
 
 
+@dataclass(frozen=True)
+class Written:
+    """The files of a report, and what its checks found."""
+
+    files: list[Path]
+    findings: list[Finding]
+
+
 def write_report(
     folder: Path,
     *,
@@ -155,7 +163,7 @@ def write_report(
     project: Path | None = None,
     images: Particles | None = None,
     outcome: str | None = None,
-) -> list[Path]:
+) -> Written:
     """Write ``report.html`` and ``logfile.pdf`` into a job directory.
 
     Parameters
@@ -171,8 +179,7 @@ def write_report(
 
     Returns
     -------
-    list of Path
-        The files.
+    Written
 
     Raises
     ------
@@ -188,7 +195,7 @@ def write_report(
 
 def write_map_report(
     path: Path, *, particles: Path | None = None, project: Path | None = None
-) -> list[Path]:
+) -> Written:
     """The same for a map of any program, beside it: ``NAME_report.html`` and ``.pdf``.
 
     Parameters
@@ -208,17 +215,17 @@ def write_map_report(
     )
 
 
-def _write(report: Report, page: Path, pdf: Path) -> list[Path]:
+def _write(report: Report, page: Path, pdf: Path) -> Written:
     with replacing(page) as temporary:
         temporary.write_text(render_page(report), "utf-8")
     write_pdf(pdf, report)
-    return [page, pdf]
+    return Written([page, pdf], report.findings)
 
 
 def report_at_end(job: Job, images: Particles | None = None) -> None:
     """Write a finished job's report; a failure is told, and is not the job's."""
     try:
-        for path in write_report(job.folder, images=images, outcome="done"):
+        for path in write_report(job.folder, images=images, outcome="done").files:
             job.say(f"{path}")
     except Exception as error:
         job.say(f"WARNING: the report could not be written: {type(error).__name__}: {error}")
