@@ -480,7 +480,7 @@ def test_jobs_killed_at_random_moments_end_alike(tmp_path):
     """More than 20 kills, over all engines and stages."""
     script = Path(__file__).parents[1] / "examples" / "benchmarks" / "kill.py"
     words = [sys.executable, str(script), "-o", str(tmp_path), "--kills", "6", "--seed", "2"]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line.split("\t") for line in done.stdout.splitlines()]
     assert sum(row[1] != "end" for row in rows) >= 20

@@ -19,6 +19,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from cryorecon.cli.main import main
 from cryorecon.io.mrc import read_map
@@ -138,6 +139,8 @@ def run() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=sorted(JOBS), action="append")
     given = parser.parse_args()
+    # The fork of a process that has used more threads would wait for them for ever.
+    torch.set_num_threads(1)
     given.output.mkdir(parents=True, exist_ok=True)
     stack = given.output / "stack"
     if not stack.exists():
