@@ -68,9 +68,13 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
         failed = _run(["simulate", "4ake.pdb", "-o", extract, *small])
         shutil.copy(f"{extract}/particles.star", "particles.star")
         failed += _run(["export", "particles.star", "-o", "p.cs", "--to", "cryosparc"])
+        shutil.copytree(extract, "elsewhere")
         Path("J45").mkdir()
         shutil.move("p.cs", "J45/extracted_particles.cs")
         failed += _run(["abinitio", "particles.star", "-o", "finished"])
+        # As another program's map and poses.
+        shutil.copy("finished/initial_model.mrc", "run_it025_class001.mrc")
+        shutil.copy("finished/run_data.star", "run_it025_data.star")
     assert not failed, failed
     return folder
 
