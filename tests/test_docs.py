@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import cryorecon
 
@@ -50,8 +51,10 @@ def _run(words: list[str]) -> str:
     method = words[words.index("--method") + 1] if "--method" in words else "rmfn"
     if words[0].startswith("abinitio-"):
         method = words[0].removeprefix("abinitio-")
-    if words[0].startswith("abinitio"):
+    if words[0].startswith("abinitio") and "--continue" not in words:
         words = [*words, *(f"--set={pair}" for pair in _SHORT.get(method, []))]
+    if words[:2] == ["mra", "train"]:
+        words = [*words, "--pairs", "512", "--epochs", "1"]
     ended = cryorecon(*words)
     return f"{' '.join(words)}: {ended.stderr}" if ended.returncode else ""
 
@@ -72,11 +75,31 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Path("J45").mkdir()
         shutil.move("p.cs", "J45/extracted_particles.cs")
         failed += _run(["abinitio", "particles.star", "-o", "finished"])
+        _of_other_programs(extract)
         # As another program's map and poses.
         shutil.copy("finished/initial_model.mrc", "run_it025_class001.mrc")
         shutil.copy("finished/run_data.star", "run_it025_data.star")
     assert not failed, failed
     return folder
+
+
+def _of_other_programs(extract: str) -> None:
+    """Files of cryoSPARC and cryoDRGN, and signals, as the pages name them."""
+    Path("J46").mkdir()
+    for name in ("particles", "passthrough_particles"):
+        shutil.copy("J45/extracted_particles.cs", f"J46/{name}.cs")
+    assert not _run(["export", "finished", "-o", "drgn", "--to", "cryodrgn"])
+    for name, copy in (
+        ("ctf.pkl", "ctf.pkl"),
+        ("poses.pkl", "poses.pkl"),
+        ("poses.pkl", "drgn/pose.30.pkl"),
+    ):
+        shutil.copy(f"drgn/{name}", copy)
+    shutil.copy(f"{extract}/particles.mrcs", "particles.mrcs")
+    random = np.random.default_rng(0)
+    signal = np.exp(-0.5 * ((np.arange(32) - 10) / 2) ** 2) * 3
+    shifted = np.stack([np.roll(signal, shift) for shift in random.integers(0, 12, 20_000)])
+    np.save("observed.npy", (shifted + random.standard_normal(shifted.shape)).astype(np.float32))
 
 
 @pytest.mark.slow
