@@ -77,6 +77,8 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
         failed += _run(["abinitio", "particles.star", "-o", "finished"])
         _of_other_programs(extract)
         # As another program's map and poses.
+        Path("relion").mkdir()
+        shutil.copy("finished/initial_model.mrc", "relion/initial_model.mrc")
         shutil.copy("finished/initial_model.mrc", "run_it025_class001.mrc")
         shutil.copy("finished/run_data.star", "run_it025_data.star")
     assert not failed, failed
@@ -109,8 +111,9 @@ def test_blocks_run(page: Path, lab: Path, tmp_path: Path, monkeypatch: pytest.M
     shutil.copytree(lab, folder)
     text = page.read_text("utf-8")
     blocks = "".join(re.findall(r"```sh\n(.*?)```", text, re.S))
-    if "-o job001 " not in blocks and "-o job001\n" not in blocks:
-        shutil.copytree(folder / "finished", folder / "job001")
+    for job in ("job001", "job002"):
+        if not re.search(rf"-o {job}\b", blocks):
+            shutil.copytree(folder / "finished", folder / job)
     monkeypatch.chdir(folder)
     for line in _lines(blocks):
         words = shlex.split(line, comments=True)
