@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cryorecon.physics.fourier import HalfPlane, radius_grid
-from cryorecon.physics.projection import Transform, spread
+from cryorecon.physics.projection import Transform, spread_all
 
 
 @dataclass
@@ -52,11 +52,7 @@ class NormalEquations:
             ``precision * CTF^2``.
         rotations : Tensor, shape (b, 3, 3)
         """
-        fields = torch.cat([torch.view_as_real(signal.contiguous()), weight[..., None]], -1)
-        size = self.weight.shape[-1]
-        real, imaginary, weights = spread(fields, rotations, plane, size, self.padding)
-        self.signal += torch.complex(real, imaginary)
-        self.weight += weights
+        spread_all([(signal, self.signal), (weight, self.weight)], rotations, plane, self.padding)
 
     def scaled(self, factor: float) -> NormalEquations:
         """The same sums times a factor."""

@@ -9,7 +9,8 @@ fall-off. ``insert_slices`` and ``backproject`` are the exact adjoints of ``extr
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ from cryorecon.physics.fourier import (
     fft_centred,
     ifft_centred,
 )
+
+# Points whose corners and weights (100 bytes each) stay in a core's cache.
+_POINTS_AT_ONCE = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -124,20 +128,34 @@ def padded_transform_adjoint(values: Tensor, box: int, padding: int) -> Tensor:
 
 
 def _corners(rotations: Tensor, plane: HalfPlane, size: int, padding: int) -> tuple[Tensor, Tensor]:
-    """Grid indices and trilinear weights, (b * m, 8) each, of the slices' coefficients."""
+    """Index of each coefficient's lowest corner, (b * m,), and trilinear weights, (8, b * m).
+
+    Corners come first: everything is computed along the many points, not along the eight.
+    """
     frequencies = plane.frequencies.to(rotations.dtype) * padding
-    # A.T @ (kx, ky, 0) for row vectors is (kx, ky) @ A[:2].
-    points = frequencies @ rotations[..., :2, :] + size // 2
+    # A.T @ (kx, ky, 0), one row for each of x, y, z.
+    points = (rotations[..., :2, :].permute(2, 0, 1) @ frequencies.T).flatten(1) + size // 2
     lower = points.floor()
-    fraction = (points - lower).reshape(-1, 3)
-    x, y, z = lower.reshape(-1, 3).to(torch.int64).unbind(-1)
+    upper = points - lower
+    x, y, z = lower.to(torch.int64).unbind(0)
     base = (z * size + y) * size + x
-    steps = torch.arange(8, device=base.device)
-    offsets = (steps >> 2) * size * size + ((steps >> 1) & 1) * size + (steps & 1)
-    two = torch.stack([1 - fraction, fraction], -1)
-    yx = two[:, 1, :, None] * two[:, 0, None, :]
-    weights = two[:, 2, :, None] * yx.flatten(1)[:, None, :]
-    return base[:, None] + offsets, weights.flatten(1)
+    two = torch.stack([1 - upper, upper])
+    weights = two[:, None, 2] * two[None, :, 1]
+    weights = weights[:, :, None] * two[None, None, :, 0]
+    return base, weights.flatten(0, 2)
+
+
+def _from_lowest(size: int, device: torch.device) -> Tensor:
+    """What is added to the index of the lowest corner for each of the eight."""
+    steps = torch.arange(8, device=device)
+    return (steps >> 2) * size * size + ((steps >> 1) & 1) * size + (steps & 1)
+
+
+def _in_cache(rotations: Tensor, plane: HalfPlane) -> int:
+    """Rotations to work on at a time: what a CPU's cache holds, all of them elsewhere."""
+    if rotations.device.type != "cpu":
+        return max(1, len(rotations))
+    return max(1, _POINTS_AT_ONCE // max(1, len(plane)))
 
 
 def extract_slices(transform: Transform, rotations: Tensor, plane: HalfPlane) -> Tensor:
@@ -176,15 +194,22 @@ def interpolate(table: Tensor, rotations: Tensor, plane: HalfPlane, padding: int
     -------
     Tensor, shape (b, m, c)
     """
-    size, n_fields = table.shape[0], table.shape[-1]
-    index, weights = _corners(rotations, plane, size, padding)
-    values = torch.nn.functional.embedding_bag(
-        index,
-        table.reshape(-1, n_fields),
-        per_sample_weights=weights.to(table.dtype),
-        mode="sum",
-    )
-    return values.reshape(rotations.shape[0], len(plane), n_fields)
+    size, rows = table.shape[0], table.reshape(-1, table.shape[-1])
+
+    corners = _from_lowest(size, table.device)
+
+    def of(some: Tensor) -> Tensor:
+        base, weights = _corners(some, plane, size, padding)
+        return torch.nn.functional.embedding_bag(
+            base[:, None] + corners,
+            rows,
+            per_sample_weights=weights.T.to(rows.dtype).contiguous(),
+            mode="sum",
+        )
+
+    parts = [of(some) for some in rotations.split(_in_cache(rotations, plane))]
+    values = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return values.view(len(rotations), len(plane), rows.shape[1])
 
 
 def insert_slices(
@@ -205,31 +230,44 @@ def insert_slices(
     -------
     Tensor, shape (size, size, size)
     """
-    fields = torch.view_as_real(slices.contiguous()) if slices.is_complex() else slices[..., None]
-    grids = spread(fields, rotations, plane, size, padding)
-    return torch.complex(grids[0], grids[1]) if slices.is_complex() else grids[0]
+    grid = slices.new_zeros(size, size, size)
+    spread(slices, rotations, plane, grid, padding)
+    return grid
 
 
-def spread(fields: Tensor, rotations: Tensor, plane: HalfPlane, size: int, padding: int) -> Tensor:
-    """Adjoint of :func:`interpolate`, field by field.
+def spread(slices: Tensor, rotations: Tensor, plane: HalfPlane, grid: Tensor, padding: int) -> None:
+    """Add slices to a grid, in place: the adjoint of :func:`extract_slices`.
+
+    The order of additions is that of images and coefficients, the same in every run on a CPU.
 
     Parameters
     ----------
-    fields : Tensor, shape (b, m, c), real
+    slices : Tensor, shape (b, m), real or complex
     rotations : Tensor, shape (b, 3, 3)
     plane : HalfPlane of m coefficients
-    size, padding : int
-
-    Returns
-    -------
-    Tensor, shape (c, size, size, size)
+    grid : Tensor, shape (size, size, size), contiguous
+        Real or complex like the slices.
+    padding : int
     """
-    index, weights = _corners(rotations, plane, size, padding)
-    index, weights = index.flatten(), weights.to(fields.dtype)
-    grids = fields.new_zeros(fields.shape[-1], size**3)
-    for grid, field in zip(grids, fields.flatten(0, 1).unbind(-1), strict=True):
-        grid.index_add_(0, index, (weights * field[:, None]).flatten())
-    return grids.view(-1, size, size, size)
+    spread_all([(slices, grid)], rotations, plane, padding)
+
+
+def spread_all(
+    pairs: Sequence[tuple[Tensor, Tensor]], rotations: Tensor, plane: HalfPlane, padding: int
+) -> None:
+    """The same for several sets of slices with grids of one size each."""
+    size, step = pairs[0][1].shape[0], _in_cache(rotations, plane)
+    corners = _from_lowest(size, rotations.device)[:, None]
+    # Row by row neighbours in the list are neighbours on the grid.
+    order = torch.argsort(plane.frequencies @ plane.frequencies.new_tensor([1, plane.box]))
+    rows = replace(plane, frequencies=plane.frequencies[order])
+    for start in range(0, len(rotations), step):
+        here = slice(start, start + step)
+        base, weights = _corners(rotations[here], rows, size, padding)
+        index = (base + corners).view(-1)
+        for slices, grid in pairs:
+            values = weights.to(grid.real.dtype) * slices[here, order].to(grid.dtype).reshape(-1)
+            grid.view(-1).scatter_add_(0, index, values.view(-1))
 
 
 def project(volume: Tensor, rotations: Tensor, plane: HalfPlane, padding: int = 2) -> Tensor:

@@ -1,29 +1,53 @@
-"""Peak memory of `cryorecon abinitio` as the number of particles grows.
+"""Peak memory of the engines' search stages and of averaging moments, by number of particles.
 
-    python examples/benchmarks/memory.py STACK OUT [--counts 2000 20000]
+    python examples/benchmarks/memory.py OUT [--counts 10000 100000 1000000] [--engines rmfn ...]
 
-The images of STACK/blind.star are repeated, each row with a defocus, coordinates and micrograph of
-its own, so that the disk holds any number; each count runs with `--images disk` and
-`--images memory`, one start and two rounds.
+Makes a stack of 2,000 images of 64 px once, then STAR files whose rows refer to these images again
+and again, each row with a defocus, coordinates and micrograph of its own, so that the disk holds
+any number. Images are read from disk. Each engine and count runs in a process of its own, through
+the program's own stages: engine rmfn one start of its search, engine amortized its training on
+20,000 images and reading all poses, moments the average of all images or of the first --averaged.
+Tells the peak of the resident memory, of it what is the process's own (the rest is mapped files),
+and how long the table took.
 """
 
 import argparse
+import json
+import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from measure import timed
 
 from cryorecon.io.star import read_star, write_star
+
+ENGINES = ("rmfn", "amortized", "moments")
+KILOBYTE = 1024
+
+
+def stack_in(folder: Path) -> Path:
+    """A folder with the images, simulated if they are not there yet."""
+    if not (folder / "particles.star").exists():
+        model = str(files("cryorecon") / "data" / "4ake_chain_a_heavy.pdb")
+        command = [sys.executable, "-m", "cryorecon", "simulate", model, "-o", str(folder)]
+        subprocess.run([*command, "--box", "64", "-n", "2000"], check=True, capture_output=True)
+    return folder
 
 
 def distinct(stack: Path, count: int) -> Path:
     """A STAR file of `count` rows beside the stack: images repeat, their metadata do not."""
     path = stack / f"distinct_{count}.star"
-    tables = read_star(stack / "blind.star")
+    if path.exists():
+        return path
+    tables = read_star(stack / "particles.star")
     particles = tables["particles"]
+    poses = [c for c in particles if c.startswith(("rlnAngle", "rlnOrigin"))]
+    particles = particles.drop(columns=poses)
     random = np.random.default_rng(0)
 
     def pieces() -> Iterator[pd.DataFrame]:
@@ -43,24 +67,131 @@ def distinct(stack: Path, count: int) -> Path:
     return path
 
 
+class Watch:
+    """Largest resident memory so far, all of it and without mapped files, in MB."""
+
+    def __init__(self) -> None:
+        self.own_mb = 0.0
+        threading.Thread(target=self._follow, daemon=True).start()
+
+    def _follow(self) -> None:
+        while True:
+            self.own_mb = max(self.own_mb, self._read("RssAnon:") + self._read("RssShmem:"))
+            time.sleep(0.05)
+
+    @staticmethod
+    def _read(name: str) -> float:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(name):
+                return int(line.split()[1]) / KILOBYTE
+        return 0.0
+
+    def peak_mb(self) -> float:
+        """Of the whole process."""
+        return self._read("VmHWM:")
+
+    def held_mb(self) -> float:
+        """Of the whole process, now."""
+        return self._read("VmRSS:")
+
+
+def _search(star: Path, folder: Path, mark: Callable[[str], None], engine: str) -> None:
+    """The job until every image could be given a pose, by the engine's own stages."""
+    import torch
+    from rich.console import Console
+
+    from cryorecon.engines.amortized import AmortizedConfig
+    from cryorecon.engines.rmfn import RmfnConfig
+    from cryorecon.run.abinitio import AbinitioOptions, _stages, prepared
+    from cryorecon.run.job import Task, open_job
+    from cryorecon.run.load import half_sets, load_observations
+
+    config = RmfnConfig(n_starts=1) if engine == "rmfn" else AmortizedConfig(images_seen=20_000)
+    options = AbinitioOptions(engine=config, keep="disk")
+    particles, _, config = prepared(star, options)
+    mark("table")
+    task = Task("abinitio", star, len(particles), config, options, 0)
+    with open_job(folder, Console(quiet=True), task) as job:
+        generator = torch.Generator().manual_seed(0)
+        images = load_observations(particles, config.diameter, keep="disk")
+        half = half_sets(particles, generator)
+        mark("noise")
+        stages = _stages(job, config, generator, particles.pixel_size_angst, options, particles)
+        if engine == "rmfn":
+            stages.search(images)
+        else:
+            stages.begin(images, half)
+
+
+def _average(star: Path, folder: Path, mark: Callable[[str], None], n: int) -> None:
+    """`moments estimate`, stopped after some images."""
+    from cryorecon.io.particles import read_particles
+    from cryorecon.run.moments import MomentsOptions, moments_of
+    from cryorecon.run.stopping import Stop, StoppedError
+
+    particles = read_particles(star)
+    mark("table")
+    stop = Stop()
+
+    def look(done: int, _: int) -> None:
+        stop.asked = stop.asked or done >= n
+
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        moments_of(particles, folder / "moments.h5", MomentsOptions(), progress=look, stop=stop)
+    except StoppedError:
+        mark("stopped")
+
+
+def measured(star: Path, folder: Path, engine: str, averaged: int) -> dict[str, float]:
+    """One process: what it needed."""
+    watch, start, found = Watch(), time.monotonic(), {}
+
+    def mark(name: str) -> None:
+        found[f"{name}_s"] = time.monotonic() - start
+        found[f"{name}_mb"] = watch.held_mb()
+
+    mark("begin")
+    if engine == "moments":
+        _average(star, folder, mark, averaged)
+    else:
+        _search(star, folder, mark, engine)
+    mark("end")
+    return found | {"peak_mb": watch.peak_mb(), "own_mb": watch.own_mb}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("stack", type=Path)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--counts", type=int, nargs="+", default=[2000, 20000])
+    parser.add_argument("--counts", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
+    parser.add_argument("--averaged", type=int, default=1_000_000, help="images of moments")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    print("| particles | images | wall s | CPU s | peak MB |\n|---|---|---|---|---|")
-    for count in args.counts:
-        star = distinct(args.stack, count)
-        for images in ("disk", "memory"):
-            name = f"{count}_{images}"
-            command = [sys.executable, "-m", "cryorecon", "abinitio", str(star), "--overwrite"]
-            command += ["-o", str(args.output / name), "--images", images, "--starts", "1"]
-            for setting in ("half_rounds=1", "joint_rounds=1", "final_steps=2"):
-                command += ["--set", setting]
-            cost = timed(command, args.output / f"{name}.json")
-            numbers = f"{cost['wall_s']:.0f} | {cost['cpu_s']:.0f} | {cost['peak_mb']}"
-            print(f"| {count} | {images} | {numbers} |", flush=True)
+    if args.one:
+        engine, star = args.engines[0], Path(args.one)
+        print(json.dumps(measured(star, args.output, engine, args.averaged)))
+        return
+    stack = stack_in(args.output / "stack")
+    print("| | particles | table, s | us a particle | peak MB | own MB | search or average, s |")
+    print("|---|---|---|---|---|---|---|", flush=True)
+    for engine in args.engines:
+        for count in args.counts:
+            star = distinct(stack, count)
+            command = [sys.executable, __file__, str(args.output / f"{engine}_{count}")]
+            command += ["--one", str(star), "--engines", engine, "--averaged", str(args.averaged)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise SystemExit(done.stderr)
+            found = json.loads(done.stdout.splitlines()[-1])
+            table = found["table_s"] - found["begin_s"]
+            rest = found["end_s"] - found["table_s"]
+            print(
+                f"| {engine} | {count} | {table:.1f} | {1e6 * table / count:.0f} | "
+                f"{found['peak_mb']:.0f} | {found['own_mb']:.0f} | {rest:.0f} |",
+                flush=True,
+            )
+            (args.output / f"{engine}_{count}.json").write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":
