@@ -19,7 +19,7 @@ from cryorecon.engines.observations import ImageSet, Observations, power_ratio
 from cryorecon.engines.pose_reader import Guesses, PoseReader
 from cryorecon.engines.reconstruction import RefineConfig
 from cryorecon.engines.shrinking import ShrinkingBatch
-from cryorecon.engines.stream import Stream
+from cryorecon.engines.stream import Stream, read_ahead
 from cryorecon.networks.encoders import EncoderConfig, Kind, PoseEncoder
 from cryorecon.physics.fourier import max_band, shift_phases
 from cryorecon.physics.masks import Support
@@ -182,6 +182,7 @@ class Amortized:
         self.signal = 1.0
         self.parts = ShrinkingBatch(config.batch)
         self._rows = Stream(len(images), config.batch, generator)
+        self._ahead = read_ahead(self.images)
         self._match_scale()
 
     @property
@@ -229,7 +230,7 @@ class Amortized:
 
     def _learn(self, rows: Tensor, share: float) -> tuple[float, float]:
         """Gradients of a share of a batch; its share of the step's report."""
-        whole = self.images.select(rows).to(self.device)
+        whole = self._ahead.select(rows).to(self.device)
         batch = whole.within(self.band)
         transform = self.decoder.transform(self.band)
         guesses = self.reader(whole)

@@ -105,6 +105,8 @@ class ImageSet:
         Factor on each image's CTF: its scale, negative where particles are black on white.
     rows : Tensor, shape (n,), int32
         Which of the source's images these are.
+    place : Tensor, shape (n,), int32, optional
+        Where each lies on disk among all; None if they are in that order.
     """
 
     plane: HalfPlane
@@ -113,6 +115,7 @@ class ImageSet:
     group: Tensor
     gain: Tensor
     rows: Tensor
+    place: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -124,6 +127,10 @@ class ImageSet:
         ctf = ctf * self.gain[rows, None]
         noise = self.noise_power[:, : plane.n_shells]
         return Observations(plane, coefficients, ctf, noise, self.group[rows].long())
+
+    def in_file_order(self, rows: Tensor) -> Tensor:
+        """Rows, ascending ones, as the disk gives them fastest."""
+        return rows if self.place is None else rows[torch.argsort(self.place[rows])]
 
     def whole(self, band: float | None = None) -> Observations:
         """Load all images, up to a radius in cycles per box."""
@@ -142,6 +149,7 @@ class ImageSet:
             group=self.group[rows],
             gain=self.gain[rows],
             rows=self.rows[rows],
+            place=None if self.place is None else self.place[rows],
         )
 
 

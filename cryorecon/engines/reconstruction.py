@@ -136,14 +136,16 @@ def best_grid_poses(
     grid, shifts = so3_grid(nside, torch.float32)[0], offsets_for(config, plane.box, band)
     coarse = resample_sums(volume, min(plane.box, 2 * (int(band) + 5)))
     transform = padded_transform(coarse).within(band)
-    for rows in torch.arange(len(images)).split(500):
+    done = 0
+    for rows in images.in_file_order(torch.arange(len(images))).split(500):
         turned = grid @ random_rotations(1, generator, torch.float32)[0]
         batch = images.select(rows)
         templates = extract_slices(transform, turned, plane)
         rotation, offset = best_grid_pose(batch, templates, shifts)
         rotations[rows], offsets[rows] = turned[rotation], shifts[offset]
+        done += len(rows)
         if progress is not None:
-            progress(int(rows[-1]) + 1)
+            progress(done)
     return rotations, offsets
 
 

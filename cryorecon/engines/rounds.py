@@ -61,7 +61,7 @@ def reassign(
     fine = min(1.6 * band, max_band(box))
     model = derivatives(joint, 2, fine)
     moved = 0
-    for rows in torch.arange(len(images)).split(250):
+    for rows in images.in_file_order(torch.arange(len(images))).split(250):
         batch = images.select(rows, fine)
         old = refine_poses(batch, model, state.rotations[rows], state.offsets_px[rows], 1)
         new = refine_poses(batch, model, rotations[rows], offsets[rows], 5)
@@ -130,7 +130,8 @@ def refine_round(
     for half in (0, 1):
         model = derivatives(references[half], 2, state.band)
         new = _empty(images)
-        for rows in torch.nonzero(state.half == half)[:, 0].split(250):
+        mine = images.in_file_order(torch.nonzero(state.half == half)[:, 0])
+        for rows in mine.split(250):
             loaded = images.select(rows)
             batch = loaded.within(state.band)
             poses = refine_poses(

@@ -1,16 +1,21 @@
-"""The order in which a training sees its images."""
+"""The order in which a training sees its images, and how they are read for it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cryorecon.engines.observations import ImageSet, Source
+
 # Neighbours in the STAR file are read together; batches are drawn from a few such blocks at once.
 _BLOCK = 256
 _BLOCKS_AT_ONCE = 16
+# These and those that the last rows of the blocks before lie in.
+_BLOCKS_KEPT = 2 * _BLOCKS_AT_ONCE
 
 
 class Stream:
@@ -58,3 +63,59 @@ class Stream:
     def load(self, state: dict[str, Any]) -> None:
         """Go on from what :meth:`state` gave."""
         self._ready, self._blocks = state["ready"], state["blocks"].tolist()
+
+
+def read_ahead(images: ImageSet) -> ImageSet:
+    """The same images in file order, whole blocks of which are read and kept for a while.
+
+    For a :class:`Stream`, whose mini-batches pick single images out of a few blocks: each image is
+    read once a pass, in file order. Whatever was read before, a block's numbers are the same.
+
+    Parameters
+    ----------
+    images : ImageSet
+        Up to the frequencies that are wanted.
+    """
+    order = images.in_file_order(torch.arange(len(images)))
+    source = _Blocks(images.source, images.rows[order], len(images.plane))
+    return replace(
+        images,
+        source=source,
+        group=images.group[order],
+        gain=images.gain[order],
+        rows=torch.arange(len(images), dtype=torch.int32),
+        place=None,
+    )
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """A source that keeps the blocks that were used last."""
+
+    source: Source
+    rows: Tensor
+    count: int
+    kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def __call__(self, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        block = rows // _BLOCK
+        found: tuple[Tensor, ...] = ()
+        for number in block.unique().tolist():
+            here = torch.nonzero(block == number)[:, 0]
+            parts = [values[rows[here] % _BLOCK, :count] for values in self._block(number)]
+            found = found or tuple(part.new_empty(len(rows), count) for part in parts)
+            for whole, part in zip(found, parts, strict=True):
+                whole[here] = part
+        coefficients, ctf = found
+        return coefficients, ctf
+
+    def _block(self, number: int) -> tuple[Tensor, Tensor]:
+        if number in self.kept:
+            block = self.kept.pop(number)
+        else:
+            rows = self.rows[number * _BLOCK : (number + 1) * _BLOCK]
+            block = self.source(rows.long(), self.count)
+        self.kept[number] = block
+        while len(self.kept) > _BLOCKS_KEPT:
+            del self.kept[next(iter(self.kept))]
+        return block

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from cryorecon.errors import CryoreconError
 from cryorecon.io.cryodrgn_input import is_stack, read_stack_table
 from cryorecon.io.cryosparc import is_cryosparc_file, read_cryosparc
-from cryorecon.io.mrc import open_stack
+from cryorecon.io.mrc import Header, read_sections
 from cryorecon.io.optics import optics_index, pixel_size_of, require_within
 from cryorecon.io.stacks import check_stacks, parse_image_names, resolve_stacks
 from cryorecon.io.star import Tables, integers, numbers, star_blocks, write_star
@@ -24,6 +24,7 @@ from cryorecon.physics.ctf import CtfParameters
 
 # Far from what float32 holds, and from any image.
 _LARGEST_SUM_OF_SQUARES = 1e30
+_ROWS_AT_ONCE = 1_000_000
 _ANGLES = ["rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi"]
 _PER_PARTICLE_CTF = {
     "defocus_u_angst": "rlnDefocusU",
@@ -69,6 +70,7 @@ class Particles:
     _stack_of: NDArray[np.int32] = field(repr=False)
     _section: NDArray[np.int32] = field(repr=False)
     _stacks: tuple[Path, ...] = field(repr=False)
+    _headers: tuple[Header, ...] = field(repr=False)
 
     def __len__(self) -> int:
         return len(self.table)
@@ -98,14 +100,20 @@ class Particles:
             If a pixel is NaN or infinite, or so large that sums of squares would be.
         """
         index = np.asarray(rows, dtype=np.int64)
+        stack_of, section = self._stack_of[index], self._section[index]
         images = np.empty((len(index), self.box, self.box), np.float32)
-        order = np.lexsort((self._section[index], self._stack_of[index]))
-        for stack in np.unique(self._stack_of[index]):
-            chosen = order[self._stack_of[index][order] == stack]
-            data = open_stack(self._stacks[stack])
-            images[chosen] = data[self._section[index[chosen]]]
-        with np.errstate(invalid="ignore"):
-            squares = np.einsum("byx,byx->b", images, images, dtype=np.float64)
+        order = None if _ascending(stack_of, section) else np.lexsort((section, stack_of))
+        if order is not None:
+            stack_of, section = stack_of[order], section[order]
+        for stack in np.unique(stack_of):
+            start, end = np.searchsorted(stack_of, [stack, stack + 1])
+            path, header = self._stacks[stack], self._headers[stack]
+            read_sections(path, header, section[start:end], images[start:end])
+        if order is not None:
+            found, images = images, np.empty_like(images)
+            images[order] = found
+        with np.errstate(invalid="ignore", over="ignore"):
+            squares = np.einsum("byx,byx->b", images, images)
         bad = np.flatnonzero(~(squares < _LARGEST_SUM_OF_SQUARES))
         if len(bad):
             row = index[bad[0]]
@@ -120,6 +128,27 @@ class Particles:
     def file_order(self) -> NDArray[np.int64]:
         """Rows in the order in which the stacks hold them."""
         return np.lexsort((self._section, self._stack_of))
+
+    def place(self) -> NDArray[np.int32] | None:
+        """Where each image lies among all, in file order; None if the rows are in that order."""
+        if _ascending(self._stack_of, self._section):
+            return None
+        place = np.empty(len(self), np.int32)
+        place[self.file_order()] = np.arange(len(self), dtype=np.int32)
+        return place
+
+    def in_file_order(self, size: int, start: int = 0) -> Iterator[NDArray[np.int64]]:
+        """Rows in file order, some at a time.
+
+        Parameters
+        ----------
+        start : int
+            How many to leave out at the beginning.
+        """
+        order = None if _ascending(self._stack_of, self._section) else self.file_order()
+        for first in range(start, len(self), size):
+            here = np.arange(first, min(first + size, len(self)))
+            yield here if order is None else order[here]
 
     def _column(self, name: str) -> NDArray[np.float64]:
         return numbers(self.path, self.table, name, rows=self.rows)
@@ -282,12 +311,22 @@ def read_particles(
         raise CryoreconError(f"{path} holds no particles: its table is empty", "Select some first")
     stack_of, section, names = parse_image_names(path, table)
     stacks = resolve_stacks(path, names, project)
-    box = check_stacks(path, stacks, stack_of, section)
+    headers = check_stacks(path, stacks, stack_of, section)
+    box = headers[0].shape[2]
     pixel_size = pixel_size_of(path, table, blocks.get("optics"), stacks[0], box)
     rows = np.arange(len(table), dtype=np.int32)
-    return Particles(
-        path, table, blocks, name, box, pixel_size, rows, stack_of, section, tuple(stacks)
-    )
+    files = tuple(stacks), headers
+    return Particles(path, table, blocks, name, box, pixel_size, rows, stack_of, section, *files)
+
+
+def _ascending(stack_of: NDArray[np.int32], section: NDArray[np.int32]) -> bool:
+    """Whether images come as their stacks hold them, a million rows at a time."""
+    for start in range(0, len(stack_of), _ROWS_AT_ONCE):
+        here = slice(start, start + _ROWS_AT_ONCE + 1)
+        stack, number = np.diff(stack_of[here]), np.diff(section[here])
+        if not ((stack > 0) | ((stack == 0) & (number >= 0))).all():
+            return False
+    return True
 
 
 def _read_stack(path: Path, ctf: str | Path | None) -> tuple[pd.DataFrame, TextTable]:

@@ -10,7 +10,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from cryorecon.errors import CryoreconError
-from cryorecon.io.mrc import open_stack
+from cryorecon.io.mrc import Header, read_header
 from cryorecon.io.text_table import TextTable
 
 _LONGEST_SHOWN = 200
@@ -89,13 +89,13 @@ def parse_image_names(
 
 def check_stacks(
     path: Path, stacks: list[Path], stack_of: NDArray[np.int32], section: NDArray[np.int32]
-) -> int:
-    """Open all stacks and compare them with what is asked of them.
+) -> tuple[Header, ...]:
+    """Read the headers of all stacks and compare them with what is asked of them.
 
     Returns
     -------
-    int
-        Samples a side of every image.
+    tuple of Header
+        Of square images of one size.
 
     Raises
     ------
@@ -103,14 +103,15 @@ def check_stacks(
         If a section does not exist, images are not square, or boxes differ.
     """
     boxes: dict[tuple[int, int], Path] = {}
-    counts = np.empty(len(stacks), np.int64)
-    for number, stack in enumerate(stacks):
+    headers = []
+    for stack in stacks:
         try:
-            counts[number], ny, nx = open_stack(stack).shape
+            headers.append(read_header(stack))
         except CryoreconError as error:
             problem = f"{path} names a stack that cannot be read: {error.problem}"
             raise CryoreconError(problem, error.remedy) from error
-        boxes.setdefault((ny, nx), stack)
+        boxes.setdefault(headers[-1].shape[1:], stack)
+    counts = np.array([header.shape[0] for header in headers], np.int64)
     beyond = np.flatnonzero(section >= counts[stack_of])
     if len(beyond):
         row = int(beyond[0])
@@ -129,4 +130,4 @@ def check_stacks(
     (ny, nx), stack = next(iter(boxes.items()))
     if ny != nx:
         raise CryoreconError(f"{stack} holds {nx} x {ny} px images", "Particles must be square")
-    return int(nx)
+    return tuple(headers)

@@ -2,19 +2,50 @@
 
 A particle table of a million rows is some 150 MB of text and a gigabyte of Python strings, of
 which a run needs a few columns of numbers and, at its end, everything once. Here it takes some
-30 MB.
+30 MB, on disk where it is longer than that: in an unnamed file of the folder for temporary ones.
 """
 
 from __future__ import annotations
 
+import tempfile
+import weakref
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from io import BytesIO
+from itertools import pairwise
+from typing import IO
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
 PIECE_ROWS = 5_000
+# What is held in memory before a file takes all.
+_IN_MEMORY = 8_000_000
+
+
+class _Store:
+    """Compressed columns one after the other, in memory or, beyond some size, in a file."""
+
+    def __init__(self) -> None:
+        self._file: IO[bytes] = BytesIO()
+        self._end = 0
+
+    def put(self, packed: bytes) -> tuple[int, int]:
+        """Keep a column; where it begins and ends."""
+        start, self._end = self._end, self._end + len(packed)
+        if self._end > _IN_MEMORY and isinstance(self._file, BytesIO):
+            held, self._file = self._file, tempfile.TemporaryFile()  # noqa: SIM115
+            weakref.finalize(self, self._file.close)
+            self._file.write(held.getvalue())
+        self._file.seek(start)
+        self._file.write(packed)
+        return start, self._end
+
+    def get(self, place: tuple[int, int]) -> bytes:
+        """A column from its place."""
+        self._file.seek(place[0])
+        return self._file.read(place[1] - place[0])
 
 
 class TextTable:
@@ -22,8 +53,10 @@ class TextTable:
 
     Parameters
     ----------
+    store : _Store
+        The compressed values of consecutive rows, joined by line feeds.
     pieces : sequence of mapping
-        Column name to the compressed values of consecutive rows, joined by line feeds.
+        Column name to the place of its values in the store.
     lengths : sequence of int
         Rows of each piece.
     rows : array of int, optional
@@ -32,21 +65,22 @@ class TextTable:
 
     def __init__(
         self,
-        pieces: list[dict[str, bytes]],
+        store: _Store,
+        pieces: list[dict[str, tuple[int, int]]],
         lengths: list[int],
         rows: NDArray[np.integer] | None = None,
     ) -> None:
-        self._pieces, self._rows = pieces, rows
+        self._store, self._pieces, self._rows = store, pieces, rows
         self._starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 
     @classmethod
     def gather(cls, frames: Iterable[pd.DataFrame]) -> TextTable:
         """Compress tables of strings one by one and put them below each other."""
-        pieces, lengths = [], []
+        store, pieces, lengths = _Store(), [], []
         for frame in frames:
-            pieces.append({str(name): _packed(values) for name, values in frame.items()})
+            pieces.append({str(name): store.put(_packed(v)) for name, v in frame.items()})
             lengths.append(len(frame))
-        return cls(pieces, lengths)
+        return cls(store, pieces, lengths)
 
     @property
     def columns(self) -> list[str]:
@@ -70,14 +104,14 @@ class TextTable:
     def subset(self, rows: NDArray[np.integer]) -> TextTable:
         """Some rows, in the given order; nothing is copied."""
         lengths = np.diff(self._starts).tolist()
-        return TextTable(self._pieces, lengths, self._of(np.asarray(rows)))
+        return TextTable(self._store, self._pieces, lengths, self._of(np.asarray(rows)))
 
     def numbers(self, name: str) -> NDArray[np.float64]:
         """A column as float64; NaN where a value is no number."""
         found = np.empty(int(self._starts[-1]))
-        for piece, start, end in zip(self._pieces, self._starts, self._starts[1:], strict=False):
+        for number, (start, end) in enumerate(pairwise(self._starts)):
             if end > start:
-                values = pd.Series(_unpacked(piece[name]), dtype=object)
+                values = pd.Series(self._values(number, name), dtype=object)
                 found[start:end] = pd.to_numeric(values, "coerce").to_numpy(np.float64)
         return found if self._rows is None else found[self._rows]
 
@@ -116,8 +150,11 @@ class TextTable:
         piece_of = np.searchsorted(self._starts, rows, side="right") - 1
         for number in np.unique(piece_of):
             here = piece_of == number
-            found[here] = _unpacked(self._pieces[number][name])[rows[here] - self._starts[number]]
+            found[here] = self._values(number, name)[rows[here] - self._starts[number]]
         return found
+
+    def _values(self, number: int, name: str) -> NDArray[np.object_]:
+        return _unpacked(self._store.get(self._pieces[number][name]))
 
 
 def _packed(values: pd.Series) -> bytes:

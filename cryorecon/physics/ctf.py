@@ -77,10 +77,14 @@ def ctf(
 
     u, v = column(parameters.defocus_u_angst), column(parameters.defocus_v_angst)
     axis = torch.deg2rad(column(parameters.defocus_angle_deg))
-    defocus_angst = (u + v) / 2 + (u - v) / 2 * torch.cos(2 * (azimuth - axis))
+    # cos(2 (azimuth - axis)), one cosine and one sine for each image and each frequency.
+    defocus_angst = (u + v) / 2 + (u - v) / 2 * torch.cos(2 * axis) * torch.cos(2 * azimuth)
+    defocus_angst += (u - v) / 2 * torch.sin(2 * axis) * torch.sin(2 * azimuth)
     wavelength = electron_wavelength_angst(column(parameters.voltage_kv))
     cs_angst = column(parameters.spherical_aberration_mm) * 1e7
     phase = torch.pi * wavelength * s2 * (defocus_angst - cs_angst * wavelength**2 * s2 / 2)
     phase = phase + torch.asin(column(parameters.amplitude_contrast))
     phase = phase + torch.deg2rad(column(parameters.phase_shift_deg))
-    return torch.sin(phase) * torch.exp(-column(parameters.b_factor_angst2) * s2 / 4)
+    b_factor = column(parameters.b_factor_angst2)
+    found = torch.sin(phase)
+    return found * torch.exp(-b_factor * s2 / 4) if bool(b_factor.any()) else found

@@ -168,7 +168,10 @@ class HalfPlane:
 
     def within(self, band: float) -> HalfPlane:
         """The coefficients with radius <= `band`: a prefix of this list."""
-        count = int(torch.searchsorted(self.radius, band + 1e-9))
+        return self.first(int(torch.searchsorted(self.radius, band + 1e-9)))
+
+    def first(self, count: int) -> HalfPlane:
+        """The coefficients of lowest radius."""
         return replace(
             self,
             frequencies=self.frequencies[:count],
@@ -219,14 +222,18 @@ def to_coefficients(images: Tensor, plane: HalfPlane) -> Tensor:
 
     Parameters
     ----------
-    images : Tensor, shape (..., N, N)
+    images : Tensor, shape (..., N, N), real
     plane : HalfPlane
 
     Returns
     -------
     Tensor, shape (..., m), complex
     """
-    return fft_centred(images, 2).flatten(-2)[..., _flat_index(plane, 1)]
+    # The list has no negative kx: it is in the half that a real transform computes.
+    spectrum = torch.fft.rfft2(torch.fft.ifftshift(images, (-2, -1)))
+    kx, ky = plane.frequencies.unbind(-1)
+    index = (ky % plane.box) * spectrum.shape[-1] + kx
+    return spectrum.flatten(-2).index_select(-1, index)
 
 
 def to_images(coefficients: Tensor, plane: HalfPlane) -> Tensor:

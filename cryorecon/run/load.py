@@ -24,6 +24,8 @@ from cryorecon.physics.masks import soft_ball
 Keep = Literal["auto", "memory", "disk"]
 
 _BLOCK = 512
+# Of images that are worked on together: they stay in a core's cache.
+_PIXELS_AT_ONCE = 1 << 17
 # Coefficients (complex64) and CTF (float32) of an image, bytes each.
 _BYTES = 12
 _SHARE_OF_MEMORY = 0.5
@@ -33,11 +35,18 @@ _NOISE_IMAGES = 20_000
 
 def normalised(images: Tensor, outside: Tensor) -> Tensor:
     """Images with zero mean and unit standard deviation outside the particle."""
-    area = outside.sum()
-    level = (images * outside).sum((-2, -1), keepdim=True) / area
-    images = images - level
-    spread = ((images**2 * outside).sum((-2, -1), keepdim=True) / area).sqrt()
-    return images / spread.clamp(min=1e-20)
+    weight = outside.flatten() / outside.sum()
+    found = torch.empty_like(images)
+    # Some megabyte at a time: it is gone through six times.
+    step = max(1, _PIXELS_AT_ONCE // weight.numel())
+    for raw, target in zip(images.split(step), found.split(step), strict=True):
+        flat, values = raw.flatten(1), target.view(len(raw), -1)
+        torch.sub(flat, (flat @ weight)[:, None], out=values)
+        # What is left of the level after rounding counts where it is large beside the spread.
+        values.sub_((values @ weight)[:, None])
+        spread = (values.square() @ weight).sqrt_()
+        values.div_(spread.clamp_(min=1e-20)[:, None])
+    return found
 
 
 @dataclass(frozen=True)
@@ -50,8 +59,11 @@ class _FromDisk:
     outside: Tensor
 
     def __call__(self, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        coefficients = to_coefficients(self.images(rows), self.plane)[:, :count]
-        return coefficients, self.ctf(rows, count)
+        plane = self.plane.first(count)
+        images = self.images(rows)
+        step = max(1, _PIXELS_AT_ONCE // self.plane.box**2)
+        parts = [to_coefficients(some, plane) for some in images.split(step)]
+        return torch.cat(parts), self.ctf(rows, count)
 
     def images(self, rows: Tensor) -> Tensor:
         """Normalised images of some rows, shape (b, N, N)."""
@@ -128,7 +140,7 @@ def load_observations(
     power = torch.zeros(int(group.max()) + 1, plane.n_shells)
     heard = _spread(group)
     done = 0
-    for rows in torch.from_numpy(particles.file_order()).split(_BLOCK):
+    for rows in map(torch.from_numpy, particles.in_file_order(_BLOCK)):
         done += len(rows)
         if progress is not None:
             progress(done, n)
@@ -147,7 +159,16 @@ def load_observations(
     counts = torch.bincount(group[heard], minlength=len(power)).clamp(min=1)
     source: Source = store if held else disk
     rows = torch.arange(n, dtype=torch.int32)
-    return ImageSet(plane, source, power / counts[:, None], group.int(), torch.ones(n), rows)
+    place = particles.place()
+    return ImageSet(
+        plane,
+        source,
+        power / counts[:, None],
+        group.int(),
+        torch.ones(n),
+        rows,
+        None if place is None else torch.from_numpy(place),
+    )
 
 
 def _spread(group: Tensor) -> Tensor:
@@ -162,8 +183,8 @@ def _spread(group: Tensor) -> Tensor:
 
 def refuse_blank(particles: Particles, rows: Tensor, images: Tensor) -> None:
     """Stop at an image without contrast, naming its row."""
-    spread = images.flatten(1).std(-1)
-    blank = torch.nonzero(spread == 0)
+    low, high = torch.aminmax(images.flatten(1), dim=-1)
+    blank = torch.nonzero(low == high)
     if len(blank):
         row = int(rows[int(blank[0])])
         raise CryoreconError(

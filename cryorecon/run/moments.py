@@ -267,9 +267,8 @@ def _pass(
 ) -> Progress:
     sums: MomentSums = done.sums
     reader, total = _Reader.of(particles, sums.geometry), len(particles)
-    order = torch.from_numpy(particles.file_order())
     seen = saved = done.images_done
-    for rows in order[seen:].split(_BLOCK):
+    for rows in map(torch.from_numpy, particles.in_file_order(_BLOCK, seen)):
         sums.add(reader.read(rows, sums.frequencies))
         seen += len(rows)
         now = dataclasses.replace(done, images_done=seen)

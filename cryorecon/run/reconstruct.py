@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -66,10 +65,9 @@ def reconstruct(
     noise = torch.ones(1, plane.n_shells)
     sums = [NormalEquations.empty(max_band(box), padding, torch.float32, "cpu") for _ in range(2)]
     labels = torch.zeros(len(particles), dtype=torch.int64) if half is None else half
-    order = particles.file_order()
-    for start in range(0, len(order), _BLOCK):
-        rows = torch.from_numpy(np.ascontiguousarray(order[start : start + _BLOCK]))
-        images = torch.from_numpy(particles.images(rows.numpy()))
+    done = 0
+    for block in particles.in_file_order(_BLOCK):
+        rows, images = torch.from_numpy(block), torch.from_numpy(particles.images(block))
         gain = ctf(plane.frequencies, optics[rows], box, particles.pixel_size_angst).float()
         batch = Observations(
             plane, to_coefficients(images, plane), gain, noise, torch.zeros(len(rows)).long()
@@ -80,8 +78,9 @@ def reconstruct(
             mine = labels[rows] == number
             if mine.any():
                 sums[number].add(signal[mine], weight[mine], rotations[rows][mine], plane)
+        done += len(rows)
         if progress is not None:
-            progress(start + len(rows), len(order))
+            progress(done, len(particles))
 
     def solved(equations: NormalEquations) -> Tensor:
         prior = equations.shell_mean_weight()[: max_band(box) + 1] * wiener
