@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -88,34 +88,34 @@ def read_ahead(images: ImageSet) -> ImageSet:
     )
 
 
-@dataclass(frozen=True)
 class _Blocks:
-    """A source that keeps the blocks that were used last."""
+    """A source that keeps the blocks that were used last, as many as there are places."""
 
-    source: Source
-    rows: Tensor
-    count: int
-    kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    def __init__(self, source: Source, rows: Tensor, count: int) -> None:
+        self.source, self.rows, self.count = source, rows, count
+        blocks = -(-len(rows) // _BLOCK)
+        held = min(_BLOCKS_KEPT, blocks) * _BLOCK
+        self.kept = torch.empty(held, count, dtype=torch.complex64), torch.empty(held, count)
+        # Place of each block, the one that was used longest ago first.
+        self.places: dict[int, int] = {}
 
     def __call__(self, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
         block = rows // _BLOCK
-        found: tuple[Tensor, ...] = ()
-        for number in block.unique().tolist():
-            here = torch.nonzero(block == number)[:, 0]
-            parts = [values[rows[here] % _BLOCK, :count] for values in self._block(number)]
-            found = found or tuple(part.new_empty(len(rows), count) for part in parts)
-            for whole, part in zip(found, parts, strict=True):
-                whole[here] = part
-        coefficients, ctf = found
-        return coefficients, ctf
+        needed = block.unique()
+        places = torch.tensor([self._place(number) for number in needed.tolist()])
+        where = places[torch.searchsorted(needed, block)] * _BLOCK + rows % _BLOCK
+        coefficients, ctf = self.kept
+        return coefficients[where, :count], ctf[where, :count]
 
-    def _block(self, number: int) -> tuple[Tensor, Tensor]:
-        if number in self.kept:
-            block = self.kept.pop(number)
+    def _place(self, number: int) -> int:
+        if number in self.places:
+            place = self.places.pop(number)
         else:
-            rows = self.rows[number * _BLOCK : (number + 1) * _BLOCK]
-            block = self.source(rows.long(), self.count)
-        self.kept[number] = block
-        while len(self.kept) > _BLOCKS_KEPT:
-            del self.kept[next(iter(self.kept))]
-        return block
+            place = len(self.places)
+            if place * _BLOCK == len(self.kept[0]):
+                place = self.places.pop(next(iter(self.places)))
+            rows = self.rows[number * _BLOCK : (number + 1) * _BLOCK].long()
+            for kept, new in zip(self.kept, self.source(rows, self.count), strict=True):
+                kept[place * _BLOCK : place * _BLOCK + len(rows)] = new
+        self.places[number] = place
+        return place

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import RawIOBase
+from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,6 +19,8 @@ from cryorecon.errors import CryoreconError, require_file
 from cryorecon.io.files import replacing
 
 _HEADER_BYTES = 1024
+# Reading on is faster than beginning anew behind a gap of this size.
+_GAP_BYTES = 1 << 16
 # Far from where sums of squares overflow, and from any map.
 _LARGEST_VOXEL = 1e12
 _VOXEL_ANGST = (0.01, 1000.0)
@@ -115,7 +118,7 @@ def open_stack(path: str | Path) -> NDArray[np.generic]:
 def read_sections(
     path: str | Path, header: Header, sections: NDArray[np.integer], images: NDArray[np.float32]
 ) -> None:
-    """Read sections of a stack into memory, each run of consecutive ones at once.
+    """Read sections of a stack into memory, each run of neighbours at once, small gaps included.
 
     Nothing is mapped: reading in file order is as fast as the disk, and what was read is not
     counted as the process's memory.
@@ -132,27 +135,28 @@ def read_sections(
     CryoreconError
         If the file is gone, or has become shorter than its header said.
     """
-    breaks = np.flatnonzero(np.diff(sections) != 1) + 1
     size = header.shape[1] * header.shape[2] * header.dtype.itemsize
-    as_they_are = header.dtype == np.dtype(np.float32)
+    bounds = np.flatnonzero(np.diff(sections) > 1 + _GAP_BYTES // size) + 1
     try:
         with open(path, "rb", buffering=0) as file:
-            for run in np.split(np.arange(len(sections)), breaks) if len(sections) else ():
-                target = images[run[0] : run[-1] + 1]
-                raw = target if as_they_are else np.empty(target.shape, header.dtype)
-                file.seek(header.offset + int(sections[run[0]]) * size)
-                _fill(file, raw)
-                if not as_they_are:
-                    target[:] = raw
+            for start, end in pairwise([0, *bounds.tolist(), len(sections)]):
+                first, last = int(sections[start]), int(sections[end - 1])
+                alone = bool((np.diff(sections[start:end]) == 1).all())
+                direct = alone and header.dtype == np.dtype(np.float32)
+                shape = (last - first + 1, *header.shape[1:])
+                raw = images[start:end] if direct else np.empty(shape, header.dtype)
+                _fill(file, raw, header.offset + first * size)
+                if not direct:
+                    images[start:end] = raw if alone else raw[sections[start:end] - first]
     except (OSError, EOFError) as error:
         raise CryoreconError(
             f"{path} can no longer be read as it was: {error}", "Leave stacks alone during a job"
         ) from error
 
 
-def _fill(file: RawIOBase, raw: NDArray[np.generic]) -> None:
-    view = raw.reshape(-1).view(np.uint8).data
-    done = 0
+def _fill(file: RawIOBase, raw: NDArray[np.generic], offset: int) -> None:
+    view, done = raw.reshape(-1).view(np.uint8).data, 0
+    file.seek(offset)
     while done < len(view):
         count = file.readinto(view[done:])
         if not count:

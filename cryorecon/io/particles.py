@@ -106,9 +106,9 @@ class Particles:
         if order is not None:
             stack_of, section = stack_of[order], section[order]
         for stack in np.unique(stack_of):
-            start, end = np.searchsorted(stack_of, [stack, stack + 1])
+            first, end = np.searchsorted(stack_of, [stack, stack + 1])
             path, header = self._stacks[stack], self._headers[stack]
-            read_sections(path, header, section[start:end], images[start:end])
+            read_sections(path, header, section[first:end], images[first:end])
         if order is not None:
             found, images = images, np.empty_like(images)
             images[order] = found

@@ -5,8 +5,8 @@
 Makes a stack of 2,000 images of 64 px once, then STAR files whose rows refer to these images again
 and again, each row with a defocus, coordinates and micrograph of its own, so that the disk holds
 any number. Images are read from disk. Each engine and count runs in a process of its own, through
-the program's own stages: engine rmfn one start of its search, engine amortized its training on
-20,000 images and reading all poses, moments the average of all images or of the first --averaged.
+the program's own stages: engine rmfn one start of its search at two temperatures, engine amortized
+a training on 12,000 images, moments the average of all images or of the first --averaged.
 Tells the peak of the resident memory, of it what is the process's own (the rest is mapped files),
 and how long the table took.
 """
@@ -28,6 +28,8 @@ from cryorecon.io.star import read_star, write_star
 
 ENGINES = ("rmfn", "amortized", "moments")
 KILOBYTE = 1024
+# Images that engine amortized is trained on: several times what it keeps at once.
+SEEN = 12_000
 
 
 def stack_in(folder: Path) -> Path:
@@ -105,9 +107,12 @@ def _search(star: Path, folder: Path, mark: Callable[[str], None], engine: str) 
     from cryorecon.run.abinitio import AbinitioOptions, _stages, prepared
     from cryorecon.run.job import Task, open_job
     from cryorecon.run.load import half_sets, load_observations
+    from cryorecon.run.stages import HELD_OUT
 
-    config = RmfnConfig(n_starts=1) if engine == "rmfn" else AmortizedConfig(images_seen=20_000)
+    short = RmfnConfig(n_starts=1, temperatures=(10.0, 1.0))
+    config = short if engine == "rmfn" else AmortizedConfig(images_seen=SEEN)
     options = AbinitioOptions(engine=config, keep="disk")
+    mark("begin")
     particles, _, config = prepared(star, options)
     mark("table")
     task = Task("abinitio", star, len(particles), config, options, 0)
@@ -120,7 +125,10 @@ def _search(star: Path, folder: Path, mark: Callable[[str], None], engine: str) 
         if engine == "rmfn":
             stages.search(images)
         else:
-            stages.begin(images, half)
+            order = torch.randperm(len(images), generator=generator)
+            run = stages._new(images.apart(order[HELD_OUT:].sort().values))
+            stages._train(run, order)
+        del half
 
 
 def _average(star: Path, folder: Path, mark: Callable[[str], None], n: int) -> None:
@@ -129,6 +137,7 @@ def _average(star: Path, folder: Path, mark: Callable[[str], None], n: int) -> N
     from cryorecon.run.moments import MomentsOptions, moments_of
     from cryorecon.run.stopping import Stop, StoppedError
 
+    mark("begin")
     particles = read_particles(star)
     mark("table")
     stop = Stop()
@@ -151,7 +160,6 @@ def measured(star: Path, folder: Path, engine: str, averaged: int) -> dict[str, 
         found[f"{name}_s"] = time.monotonic() - start
         found[f"{name}_mb"] = watch.held_mb()
 
-    mark("begin")
     if engine == "moments":
         _average(star, folder, mark, averaged)
     else:
@@ -165,7 +173,7 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--counts", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
-    parser.add_argument("--averaged", type=int, default=1_000_000, help="images of moments")
+    parser.add_argument("--averaged", type=int, default=20_000, help="images of moments")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:

@@ -1,0 +1,165 @@
+"""How fast each engine reads images, beside a plain sequential read of the same bytes.
+
+    python examples/benchmarks/reading.py OUT [--images 20000] [--shuffle]
+
+Makes a stack of 64 px images (the 2,000 of examples/benchmarks/memory.py again and again) and goes
+through it as the engines do: the mini-batches of engine amortized's training, the 1,200 random
+images of engine rmfn's search, its assignment and rounds, the blocks of moments. "Reading" is
+what brings pixels to memory, checked for NaN; "coefficients" adds normalising, the Fourier
+transform and the CTF. Cold: the kernel is told to forget the file before; wall time counts. Warm:
+the file is in the page cache; CPU time counts, so that other programs on the machine matter less.
+"""
+
+import argparse
+import os
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from memory import stack_in
+
+from cryorecon.engines.amortized import AmortizedConfig
+from cryorecon.engines.observations import ImageSet
+from cryorecon.engines.stream import Stream, read_ahead
+from cryorecon.io.mrc import open_stack, stack_writer
+from cryorecon.io.particles import Particles, read_particles
+from cryorecon.io.star import read_star, write_star
+from cryorecon.run.load import load_observations
+
+BATCH = AmortizedConfig().batch
+CHUNK = 4 << 20
+
+
+def long_stack(folder: Path, count: int, shuffle: bool) -> tuple[Path, Path]:
+    """STAR file and stack of `count` images that repeat, each with a place of its own on disk."""
+    stack, star = folder / f"long_{count}.mrcs", folder / f"long_{count}_{int(shuffle)}.star"
+    source = stack_in(folder / "stack")
+    if not stack.exists():
+        images = np.asarray(open_stack(source / "particles.mrcs"))
+        with stack_writer(stack, images.shape[1], 1.5) as writer:
+            for start in range(0, count, len(images)):
+                writer.append(images[: count - start])
+    tables = read_star(source / "particles.star")
+    few = tables["particles"]
+    table = few.iloc[np.arange(count) % len(few)].reset_index(drop=True)
+    table["rlnImageName"] = [f"{i + 1:06d}@{stack.resolve()}" for i in range(count)]
+    if shuffle:
+        table = table.sample(frac=1, random_state=0)
+    write_star(star, {**tables, "particles": table})
+    return star, stack
+
+
+def plain(stack: Path) -> int:
+    """Read a file from its beginning to its end into one buffer; its bytes."""
+    buffer, done = memoryview(bytearray(CHUNK)), 0
+    with stack.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            done += count
+    return done
+
+
+def only_read(particles: Particles, images: ImageSet) -> ImageSet:
+    """The same images, of which nothing is made once they are read."""
+
+    def source(rows: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        particles.images(rows.numpy())
+        nothing = torch.zeros(len(rows), count)
+        return nothing, nothing
+
+    few = images.within(0.0)
+    return ImageSet(few.plane, source, few.noise_power, few.group, few.gain, few.rows, few.place)
+
+
+def training(images: ImageSet, ahead: bool) -> Iterator[int]:
+    """One pass of engine amortized; by single images, or block by block."""
+    generator = torch.Generator().manual_seed(0)
+    source = read_ahead(images) if ahead else images
+    for rows in islice(Stream(len(images), BATCH, generator), len(images) // BATCH):
+        source.select(rows)
+        yield len(rows)
+
+
+def rounds(images: ImageSet, size: int, halves: bool) -> Iterator[int]:
+    """A round of refinement, half set by half set, or an assignment."""
+    n = len(images)
+    half = torch.randperm(n, generator=torch.Generator().manual_seed(0)) % 2 * halves
+    for number in half.unique():
+        for rows in images.in_file_order(torch.nonzero(half == number)[:, 0]).split(size):
+            images.select(rows)
+            yield len(rows)
+
+
+def search(images: ImageSet) -> Iterator[int]:
+    """The random images of a search."""
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:1200]
+    images.select(order)
+    yield len(order)
+
+
+def moments(particles: Particles) -> Iterator[int]:
+    """One pass."""
+    for rows in particles.in_file_order(128):
+        particles.images(rows)
+        yield len(rows)
+
+
+def forget(stack: Path) -> None:
+    """Have the kernel drop a file from its cache."""
+    with stack.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def rates(work: Callable[[], int], stack: Path, repeats: int) -> tuple[float, float]:
+    """Bytes a second: cold by wall time, warm by CPU time, the best of some runs each."""
+    cold, warm = [], []
+    for _ in range(repeats):
+        forget(stack)
+        start = time.perf_counter()
+        size = work()
+        cold.append(size / (time.perf_counter() - start))
+        start = time.process_time()
+        size = work()
+        warm.append(size / (time.process_time() - start))
+    return max(cold), max(warm)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--images", type=int, default=20_000)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--shuffle", action="store_true", help="rows of the table in random order")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    star, stack = long_stack(args.output, args.images, args.shuffle)
+    particles = read_particles(star)
+    images = load_observations(particles, 0.8, keep="disk")
+    near = images.within(13.0)
+    raw, size = only_read(particles, images), 4 * particles.box**2
+    ways: list[tuple[str, Callable[[], Iterator[int]], Callable[[], Iterator[int]] | None]] = [
+        ("training, single images", lambda: training(raw, False), lambda: training(near, False)),
+        ("training, blocks read ahead", lambda: training(raw, True), lambda: training(near, True)),
+        ("search, 1,200 images", lambda: search(raw), lambda: search(near)),
+        ("assignment", lambda: rounds(raw, 500, False), lambda: rounds(near, 500, False)),
+        ("round", lambda: rounds(raw, 250, True), lambda: rounds(images, 250, True)),
+        ("moments", lambda: moments(particles), None),
+    ]
+    floor = rates(lambda: plain(stack), stack, args.repeats)
+    cold, warm = (f"{rate / 1e9:.2f} (1)" for rate in floor)
+    print("| GB/s (of the plain read) | reading, cold | reading, warm | coefficients, warm |")
+    print(f"|---|---|---|---|\n| plain sequential read | {cold} | {warm} | |", flush=True)
+    for name, reading, transformed in ways:
+        found = rates(lambda work=reading: size * sum(work()), stack, args.repeats)
+        cells = [f"{a / 1e9:.2f} ({a / b:.2f})" for a, b in zip(found, floor, strict=True)]
+        if transformed is not None:
+            rate = rates(lambda work=transformed: size * sum(work()), stack, 1)[1]
+            cells.append(f"{rate / 1e9:.2f}, {1e6 * size / rate:.0f} us an image")
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""Reading images: whatever the order, the numbers are those of the file; blocks are read once."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from cryorecon.engines import stream
+from cryorecon.engines.observations import ImageSet
+from cryorecon.errors import CryoreconError
+from cryorecon.io import mrc, text_table
+from cryorecon.io.text_table import TextTable
+from cryorecon.physics import fourier
+from cryorecon.run import load
+
+N = 8
+
+
+@pytest.mark.parametrize("dtype", ["<f4", ">f4", "<i2", "<f2"])
+@pytest.mark.parametrize("gap", [0, 1 << 16])
+def test_sections_come_in_runs_with_gaps_and_repeats(tmp_path, dtype, gap, monkeypatch):
+    monkeypatch.setattr(mrc, "_GAP_BYTES", gap)
+    path = tmp_path / "s.mrcs"
+    with mrc.stack_writer(path, N, 2.0) as writer:
+        writer.append(np.random.default_rng(0).integers(-99, 99, (30, N, N)).astype(np.float32))
+    data = np.array(mrc.open_stack(path))
+    stored = data.astype(dtype)
+    path.write_bytes(path.read_bytes()[:1024] + stored.tobytes())
+    header = mrc.Header(data.shape, stored.dtype, 1024, 2.0)
+    for sections in ([0, 1, 2, 29], [3, 3, 5], [7], [0, 2, 4, 5, 6, 6, 20], list(range(30))):
+        found = np.empty((len(sections), N, N), np.float32)
+        mrc.read_sections(path, header, np.array(sections), found)
+        assert np.array_equal(found, data[sections])
+
+
+def test_a_stack_that_has_become_shorter_is_told(tmp_path):
+    path = tmp_path / "s.mrcs"
+    with mrc.stack_writer(path, N, 2.0) as writer:
+        writer.append(np.ones((3, N, N), np.float32))
+    header = mrc.read_header(path)
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(CryoreconError, match="no longer be read"):
+        mrc.read_sections(path, header, np.arange(3), np.empty((3, N, N), np.float32))
+    path.unlink()
+    with pytest.raises(CryoreconError, match="no longer be read"):
+        mrc.read_sections(path, header, np.arange(3), np.empty((3, N, N), np.float32))
+
+
+def test_a_long_table_on_disk_is_the_same(monkeypatch):
+    frames = [
+        pd.DataFrame({"a": [f"{i}.5" for i in range(k, k + 40)], "b": ["x y"] * 40})
+        for k in (0, 40, 80)
+    ]
+    held = TextTable.gather(frames)
+    monkeypatch.setattr(text_table, "_IN_MEMORY", 200)
+    spilled = TextTable.gather(frames)
+    assert spilled._store._file.__class__ is not held._store._file.__class__
+    assert np.array_equal(spilled.numbers("a"), np.arange(120) + 0.5)
+    few = spilled.subset(np.array([100, 3, 50]))
+    assert list(few["a"]) == ["100.5", "3.5", "50.5"]
+    for one, other in zip(held.frames(), spilled.frames(), strict=True):
+        pd.testing.assert_frame_equal(one, other)
+
+
+@pytest.mark.parametrize("box", [8, 9])
+def test_coefficients_are_those_of_the_centred_transform(box, generator):
+    images = torch.randn(3, box, box, generator=generator, dtype=torch.float64)
+    plane = fourier.half_plane(box)
+    whole = fourier.fft_centred(images, 2)
+    kx, ky = plane.frequencies.unbind(-1)
+    expected = whole[:, ky + box // 2, kx + box // 2]
+    assert torch.allclose(fourier.to_coefficients(images, plane), expected, atol=1e-12)
+
+
+def test_normalised_images_whatever_their_level(generator, monkeypatch):
+    monkeypatch.setattr(load, "_PIXELS_AT_ONCE", 3 * 16 * 16)
+    images = torch.randn(7, 16, 16, generator=generator) * 0.5 + 1e4
+    outside = torch.rand(16, 16, generator=generator)
+    found = load.normalised(images, outside).double()
+    weight = outside.double() / outside.double().sum()
+    assert (found * weight).sum((-2, -1)).abs().max() < 1e-5
+    assert ((found**2 * weight).sum((-2, -1)) - 1).abs().max() < 1e-5
+
+
+def image_set(n, asked, place=None):
+    """Images whose first coefficient is their number; each block that is read is noted."""
+    plane = fourier.half_plane(8, 2)
+
+    def source(rows, count):
+        asked.append(rows)
+        values = rows[:, None] + torch.zeros(len(rows), count)
+        return values + 0j, values + 1
+
+    ones = torch.ones(n)
+    return ImageSet(
+        plane,
+        source,
+        torch.ones(1, 3),
+        torch.zeros(n, dtype=torch.int32),
+        ones,
+        torch.arange(n, dtype=torch.int32),
+        place,
+    )
+
+
+def test_training_reads_each_block_once_a_pass_in_file_order(generator, monkeypatch):
+    monkeypatch.setattr(stream, "_BLOCK", 16)
+    monkeypatch.setattr(stream, "_BLOCKS_AT_ONCE", 4)
+    monkeypatch.setattr(stream, "_BLOCKS_KEPT", 8)
+    n, asked = 1000, []
+    place = torch.randperm(n, generator=generator).int()
+    images = image_set(n, asked, place)
+    ahead, seen = stream.read_ahead(images), []
+    order = torch.argsort(place)
+    rows_of = stream.Stream(n, 20, generator)
+    for _ in range(n // 20):
+        rows = next(rows_of)
+        batch = ahead.select(rows)
+        assert torch.equal(batch.coefficients[:, 0].real.long(), order[rows])
+        assert torch.equal(batch.ctf[:, -1].long(), order[rows] + 1)
+        seen.append(rows)
+    assert torch.equal(torch.cat(seen).sort().values, torch.arange(n))
+    assert torch.equal(torch.cat(asked).sort().values, torch.arange(n))
+    for rows in asked:
+        assert torch.equal(place[rows].diff(), torch.ones(len(rows) - 1, dtype=torch.int32))
+
+
+def test_rows_in_file_order(generator):
+    place = torch.randperm(50, generator=generator).int()
+    images = image_set(50, [], place)
+    rows = torch.arange(0, 50, 3)
+    found = images.in_file_order(rows)
+    assert torch.equal(found.sort().values, rows)
+    assert (place[found].diff() > 0).all()
+    some = images.apart(found)
+    assert torch.equal(some.in_file_order(torch.arange(len(rows))), torch.arange(len(rows)))
