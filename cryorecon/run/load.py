@@ -143,7 +143,7 @@ def load_observations(
     store = _InMemory(
         torch.empty(held, len(plane), dtype=torch.complex64), torch.empty(held, len(plane))
     )
-    group = torch.from_numpy(particles.optics_index())
+    group = torch.from_numpy(particles.optics_index()).int()
     power = torch.zeros(int(group.max()) + 1, plane.n_shells)
     heard = _spread(group)
     done = 0
@@ -165,17 +165,10 @@ def load_observations(
             power[number] += noise_power_outside(of_group, radius_px, plane) * len(of_group)
     counts = torch.bincount(group[heard], minlength=len(power)).clamp(min=1)
     source: Source = store if held else disk
-    rows = torch.arange(n, dtype=torch.int32)
-    place = particles.place()
-    return ImageSet(
-        plane,
-        source,
-        power / counts[:, None],
-        group.int(),
-        torch.ones(n),
-        rows,
-        None if place is None else torch.from_numpy(place),
-    )
+    rows, place = torch.arange(n, dtype=torch.int32), particles.place()
+    known = None if place is None else torch.from_numpy(place)
+    noise = power / counts[:, None]
+    return ImageSet(plane, source, noise, group, torch.ones(n), rows, known)
 
 
 def _spread(group: Tensor) -> Tensor:
