@@ -30,10 +30,13 @@ class Derivatives:
     ----------
     table : Tensor, shape (P, P, P, 8), real
         Real and imaginary parts of F, dF/dkx, dF/dky, dF/dkz (k in cycles per box).
+    values : Tensor, shape (P, P, P, 2), real
+        F by itself.
     padding : int
     """
 
     table: Tensor
+    values: Tensor
     padding: int
 
 
@@ -58,7 +61,7 @@ def derivatives(volume: Tensor, padding: int, band: float) -> Derivatives:
         transform = fft_centred(crop_or_pad_centred(source, box * padding, 3), 3)
         transform = crop_or_pad_centred(transform, size, 3)
         grids.append(torch.view_as_real(transform if ramp is None else transform * 1j))
-    return Derivatives(torch.cat(grids, -1).contiguous(), padding)
+    return Derivatives(torch.cat(grids, -1).contiguous(), grids[0].contiguous(), padding)
 
 
 def slices_with_gradient(
@@ -144,26 +147,39 @@ class _Objective:
         self.prior = torch.zeros(5, dtype=root.dtype, device=root.device)
         self.prior[3:] = self.offset_precision
 
+    def value(self, rotations: Tensor, offsets_px: Tensor) -> Tensor:
+        """The log-likelihood alone."""
+        values = interpolate(self.model.values, rotations, self.plane, self.model.padding)
+        residual = self._centred(offsets_px) - values * self.gain[..., None]
+        return self._with_prior(residual.square().sum((-2, -1)), offsets_px)
+
     def __call__(self, rotations: Tensor, offsets_px: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         values = interpolate(self.model.table, rotations, self.plane, self.model.padding)
-        jacobian = values.new_empty(len(rotations), 5, len(self.plane), 2)
+        # Five derivatives and the residual: one product of all with all says everything.
+        rows = values.new_empty(len(rotations), 6, len(self.plane), 2)
         gain = self.gain[..., None]
-        _torque(values, _reference_points(rotations, self.plane) * gain, jacobian[:, :3])
+        _torque(values, _reference_points(rotations, self.plane) * gain, rows[:, :3])
         predicted = values[..., :2] * gain
         real, imaginary = predicted.unbind(-1)
         for axis in (0, 1):
-            torch.mul(imaginary, -self.waves[axis], out=jacobian[:, 3 + axis, :, 0])
-            torch.mul(real, self.waves[axis], out=jacobian[:, 3 + axis, :, 1])
-        residual = torch.view_as_real(centred(self.target, offsets_px, self.plane)) - predicted
-        value = self.power - residual.square().sum((-2, -1))
-        value = value - (offsets_px**2).sum(-1) * self.offset_precision / 2
-        flat = jacobian.flatten(2)
+            torch.mul(imaginary, -self.waves[axis], out=rows[:, 3 + axis, :, 0])
+            torch.mul(real, self.waves[axis], out=rows[:, 3 + axis, :, 1])
+        torch.sub(self._centred(offsets_px), predicted, out=rows[:, 5])
+        flat = rows.flatten(2)
+        products = flat @ flat.transpose(-1, -2)
         frame = torch.eye(5, dtype=flat.dtype, device=flat.device).repeat(len(flat), 1, 1)
         frame[:, :3, :3] = rotations
-        gradient = 2 * (frame @ (flat @ residual.flatten(1)[..., None])).squeeze(-1)
+        gradient = 2 * (frame @ products[:, :5, 5:]).squeeze(-1)
         gradient[:, 3:] -= offsets_px * self.offset_precision
-        curvature = 2 * frame @ (flat @ flat.transpose(-1, -2)) @ frame.transpose(-1, -2)
+        curvature = 2 * frame @ products[:, :5, :5] @ frame.transpose(-1, -2)
+        value = self._with_prior(products[:, 5, 5], offsets_px)
         return value, gradient, curvature + torch.diag(self.prior)
+
+    def _centred(self, offsets_px: Tensor) -> Tensor:
+        return torch.view_as_real(centred(self.target, offsets_px, self.plane))
+
+    def _with_prior(self, residual_power: Tensor, offsets_px: Tensor) -> Tensor:
+        return self.power - residual_power - (offsets_px**2).sum(-1) * self.offset_precision / 2
 
 
 def refine_poses(
@@ -192,9 +208,11 @@ def refine_poses(
         Never less likely than what came in.
     """
     objective = _Objective(observations, model, offset_sigma_px)
+    if n_steps == 0:
+        return Poses(rotations, offsets_px, objective.value(rotations, offsets_px))
     value, gradient, curvature = objective(rotations, offsets_px)
     damping = torch.full_like(value, 1e-2)
-    for _ in range(n_steps):
+    for number in range(1, n_steps + 1):
         diagonal = torch.diagonal(curvature, dim1=-2, dim2=-1)
         damped = curvature + torch.diag_embed(diagonal * damping[:, None] + 1e-6)
         step = torch.linalg.solve(damped, gradient)
@@ -203,22 +221,23 @@ def refine_poses(
         turn = turn * (_LARGEST_TURN_RAD / length.clamp(min=_LARGEST_TURN_RAD))
         trial_rotations = exp_map(turn) @ rotations
         trial_offsets = offsets_px + step[:, 3:].clamp(-_LARGEST_SHIFT_PX, _LARGEST_SHIFT_PX)
-        trial_value, trial_gradient, trial_curvature = objective(trial_rotations, trial_offsets)
-        better = trial_value > value
+        trial = trial_rotations, trial_offsets
+        last = number == n_steps
+        found = (objective.value(*trial), gradient, curvature) if last else objective(*trial)
+        better = found[0] > value
         column, block = better[:, None], better[:, None, None]
         rotations = torch.where(block, trial_rotations, rotations)
         offsets_px = torch.where(column, trial_offsets, offsets_px)
-        gradient = torch.where(column, trial_gradient, gradient)
-        curvature = torch.where(block, trial_curvature, curvature)
-        value = torch.where(better, trial_value, value)
+        value = torch.where(better, found[0], value)
+        gradient = torch.where(column, found[1], gradient)
+        curvature = torch.where(block, found[2], curvature)
         damping = torch.where(better, damping * 0.2, damping * 8).clamp(1e-4, 1e4)
     return Poses(rotations, offsets_px, value)
 
 
 def predictions(observations: Observations, model: Derivatives, poses: Poses) -> Tensor:
     """What a map predicts of n images at their poses, shape (n, m), complex."""
-    table = model.table[..., :2].contiguous()
-    pairs = interpolate(table, poses.rotations, observations.plane, model.padding)
+    pairs = interpolate(model.values, poses.rotations, observations.plane, model.padding)
     slices = torch.view_as_complex(pairs.contiguous())
     phases = shift_phases(poses.offsets_px, observations.plane).to(slices.dtype)
     return slices * phases * observations.ctf

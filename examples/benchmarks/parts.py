@@ -4,8 +4,8 @@
 
 Times every part by itself on real images and compares it with its floor: floating-point operations
 over the rate of a large matrix product, or bytes over the rate of a large copy, measured in the
-same run. Prints a table; the last columns say how often a default run does the part and what that
-comes to.
+same run. CPU time counts, so that other programs on the machine matter less. Prints a table; the
+last columns say how often a default run does the part and what that comes to.
 """
 
 import argparse
@@ -29,14 +29,14 @@ from cryorecon.run.load import load_observations
 BATCH = 250
 
 
-def seconds(work, repeats: int = 3) -> float:
-    """Shortest of some runs, after one that does not count."""
+def seconds(work, repeats: int = 5) -> float:
+    """Least CPU time, of all threads, of some runs after one that does not count."""
     work()
     found = []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = time.process_time()
         work()
-        found.append(time.perf_counter() - start)
+        found.append(time.process_time() - start)
     return min(found)
 
 
@@ -150,9 +150,9 @@ def main() -> None:
     print(
         f"{flops / 1e9:.0f} Gflop/s, {stream / 1e9:.1f} GB/s, {torch.get_num_threads()} threads\n"
     )
-    start = time.perf_counter()
+    start = time.process_time()
     images = load_observations(particles, config.diameter)
-    reading = time.perf_counter() - start
+    reading = time.process_time() - start
     pixels = len(images) * particles.box**2
     parts = [("reading all images", reading, 5 * pixels * math.log2(pixels), 12 * pixels, 1)]
     parts += search_parts(images, config)
