@@ -1,7 +1,7 @@
 """What a job will take, before it starts: CPU seconds and memory, good to about a factor of two.
 
 Every figure is a count (images, rounds, voxels) times the time of one, measured on one core of a
-desktop machine with 64 px images (``docs/benchmarks.md``). Assumed: settled poses after about eight
+desktop machine with 64 px images (``docs/benchmarks.md``, ``docs/scaling.md``). Assumed: settled poses after about eight
 rounds against half maps and two new searches, as on the simulated stacks there; images that a disk
 gives as fast as they are worked on; one thread (a second one gains up to 1.6).
 """
@@ -27,17 +27,17 @@ _EPOCH, _SEARCHED = 0.5, 2.5e-3
 # An image against all poses of the finer grid, as in the assignment.
 _ASSIGNED, _ASSIGNMENTS = 1.5e-3, 3
 # Rounds until poses settle; an image's pose steps in one; solving for maps, by padded voxel.
-_HALF_ROUNDS, _REFINED, _SOLVED = 8, 2e-3, 2.5e-7
+_HALF_ROUNDS, _REFINED, _SOLVED = 8, 1.4e-3, 2.5e-7
 # An image seen in training at 32 to 64 px by the dense encoder; others take as many times more.
 _TRAINED, _READ = 1.4e-3, 3.3e-4
 _ENCODERS = {"dense": 1.0, "small": 4.0, "paper": 100.0}
 _NETWORK_DECODER = 4.0
 # An image of 64 px averaged to radius 16; a step of the fit at radius 8; a matrix of information.
 _AVERAGED, _FIT_STEP, _INFORMED = 5e-4, 3e-2, 10.0
-_BACKPROJECTED = 5e-4
+_BACKPROJECTED = 3e-4
 
 # Bytes: the libraries; tables of a search; by voxel of the box: transforms, gradients, sums.
-_PROGRAM, _SEARCH, _BY_VOXEL = 350e6, 650e6, 600
+_PROGRAM, _SEARCH, _BY_VOXEL = 350e6, 650e6, 660
 _NETWORK_SEARCH = 450e6
 
 
