@@ -47,6 +47,14 @@ Project = Annotated[
         default="here, else a folder above the file",
     ),
 ]
+CtfFile = Annotated[
+    Path | None,
+    option(INPUT, "ctf.pkl of cryoDRGN, if PARTICLES is a stack.", "--ctf-file", metavar="FILE"),
+]
+PosesFile = Annotated[
+    Path | None,
+    option(INPUT, "poses.pkl of cryoDRGN, in place of the file's.", "--poses", metavar="FILE"),
+]
 NoiseStd = Annotated[
     float | None,
     option(

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from rich.console import Console
 
-from cryorecon.cli.command import COMPUTE, EXPERT, INPUT, OUTPUT, examples
+from cryorecon.cli.command import COMPUTE, EXPERT, OUTPUT, examples
 from cryorecon.cli.console import (
     count_progress,
     messages,
@@ -16,10 +16,12 @@ from cryorecon.cli.console import (
     use_threads,
 )
 from cryorecon.cli.options import (
+    CtfFile,
     DryRun,
     Json,
     Overwrite,
     Particles,
+    PosesFile,
     Project,
     Seed,
     Threads,
@@ -64,16 +66,8 @@ def reconstruct_command(
     project: Project = None,
     seed: Seed = 0,
     threads: Threads = None,
-    ctf: Annotated[
-        Path | None,
-        option(
-            INPUT, "ctf.pkl of cryoDRGN, if PARTICLES is a stack.", "--ctf-file", metavar="FILE",
-        ),
-    ] = None,
-    poses: Annotated[
-        Path | None,
-        option(INPUT, "poses.pkl of cryoDRGN, in place of the file's.", metavar="FILE"),
-    ] = None,
+    ctf: CtfFile = None,
+    poses: PosesFile = None,
     json: Json = False,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
@@ -87,14 +81,14 @@ def reconstruct_command(
 
     use_threads(threads)
     told = messages(json)
+    source = read_particles(particles, project, ctf=ctf)
+    source = source if poses is None else with_poses(source, poses)
     if dry_run:
-        describe_reconstruct(particles, project, told)
+        describe_reconstruct(source, told)
         return
     settings = {"half_maps": half_maps, "wiener": wiener, "padding": padding}
     if not output.suffix:
         prepare_folder(output, overwrite)
-    source = read_particles(particles, project, ctf=ctf)
-    source = source if poses is None else with_poses(source, poses)
     if output.suffix:
         figures = _reconstruct(source, output, settings, seed, told)
     else:

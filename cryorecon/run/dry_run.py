@@ -67,9 +67,8 @@ def describe_moments(
     _tell_cost(cost if fit is None else cost.plus(moment_fit_cost(fit.engine)), 0, say)
 
 
-def describe_reconstruct(star: Path, project: Path | None, console: Console) -> None:
-    """Tell what ``reconstruct`` would do."""
-    particles = read_particles(star, project)
+def describe_reconstruct(particles: Particles, console: Console) -> None:
+    """Tell what ``reconstruct`` of particles with their poses would do."""
     particles.euler_deg()
     say = _teller(console)
     _tell_particles(particles, 0.8, say)
