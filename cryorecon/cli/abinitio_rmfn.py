@@ -86,6 +86,7 @@ def abinitio_rmfn_command(
     # torch takes seconds to load: only when the command runs.
     from cryorecon.engines.rmfn import RmfnConfig
     from cryorecon.engines.rmfn_paper import PaperConfig
+    from cryorecon.ranks import joined
     from cryorecon.run.abinitio import AbinitioOptions, abinitio, assignment
     from cryorecon.run.dry_run import describe_abinitio
     from cryorecon.run.paper_protocol import PaperOptions, abinitio_perturbed
@@ -103,7 +104,6 @@ def abinitio_rmfn_command(
         print_job(output, json)
         return
     engine = with_settings(RmfnConfig(n_starts=starts, volume=volume), config, settings or [])
-    prepare_folder(output, overwrite)
     options = AbinitioOptions(
         diameter_angst=diameter,
         offset_range_angst=offset_range,
@@ -120,7 +120,10 @@ def abinitio_rmfn_command(
         engine=engine,
     )
     if dry_run:
+        prepare_folder(output, overwrite)
         describe_abinitio(particles, options, told)
         return
-    abinitio(particles, output, options, told)
+    with joined() as ranks:
+        prepare_folder(output, overwrite, ranks)
+        abinitio(particles, output, options, told, ranks=ranks)
     print_job(output, json)

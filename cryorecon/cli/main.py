@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -37,7 +38,7 @@ from cryorecon.cli.command import (
     Group,
     write_commands,
 )
-from cryorecon.cli.console import error_console
+from cryorecon.cli.console import error_console, is_first, process
 from cryorecon.cli.moments import moments_app
 from cryorecon.cli.mra import mra_app
 from cryorecon.errors import CryoreconError
@@ -161,13 +162,34 @@ def main() -> None:
     # Threads of torch's OpenMP spin between loops: two jobs on one machine would hold each other
     # up for many times their own length. torch is not loaded before a command runs.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    status = _run()
+    status = _run(sys.argv[1:])
     _tell_relion(sys.argv[1:], status)
     sys.exit(status)
 
 
-def _run() -> int:
+# What several processes may share.
+_SHARED = (
+    *(["abinitio"], ["abinitio-rmfn"], ["abinitio-amortized"]),
+    *(["moments", "estimate"], ["moments", "reconstruct"]),
+)
+
+
+def _refuse_in_several(words: list[str]) -> None:
+    """Commands of one process, as ``torchrun`` begins them."""
+    several = "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if not several:
+        return
+    shared = any(words[: len(names)] == names for names in _SHARED)
+    alone = {"--dry-run", "all", "perturbed", "--method=all", "--init=perturbed"}
+    if not shared or alone & set(words):
+        raise CryoreconError(
+            f"cryorecon {shlex.join(words)} runs in one process", "Leave torchrun out"
+        )
+
+
+def _run(words: list[str]) -> int:
     try:
+        _refuse_in_several(words)
         app(prog_name="cryorecon")
         sys.stdout.flush()
     except CryoreconError as error:
@@ -200,6 +222,7 @@ def _interrupted() -> int:
 
 
 def _say_error(words: str) -> None:
+    words = words if is_first() else f"rank {process()}: {words}"
     error_console.print(words, style="bold red", markup=False)
 
 

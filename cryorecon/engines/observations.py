@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cryorecon.physics.fourier import HalfPlane, shift_phases
+from cryorecon.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,10 @@ class ImageSet:
         Factor on each image's CTF: its scale, negative where particles are black on white.
     rows : Tensor, shape (n,), int32
         Which of the source's images these are.
+    ranks : Ranks
+        Processes that share the work; all can load every image, each works on its own.
+    total : int
+        Images of the source: neighbours among them belong to one process.
     """
 
     plane: HalfPlane
@@ -113,9 +118,41 @@ class ImageSet:
     group: Tensor
     gain: Tensor
     rows: Tensor
+    ranks: Ranks = ALONE
+    total: int = 0
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def mine(self, rows: Tensor) -> Tensor:
+        """Those of some rows that this process works on, in order."""
+        return rows if self.ranks.count == 1 else rows[self._owner(rows) == self.ranks.index]
+
+    def everyones(self, rows: Tensor, *found: Tensor) -> tuple[Tensor, ...]:
+        """What all processes have found of some rows.
+
+        Parameters
+        ----------
+        rows : Tensor, shape (b,), int64
+        found : Tensor, shape (len(self.mine(rows)), ...)
+            Of this process's rows.
+
+        Returns
+        -------
+        tuple of Tensor, shape (b, ...)
+        """
+        if self.ranks.count == 1:
+            return found
+        owner = self._owner(rows)
+        counts = torch.bincount(owner, minlength=self.ranks.count).tolist()
+        place = torch.argsort(owner, stable=True)
+        back = torch.empty_like(place)
+        back[place] = torch.arange(len(place))
+        return tuple(self.ranks.everyones(part, counts)[back] for part in found)
+
+    def _owner(self, rows: Tensor) -> Tensor:
+        ends = torch.tensor(self.ranks.bounds(self.total)[1:])
+        return torch.searchsorted(ends, self.rows[rows].long(), right=True)
 
     def select(self, rows: Tensor, band: float | None = None) -> Observations:
         """Load the images of some rows, up to a radius in cycles per box."""
@@ -134,10 +171,17 @@ class ImageSet:
         plane = self.plane.within(band)
         return replace(self, plane=plane, noise_power=self.noise_power[:, : plane.n_shells])
 
-    def apart(self, rows: Tensor) -> ImageSet:
-        """Some images with noise spectra and gains of their own, for an independent run."""
+    def apart(self, rows: Tensor, ranks: Ranks | None = None) -> ImageSet:
+        """Some images with noise spectra and gains of their own, for an independent run.
+
+        Parameters
+        ----------
+        ranks : Ranks, optional
+            Those of the processes that this run is shared by, if not all.
+        """
         return replace(
             self,
+            ranks=self.ranks if ranks is None else ranks,
             noise_power=self.noise_power.clone(),
             group=self.group[rows],
             gain=self.gain[rows],

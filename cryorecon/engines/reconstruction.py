@@ -136,14 +136,19 @@ def best_grid_poses(
     grid, shifts = so3_grid(nside, torch.float32)[0], offsets_for(config, plane.box, band)
     coarse = resample_sums(volume, min(plane.box, 2 * (int(band) + 5)))
     transform = padded_transform(coarse).within(band)
-    for rows in torch.arange(len(images)).split(500):
+    everyone = torch.arange(len(images))
+    for block in everyone.split(500):
+        # Drawn for every block, whoever works on it.
         turned = grid @ random_rotations(1, generator, torch.float32)[0]
-        batch = images.select(rows)
-        templates = extract_slices(transform, turned, plane)
-        rotation, offset = best_grid_pose(batch, templates, shifts)
-        rotations[rows], offsets[rows] = turned[rotation], shifts[offset]
+        rows = images.mine(block)
+        if len(rows) > 0:
+            templates = extract_slices(transform, turned, plane)
+            rotation, offset = best_grid_pose(images.select(rows), templates, shifts)
+            rotations[rows], offsets[rows] = turned[rotation], shifts[offset]
         if progress is not None:
-            progress(int(rows[-1]) + 1)
+            progress(int(block[-1]) + 1)
+    own = images.mine(everyone)
+    rotations, offsets = images.everyones(everyone, rotations[own], offsets[own])
     return rotations, offsets
 
 

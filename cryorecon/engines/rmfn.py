@@ -25,6 +25,7 @@ from cryorecon.physics.fourier import lowpass, max_band
 from cryorecon.physics.masks import Support
 from cryorecon.physics.projection import extract_slices, padded_transform
 from cryorecon.physics.rotations import random_rotations, so3_grid
+from cryorecon.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,8 @@ class Search:
     ----------
     mask : Tensor, shape (N, N, N), optional
         As in :func:`new_map`.
+    ranks : Ranks
+        Processes that share each mini-batch; all hold all observations.
     log_evidence : float
         Mean over the images of the last epoch: what starts are compared by.
     held_out_evidence, held_out_error : float
@@ -105,6 +108,7 @@ class Search:
     observations: Observations
     generator: torch.Generator
     mask: Tensor | None = None
+    ranks: Ranks = ALONE
     network: NetworkMap | GridMap = field(init=False)
     sums: NormalEquations | None = None
     log_evidence: float = -torch.inf
@@ -154,20 +158,24 @@ class Search:
         """
         turn = random_rotations(1, self.generator, torch.float32)[0]
         rotations = self.grid @ turn
-        batch = self.observations.select(rows)
+        batch = self.observations.select(self.ranks.share(rows))
         with torch.no_grad():
-            transform = padded_transform(self.network.volume(0)).within(self.band)
+            volume = self.network.volume(0)
+            self.ranks.same(volume)
+            transform = padded_transform(volume).within(self.band)
             templates = extract_slices(transform, rotations, batch.plane)
             posterior, signal, weight = grid_expectation(
                 batch, templates, self.offsets, temperature
             )
             new = accumulate_grid(signal, weight, rotations, batch.plane)
-        if not bool(posterior.log_evidence.isfinite().all()):
+            self.ranks.add_up(new.signal, new.weight)
+        found = self.ranks.everyones(posterior.log_evidence, self.ranks.sizes(len(rows)))
+        if not bool(found.isfinite().all()):
             raise FloatingPointError("the evidence of the images is not finite")
         old = self.sums
         self.sums = new if old is None else old.scaled(self.config.memory).plus(new)
         self._follow(self.sums)
-        self._epoch.append(posterior.log_evidence)
+        self._epoch.append(found)
         return float(posterior.effective_poses.median())
 
     def end_epoch(self) -> None:
@@ -184,7 +192,7 @@ class Search:
                 self.grid,
                 self.offsets,
             )
-        self.held_out_evidence, self.held_out_error = found
+        self.held_out_evidence, self.held_out_error = self.ranks.numbers(*found)
 
     def state(self) -> dict[str, Any]:
         """Between two epochs: all that the search has changed, by reference."""

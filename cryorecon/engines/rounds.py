@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,6 +21,7 @@ from cryorecon.engines.reconstruction import (
     shell_prior,
 )
 from cryorecon.engines.refine import (
+    Derivatives,
     Poses,
     derivatives,
     image_scales,
@@ -30,6 +33,7 @@ from cryorecon.physics.fourier import max_band
 from cryorecon.physics.masks import molecule_mask
 from cryorecon.physics.projection import to_volume
 from cryorecon.physics.rotations import geodesic_distance_deg
+from cryorecon.ranks import Ranks
 
 # Conjugate-gradient steps of joint maps. Poses come out the same with references from signal over
 # weight (0.83 degrees both), at a tenth less time.
@@ -60,18 +64,23 @@ def reassign(
     )
     fine = min(1.6 * band, max_band(box))
     model = derivatives(joint, 2, fine)
-    moved = 0
-    for rows in torch.arange(len(images)).split(250):
+    changed = torch.zeros(len(images), dtype=torch.uint8)
+    everyone = torch.arange(len(images))
+    own = images.mine(everyone)
+    for rows in own.split(250):
         batch = images.select(rows, fine)
         old = refine_poses(batch, model, state.rotations[rows], state.offsets_px[rows], 1)
         new = refine_poses(batch, model, rotations[rows], offsets[rows], 5)
         better = new.log_likelihood > old.log_likelihood + 1.0
         far = geodesic_distance_deg(old.rotations, new.rotations) > 20
-        moved += int((better & far).sum())
         chosen = rows[better & far]
+        changed[chosen] = 1
         state.rotations[chosen] = new.rotations[better & far]
         state.offsets_px[chosen] = new.offsets_px[better & far]
-    return moved / len(images)
+    state.rotations, state.offsets_px, changed = images.everyones(
+        everyone, state.rotations[own], state.offsets_px[own], changed[own]
+    )
+    return float(changed.float().mean())
 
 
 @dataclass(frozen=True)
@@ -124,31 +133,26 @@ def refine_round(
     before, before_offsets = state.rotations.clone(), state.offsets_px.clone()
     references = [(state.maps[0] + state.maps[1]) / 2] * 2 if joint else state.maps
     references = [_without_solvent(reference, config) for reference in references]
-    likelihood, done = [], 0
-    sums = []
-    learned = _Learned(images, config)
+    learned, done = _Learned(images, config), 0
+
+    def tell(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            # Others have come as far.
+            progress(min(len(images), done * images.ranks.count))
+
+    sums, likelihood = [], []
     for half in (0, 1):
         model = derivatives(references[half], 2, state.band)
-        new = _empty(images)
-        for rows in torch.nonzero(state.half == half)[:, 0].split(250):
-            loaded = images.select(rows)
-            batch = loaded.within(state.band)
-            poses = refine_poses(
-                batch, model, state.rotations[rows], state.offsets_px[rows], n_steps
-            )
-            _refuse_broken(images.rows[rows], poses)
-            _store(state, rows, poses)
-            learned.add(rows, batch, predictions(batch, model, poses))
-            _insert(new, loaded, poses, state.group)
-            likelihood.append(poses.log_likelihood)
-            done += len(rows)
-            if progress is not None:
-                progress(done)
+        members = torch.nonzero(state.half == half)[:, 0]
+        new, found = _refine_some(state, images, members, model, learned, n_steps, tell)
         sums.append(new)
+        likelihood.append(found)
     used = state.band
     if n_steps > 0:
         learned.apply(images)
-    _solve_halves(state, sums, agreement, joint=joint)
+    _solve_halves(state, sums, agreement, images.ranks, joint=joint)
     limit = agreement_band(state.fsc)
     state.band = float(min(max_band(images.plane.box), max(limit + 2, used), 1.6 * used + 1))
     return RoundReport(
@@ -160,6 +164,36 @@ def refine_round(
     )
 
 
+def _refine_some(
+    state: Reconstruction,
+    images: ImageSet,
+    members: Tensor,
+    model: Derivatives,
+    learned: _Learned,
+    n_steps: int,
+    tell: Callable[[int], None],
+) -> tuple[NormalEquations, Tensor]:
+    """Refine the poses of some images; their normal equations and log-likelihoods."""
+    sums, own = _empty(images), images.mine(members)
+    found = [torch.zeros(0)]
+    for rows in own.split(250):
+        loaded = images.select(rows)
+        batch = loaded.within(state.band)
+        poses = refine_poses(batch, model, state.rotations[rows], state.offsets_px[rows], n_steps)
+        _refuse_broken(images.rows[rows], poses)
+        _store(state, rows, poses)
+        learned.add(rows, batch, predictions(batch, model, poses))
+        _insert(sums, loaded, poses, state.group)
+        found.append(poses.log_likelihood)
+        tell(len(rows))
+    images.ranks.add_up(sums.signal, sums.weight)
+    rotations, offsets, likelihood = images.everyones(
+        members, state.rotations[own], state.offsets_px[own], torch.cat(found)
+    )
+    state.rotations[members], state.offsets_px[members] = rotations, offsets
+    return sums, likelihood
+
+
 class _Learned:
     """What a round says of the images themselves: noise by optics group and shell, scales."""
 
@@ -168,6 +202,7 @@ class _Learned:
         self.power = torch.zeros_like(images.noise_power)
         self.count = torch.zeros_like(self.power)
         self.scales = torch.ones_like(images.gain)
+        self.everyone = torch.arange(len(images))
 
     def add(self, rows: Tensor, batch: Observations, predicted: Tensor) -> None:
         power, count = residual_power(batch, predicted)
@@ -178,10 +213,13 @@ class _Learned:
 
     def apply(self, images: ImageSet) -> None:
         """Replace the noise spectra where the round measured them; adjust the scales."""
+        images.ranks.add_up(self.power, self.count)
         if self.config.update_noise:
             known = self.count > 0
             images.noise_power[known] = (self.power / self.count.clamp(min=1))[known]
         if self.config.update_scale:
+            own = self.scales[images.mine(self.everyone)]
+            (self.scales,) = images.everyones(self.everyone, own)
             images.gain.mul_(self.scales / (images.gain * self.scales).abs().mean())
 
 
@@ -220,6 +258,7 @@ def _solve_halves(
     state: Reconstruction,
     sums: list[NormalEquations],
     agreement: Agreement,
+    ranks: Ranks,
     *,
     joint: bool,
 ) -> None:
@@ -228,23 +267,24 @@ def _solve_halves(
     A joint round leaves the half sets' own maps and their FSC as the last half-map round left them:
     poses that were refined against the joint map would make the halves agree too well. With
     correlation c between half maps the signal-to-noise ratio of one is c / (1 - c), of both
-    together twice that.
+    together twice that. Processes solve half sets at the same time, one each.
     """
     box = state.maps[0].shape[-1]
     mask = state.support.on(box)
     if not (joint and state.halves):
         state.halves = [to_volume(s.solve(shell_prior(s, 1e-3, max_band(box))), box) for s in sums]
         state.fsc = agreement(*(half * mask for half in state.halves))
+        ranks.same(state.fsc)
     correlation = state.fsc[: max_band(box) + 1].clamp(1e-3, 0.999)
     ratio = correlation / (1 - correlation)
     solved = sums if not joint else [sums[0].plus(sums[1])]
     factor = 2.0 if joint else 1.0
-    maps = [
-        least_squares_map(
-            s, s.shell_mean_weight()[: len(ratio)] / (factor * ratio), mask, _STEPS if joint else 0
-        )
-        for s in solved
-    ]
+
+    def solution(of: NormalEquations) -> Tensor:
+        prior = of.shell_mean_weight()[: len(ratio)] / (factor * ratio)
+        return least_squares_map(of, prior, mask, _STEPS if joint else 0)
+
+    maps = ranks.made([partial(solution, of) for of in solved], state.maps[0])
     state.maps = maps * 2 if joint else maps
 
 

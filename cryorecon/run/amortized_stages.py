@@ -103,14 +103,19 @@ class AmortizedStages(Stages):
         assert self.trained is not None
         trained, parts = self.trained, ShrinkingBatch(_READ_AT_ONCE, self.job.say)
         rotations, offsets = torch.empty(len(images), 3, 3), torch.empty(len(images), 2)
+        everyone = torch.arange(len(images))
 
         def read(rows: torch.Tensor) -> None:
             rotations[rows], offsets[rows], _ = trained.read_poses(images, rows)
 
         with self.job.bar("Reading poses", len(images)) as bar:
-            for rows in torch.arange(len(images)).split(_READ_AT_ONCE):
-                parts(rows, read)
-                bar(int(rows[-1]) + 1)
+            for block in everyone.split(_READ_AT_ONCE):
+                rows = images.mine(block)
+                if len(rows) > 0:
+                    parts(rows, read)
+                bar(int(block[-1]) + 1)
+        own = images.mine(everyone)
+        rotations, offsets = images.everyones(everyone, rotations[own], offsets[own])
         self.job.say(f"the encoder has read the poses of {len(images)} images")
         return rotations, offsets
 
@@ -164,6 +169,7 @@ class AmortizedStages(Stages):
         band = config.search_band(box)
         grid = so3_grid(config.search_nside, torch.float32)[0]
         batch = images.select(held, band)
-        mean, error = evidence(batch, run.volume(), grid, offsets_for(config, box, band))
+        found = evidence(batch, run.volume(), grid, offsets_for(config, box, band))
+        mean, error = images.ranks.numbers(*found)
         self.job.say(f"log-evidence {mean:.2f} an image of {len(held)} held out")
         refuse_noise(mean, error)

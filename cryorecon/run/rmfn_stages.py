@@ -73,7 +73,8 @@ class RmfnStages(Stages):
         rows = torch.arange(len(images))[:: max(1, len(images) // HELD_OUT)]
         grid = so3_grid(config.search_nside, torch.float32)[0]
         offsets = offsets_for(config, box, band)
-        mean, error = evidence(images.select(rows, band), scaled, grid, offsets)
+        found = evidence(images.select(rows, band), scaled, grid, offsets)
+        mean, error = images.ranks.numbers(*found)
         self.job.say(f"the map given explains images with log-evidence {mean:.2f} an image")
         if not beyond_noise(mean, error):
             raise CryoreconError(
@@ -134,7 +135,8 @@ class RmfnStages(Stages):
         if run.order is None:
             run.order = torch.randperm(len(images), generator=self.generator)
         rows, held = run.order[:n], run.order[n : n + n_held]
-        search = Search(config, images.select(rows, band), self.generator, self.mask)
+        seen = images.select(rows, band)
+        search = Search(config, seen, self.generator, self.mask, images.ranks)
         if not fresh:
             search.load(run.state or {})
             self.generator.set_state(at)

@@ -20,6 +20,7 @@ from cryorecon.maps.poses import mirror_poses, rotate_poses, shift_origins
 from cryorecon.maps.symmetry import find_symmetry
 from cryorecon.physics.fourier import lowpass
 from cryorecon.physics.symmetry import symmetry_group
+from cryorecon.ranks import Ranks
 from cryorecon.run.checkpoint import broken
 from cryorecon.run.parts import HALF_SETS, Parts, Place
 
@@ -232,29 +233,59 @@ class Stages(Parts):
         return self.go_through("both", images, begin, self.finish, instead_of=HALF_SETS)
 
     def _both_halves(self, images: ImageSet, half: torch.Tensor) -> Reconstruction:
-        n = len(images)
-        runs: list[Reconstruction] = []
         rows = [torch.nonzero(half == number)[:, 0] for number in (0, 1)]
-        for number, mine in enumerate(rows):
-            self.job.say(f"half set {number + 1}, {len(mine)} images, by itself")
-            quarters = torch.randperm(len(mine), generator=self.generator) % 2
-            own = images.apart(mine)
-            runs.append(self.from_scratch(own, quarters, HALF_SETS[number]))
-            images.gain[mine] = own.gain
-        self._move_second(runs)
-        state = Reconstruction(
-            torch.empty(n, 3, 3),
-            torch.empty(n, 2),
-            half,
-            [run.maps[0] for run in runs],
-            min(run.band for run in runs),
-            runs[0].support,
-        )
+        seeds = torch.randint(2**62, (2,), generator=self.generator).tolist()
+        if images.ranks.count == 1:
+            runs = [self._one_half(k, images, rows[k], seeds[k], images.ranks) for k in (0, 1)]
+        else:
+            runs = self._halves_at_once(images, rows, seeds)
+        self._move_second(runs, images.ranks)
+        n = len(images)
+        maps, band = [run.maps[0] for run in runs], min(run.band for run in runs)
+        rotations, offsets = torch.empty(n, 3, 3), torch.empty(n, 2)
+        state = Reconstruction(rotations, offsets, half, maps, band, self.support)
         for mine, run in zip(rows, runs, strict=True):
             state.rotations[mine], state.offsets_px[mine] = run.rotations, run.offsets_px
         refine_round(state, images, self.config, fsc_curve, joint=False, n_steps=0)
         self._take_out_chance(state)
         return state
+
+    def _one_half(
+        self, number: int, images: ImageSet, mine: torch.Tensor, seed: int, ranks: Ranks
+    ) -> Reconstruction:
+        """A half set from scratch, with random numbers of its own."""
+        self.job.say(f"half set {number + 1}, {len(mine)} images, by itself")
+        generator, self.generator = self.generator, torch.Generator().manual_seed(seed)
+        quarters = torch.randperm(len(mine), generator=self.generator) % 2
+        own = images.apart(mine, ranks)
+        run = self.from_scratch(own, quarters, HALF_SETS[number])
+        images.gain[mine] = own.gain
+        self.generator = generator
+        return run
+
+    def _halves_at_once(
+        self, images: ImageSet, rows: list[torch.Tensor], seeds: list[int]
+    ) -> list[Reconstruction]:
+        """Both half sets from scratch, each by a team of processes; all learn what both found."""
+        ranks, job, box = images.ranks, self.job, images.plane.box
+        number, team = ranks.split()
+        job.say("both half sets at the same time, each by half of the processes")
+        self.job = job.for_team(number, team)
+        run = self._one_half(number, images, rows[number], seeds[number], team)
+        self.job = job
+        runs = []
+        for k, source in enumerate((0, ranks.count // 2)):
+            n = len(rows[k])
+            blank = torch.empty(n, 3, 3), torch.empty(n, 2), torch.zeros(n, dtype=torch.int64)
+            other = Reconstruction(*blank, [torch.empty(box, box, box)] * 2, 0.0, self.support)
+            found = run if k == number else other
+            gain = images.gain[rows[k]]
+            ranks.same(found.rotations, found.offsets_px, found.maps[0], gain, source=source)
+            (found.band,) = ranks.numbers(found.band, source=source)
+            images.gain[rows[k]] = gain
+            runs.append(found)
+        job.hear(ranks.count // 2)
+        return runs
 
     def _take_out_chance(self, state: Reconstruction) -> None:
         """Correct the half maps' FSC for what aligning one to the other brought."""
@@ -299,13 +330,14 @@ class Stages(Parts):
         poses = rotate_poses(rotations.double(), fit.rotation)
         offsets = shift_origins(origins.double(), poses, fit.shift_px)
         state.rotations, state.offsets_px = poses.float(), offsets.float()
+        images.ranks.same(state.rotations, state.offsets_px)
         state.group = group.float()
         refine_round(state, images, self.config, fsc_curve, joint=False, n_steps=0)
         if state.chance is not None:
             state.fsc = beyond_chance(state.fsc, state.chance)
         return state
 
-    def _move_second(self, runs: list[Reconstruction]) -> None:
+    def _move_second(self, runs: list[Reconstruction], ranks: Ranks) -> None:
         first, second = runs
         found = align_maps(second.maps[0], first.maps[0], self.pixel_size_angst)
         self.job.say(
@@ -316,6 +348,7 @@ class Stages(Parts):
         poses = rotate_poses(poses, found.rotation.double())
         offsets = shift_origins(second.offsets_px.double(), poses, found.shift_px.double())
         second.rotations, second.offsets_px = poses.float(), offsets.float()
+        ranks.same(second.rotations, second.offsets_px)
 
     def _angst(self, shell: float, box: int) -> float:
         return shell_to_angst(shell, box, self.pixel_size_angst)

@@ -30,10 +30,19 @@ class Stop:
         Where RELION leaves its file; without it only signals count.
     grace_s : float, optional
         How long the job may then go on; without it, to the next good point.
+    patient : bool
+        Take a second request for the first one: ``torchrun`` passes on what a terminal sends to
+        all processes by itself.
     """
 
-    def __init__(self, folder: Path | None = None, grace_s: float | None = GRACE_S) -> None:
-        self._grace_s = grace_s
+    def __init__(
+        self,
+        folder: Path | None = None,
+        grace_s: float | None = GRACE_S,
+        *,
+        patient: bool = False,
+    ) -> None:
+        self._grace_s, self._patient = grace_s, patient
         self._file = None if folder is None else folder / ABORT_FILE
         self._polled = -_POLL_S
         self.asked = False
@@ -46,6 +55,8 @@ class Stop:
         StoppedError
             If asked for the second time, or where no alarm can be set.
         """
+        if self.asked and self._patient:
+            return
         if self.asked or threading.current_thread() is not threading.main_thread():
             raise StoppedError("stopped at once")
         self.asked = True
@@ -62,9 +73,11 @@ class Stop:
 
 
 @contextmanager
-def listening(folder: Path | None = None, grace_s: float | None = GRACE_S) -> Iterator[Stop]:
+def listening(
+    folder: Path | None = None, grace_s: float | None = GRACE_S, *, patient: bool = False
+) -> Iterator[Stop]:
     """Note SIGINT and SIGTERM instead of stopping anywhere; a second signal stops at once."""
-    stop = Stop(folder, grace_s)
+    stop = Stop(folder, grace_s, patient=patient)
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
