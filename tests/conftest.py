@@ -125,3 +125,12 @@ def invoke(*arguments):
     if isinstance(result.exception, CryoreconError):
         raise result.exception
     return result
+
+
+@pytest.fixture(scope="session")
+def few(tmp_path_factory):
+    """80 particles, 24 px at 3.2 A, SNR 2."""
+    folder = tmp_path_factory.mktemp("few")
+    config = SimulateConfig(n_particles=80, box=24, pixel_size_angst=3.2, snr=2.0, seed=4)
+    simulate(MODEL, folder, config)
+    return folder / "particles.star"

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import MODEL
 from rich.console import Console
 
 from cryorecon.cli.console import prepare_folder
@@ -34,8 +33,6 @@ from cryorecon.run.cost import abinitio_cost
 from cryorecon.run.moment_reconstruct import MomentReconstructOptions, abinitio_moments
 from cryorecon.run.moments import MomentsOptions
 from cryorecon.run.paper_protocol import PaperOptions, abinitio_perturbed
-from cryorecon.run.simulate import simulate
-from cryorecon.run.simulate_config import SimulateConfig
 from cryorecon.run.stopping import StoppedError
 
 QUIET = Console(quiet=True)
@@ -49,15 +46,6 @@ TINY = RmfnConfig(
     width=32,
 )
 SHORT = AmortizedConfig(images_seen=640, search_nside=2, half_rounds=2, joint_rounds=1)
-
-
-@pytest.fixture(scope="module")
-def few(tmp_path_factory):
-    """80 particles, 24 px at 3.2 A, SNR 2."""
-    folder = tmp_path_factory.mktemp("few")
-    config = SimulateConfig(n_particles=80, box=24, pixel_size_angst=3.2, snr=2.0, seed=4)
-    simulate(MODEL, folder, config)
-    return folder / "particles.star"
 
 
 def map_of(job):

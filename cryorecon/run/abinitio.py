@@ -279,9 +279,8 @@ def _stages(
     mask = _mask(options.mask, particles)
     if isinstance(config, RmfnConfig):
         return RmfnStages(job, config, generator, pixel_size_angst, mask)
-    return AmortizedStages(
-        job, config, generator, pixel_size_angst, mask, device=job.ranks.device(options.device)
-    )
+    device = job.ranks.device(options.device)
+    return AmortizedStages(job, config, generator, pixel_size_angst, mask, device=device)
 
 
 def _reconstruct(

@@ -104,6 +104,7 @@ class Job:
         """The same job as one of two teams sees it that work at the same time."""
         team = copy.copy(self)
         team.checkpoint = self.checkpoint.for_team(number, ranks)
+        team._kept = self._kept = []
         return team
 
     def hear(self, source: int) -> None:

@@ -173,8 +173,7 @@ def load_observations(
     ranks.add_up(power)
     counts = torch.bincount(group[heard], minlength=len(power)).clamp(min=1)
     source: Source = store if held else disk
-    rows = torch.arange(n, dtype=torch.int32)
-    noise = power / counts[:, None]
+    rows, noise = torch.arange(n, dtype=torch.int32), power / counts[:, None]
     return ImageSet(plane, source, noise, group.int(), torch.ones(n), rows, ranks, n)
 
 

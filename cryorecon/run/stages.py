@@ -289,9 +289,14 @@ class Stages(Parts):
 
     def _take_out_chance(self, state: Reconstruction) -> None:
         """Correct the half maps' FSC for what aligning one to the other brought."""
-        mask = state.support.on(state.maps[0].shape[-1])
+        ranks, mask = self.job.ranks, state.support.on(state.maps[0].shape[-1])
         first, second = state.halves
-        chance = chance_fsc(second, first, mask, self.pixel_size_angst, self.generator)
+        chance, drawn = torch.empty_like(state.fsc), self.generator.get_state()
+        if ranks.first:
+            chance = chance_fsc(second, first, mask, self.pixel_size_angst, self.generator)
+            drawn = self.generator.get_state()
+        ranks.same(chance, drawn)
+        self.generator.set_state(drawn)
         state.chance, state.fsc = chance, beyond_chance(state.fsc, chance)
         self.job.say(
             f"noise aligned in place of half set 2 would agree with an FSC of up to "
@@ -317,7 +322,19 @@ class Stages(Parts):
         return self.go_through("symmetry", images, begin, self.finish, ("map", "all", "both"))
 
     def _on_axes(self, state: Reconstruction, images: ImageSet, name: str) -> Reconstruction:
-        box, group = images.plane.box, symmetry_group(name)
+        group = symmetry_group(name)
+        if images.ranks.first:
+            self._turn(state, group, name)
+        images.ranks.same(state.rotations, state.offsets_px)
+        state.group = group.float()
+        refine_round(state, images, self.config, fsc_curve, joint=False, n_steps=0)
+        if state.chance is not None:
+            state.fsc = beyond_chance(state.fsc, state.chance)
+        return state
+
+    def _turn(self, state: Reconstruction, group: torch.Tensor, name: str) -> None:
+        """Move the poses from before any joint round onto the axes that the map shows."""
+        box = state.maps[0].shape[-1]
         limit = agreement_band(state.fsc, _SYMMETRY_FSC)
         fit = find_symmetry((state.maps[0] + state.maps[1]) / 2, group, limit)
         self.job.say(
@@ -330,15 +347,14 @@ class Stages(Parts):
         poses = rotate_poses(rotations.double(), fit.rotation)
         offsets = shift_origins(origins.double(), poses, fit.shift_px)
         state.rotations, state.offsets_px = poses.float(), offsets.float()
-        images.ranks.same(state.rotations, state.offsets_px)
-        state.group = group.float()
-        refine_round(state, images, self.config, fsc_curve, joint=False, n_steps=0)
-        if state.chance is not None:
-            state.fsc = beyond_chance(state.fsc, state.chance)
-        return state
 
     def _move_second(self, runs: list[Reconstruction], ranks: Ranks) -> None:
         first, second = runs
+        if ranks.first:
+            self._moved(second, first)
+        ranks.same(second.rotations, second.offsets_px)
+
+    def _moved(self, second: Reconstruction, first: Reconstruction) -> None:
         found = align_maps(second.maps[0], first.maps[0], self.pixel_size_angst)
         self.job.say(
             f"half set 2 moved onto half set 1{', as its mirror image' if found.flipped else ''}"
@@ -348,7 +364,6 @@ class Stages(Parts):
         poses = rotate_poses(poses, found.rotation.double())
         offsets = shift_origins(second.offsets_px.double(), poses, found.shift_px.double())
         second.rotations, second.offsets_px = poses.float(), offsets.float()
-        ranks.same(second.rotations, second.offsets_px)
 
     def _angst(self, shell: float, box: int) -> float:
         return shell_to_angst(shell, box, self.pixel_size_angst)

@@ -1,0 +1,235 @@
+"""Several processes on one job: the result of one process, and what happens when one dies."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from conftest import cryorecon
+
+from cryorecon.io.moments_file import read_moments_data
+from cryorecon.io.mrc import read_map
+from cryorecon.io.star import read_star
+from cryorecon.ranks import ALONE, Ranks
+
+SMALL = ("search_images=60", "search_nside=2", "temperatures=[4.0, 1.0]", "half_rounds=2")
+SMALL = (*SMALL, "joint_rounds=1", "final_steps=5", "width=16")
+SEARCH = ["--starts", "1", *(word for pair in SMALL for word in ("--set", pair))]
+REFINE = ["--set", "half_rounds=1", "--set", "joint_rounds=1"]
+TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+
+
+def command(*words, several=True):
+    start = [sys.executable, *(TWO if several else []), "-m", "cryorecon"]
+    return [*start, *map(str, words)]
+
+
+def run(*words, several=True, status=0):
+    done = subprocess.run(
+        command(*words, several=several), capture_output=True, text=True, timeout=300,
+        env=ENVIRONMENT, check=False,
+    )  # fmt: skip
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def both(words, folder):
+    """The same job by one process and by two; the log of the second."""
+    done = cryorecon(*words, "-o", folder / "one")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return run(*words, "-o", folder / "two")
+
+
+def same_maps(folder, name="initial_model.mrc"):
+    one, two = (read_map(folder / job / name).data for job in ("one", "two"))
+    return np.abs(one - two).max() / np.abs(one).max()
+
+
+# Rounding grows from round to round.
+ROUNDING = 5e-3
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_finds(few, tmp_path):
+    told = both(["abinitio-rmfn", few, *SEARCH, "--images", "memory"], tmp_path)
+    assert told.count("searching from random poses") == 1
+    assert same_maps(tmp_path) < ROUNDING
+    tables = [read_star(tmp_path / job / "run_data.star")["particles"] for job in ("one", "two")]
+    for name in ("rlnAngleRot", "rlnAngleTilt", "rlnOriginXAngst"):
+        one, two = (table[name].astype(float).to_numpy() for table in tables)
+        apart = np.abs((one - two + 180) % 360 - 180)
+        assert np.median(apart) < 0.01, name
+    rounds = [read_star(tmp_path / job / "rounds.star")["rounds"] for job in ("one", "two")]
+    assert len(rounds[0]) == len(rounds[1]) == 3
+    assert not list(tmp_path.glob("two/checkpoint*"))
+    assert "processes: 2" in (tmp_path / "two/job.yaml").read_text()
+
+
+@pytest.mark.slow
+def test_two_processes_take_one_half_set_each(few, tmp_path):
+    words = ["abinitio-rmfn", few, *SEARCH, "--halves", "independent", "--images", "disk"]
+    told = both(words, tmp_path)
+    assert told.count("both half sets at the same time") == 1
+    assert told.count("half set 2, ") == 1
+    for name in ("initial_model.mrc", "run_half1_class001_unfil.mrc"):
+        assert same_maps(tmp_path, name) < ROUNDING
+    stages = [
+        list(read_star(tmp_path / job / "rounds.star")["rounds"]["cryoreconStage"])
+        for job in ("one", "two")
+    ]
+    assert sorted(stages[0]) == sorted(stages[1])
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_networks_of_one(few, tmp_path):
+    words = ["abinitio-amortized", few, "--images-seen", "640", *REFINE, "--subset", "60"]
+    both(words, tmp_path)
+    assert same_maps(tmp_path) < 10 * ROUNDING
+
+
+@pytest.mark.slow
+def test_two_processes_average_and_fit_what_one_does(few, tmp_path):
+    fit = ["--starts", "3", "--set", "iterations=20", "--set", "radius=3", "--allow-ambiguous"]
+    both(["abinitio", few, "--method", "moments", *fit], tmp_path)
+    sums = [read_moments_data(tmp_path / job / "moments.h5") for job in ("one", "two")]
+    assert sums[0].attributes == sums[1].attributes
+    for name, one in sums[0].arrays.items():
+        assert np.allclose(one, sums[1].arrays[name], rtol=1e-4, atol=1e-5 * np.abs(one).max())
+    starts = [read_star(tmp_path / job / "starts.star")["starts"] for job in ("one", "two")]
+    misfit = [table["cryoreconMisfit"].astype(float).to_numpy() for table in starts]
+    assert misfit[0] == pytest.approx(misfit[1], rel=1e-2)
+
+
+# Every state that can be written is.
+ALWAYS = """
+from cryorecon.cli.main import main
+from cryorecon.run import checkpoint
+
+checkpoint._EVERY_S = checkpoint._TIMES_ITS_COST = 0.0
+main()
+"""
+
+
+def workers(parent):
+    """The processes that torchrun has started, by rank."""
+    found = {}
+    for child in psutil.Process(parent).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            found[int(child.environ()["RANK"])] = child
+    return found
+
+
+def killed(words, script, victim):
+    """Kill one of two processes as soon as there is a state; what was told."""
+    job = words[-1]
+    script.write_text(ALWAYS)
+    begun = subprocess.Popen(
+        [sys.executable, *TWO, str(script), *map(str, words)], text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=ENVIRONMENT,
+    )  # fmt: skip
+    deadline = time.monotonic() + 200
+    while not (job / "checkpoint.pt").exists():
+        assert begun.poll() is None, begun.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    workers(begun.pid)[victim].send_signal(signal.SIGKILL)
+    died = time.monotonic()
+    told = begun.communicate(timeout=60)[0]
+    assert time.monotonic() - died < 60
+    assert begun.returncode != 0
+    return told
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_dead_process_ends_the_job_which_goes_on(few, tmp_path, victim):
+    job = tmp_path / "job"
+    words = ["abinitio-amortized", few, "--images-seen", "6400", *REFINE, "-o", job]
+    told = killed(words, tmp_path / "always.py", victim)
+    assert "Signal 9" in told
+    assert "--nproc-per-node 2 -m cryorecon abinitio --continue" in told
+    assert "asked to stop" in told or "has ended or cannot be reached" in told
+    assert not (job / "RELION_JOB_EXIT_SUCCESS").exists()
+    # Any number of processes goes on.
+    assert "the training goes on after" in run("abinitio", "--continue", job, several=victim == 1)
+    assert (job / "RELION_JOB_EXIT_SUCCESS").exists()
+    assert cryorecon(*words[:-1], tmp_path / "whole").returncode == 0
+    whole, found = (
+        read_map(tmp_path / name / "initial_model.mrc").data for name in ("whole", "job")
+    )
+    assert np.corrcoef(whole.ravel(), found.ravel())[0, 1] > 0.9
+
+
+# Each process checks what it learns of the other.
+TOGETHER = """
+import torch
+from cryorecon.ranks import joined
+
+with joined() as ranks:
+    mine, other = ranks.index, 1 - ranks.index
+    values = torch.complex(torch.full((2, 3), 1.0 + mine), torch.ones(2, 3)).T
+    ranks.add_up(values)
+    assert torch.equal(values, torch.full((3, 2), 3 + 2j)), values
+    assert ranks.any(mine == 1) and not ranks.any(False)
+    assert ranks.total(mine + 1) == 3
+    assert ranks.numbers(0.1 + mine, 7, source=1) == (1.1, 7.0)
+    assert ranks.bytes_from(1, b"x" * mine) == b"x" and ranks.bytes_from(0, b"") == b""
+    whole = torch.arange(10.0).reshape(5, 2)
+    assert torch.equal(ranks.everyones(ranks.share(whole), ranks.sizes(5)), whole)
+    assert torch.equal(ranks.everyones(whole[: 3 * mine], [0, 3]), whole[:3])
+    makers = [lambda k=k: torch.full((2,), 10.0 * k + mine) for k in range(3)]
+    found = torch.stack(ranks.made(makers, torch.empty(2)))[:, 0]
+    assert found.tolist() == [0, 11, 20]
+    number, team = ranks.split()
+    assert (number, team.index, team.count, team.first) == (mine, 0, 1, True)
+    assert team.total(mine + 5) == mine + 5
+    ranks.wait()
+print("done")
+"""
+
+
+def test_processes_meet_and_exchange(tmp_path):
+    script = tmp_path / "together.py"
+    script.write_text(TOGETHER)
+    done = subprocess.run(
+        [sys.executable, *TWO, str(script)], capture_output=True, text=True, timeout=100,
+        env=ENVIRONMENT, check=False,
+    )  # fmt: skip
+    assert done.stdout.count("done") == 2, done.stdout + done.stderr
+
+
+def test_commands_of_one_process_say_so(tmp_path):
+    told = subprocess.run(
+        command("fsc", "a.mrc", "b.mrc", several=False), capture_output=True, text=True,
+        env=ENVIRONMENT | {"RANK": "1", "WORLD_SIZE": "2"}, check=False,
+    )  # fmt: skip
+    assert told.returncode == 1
+    assert "rank 1: Error: cryorecon fsc a.mrc b.mrc runs in one process" in told.stderr
+
+
+def test_one_process_has_everything():
+    rows = torch.arange(7)
+    assert torch.equal(ALONE.share(rows), rows)
+    assert ALONE.everyones(rows, [7]) is rows
+    assert ALONE.numbers(1.5, 2.0) == (1.5, 2.0)
+    assert ALONE.made([lambda: rows], rows)[0] is rows
+    assert ALONE.device("cuda:3") == "cuda:3"
+
+
+@pytest.mark.parametrize(("n", "count"), [(7, 2), (2, 3), (0, 4), (1000, 7)])
+def test_every_row_belongs_to_one_process(n, count):
+    rows = torch.randperm(n)
+    shares = [Ranks(index, count).share(rows) for index in range(count)]
+    assert torch.equal(torch.cat(shares), rows)
+    sizes = [len(share) for share in shares]
+    assert sizes == Ranks(0, count).sizes(n)
+    assert max(sizes) - min(sizes) <= 1
