@@ -130,6 +130,8 @@ class Ranks:
         if self.count == 1:
             return mine
         (length,) = self.numbers(len(mine), source=source)
+        if length == 0:
+            return b""
         told = torch.zeros(int(length), dtype=torch.uint8)
         if self.index == source:
             told = torch.frombuffer(bytearray(mine), dtype=torch.uint8)
@@ -238,7 +240,7 @@ def _noticing_the_end() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = str(error).partition(". ")[0].strip() or type(error).__name__
         raise LostRankError(
             f"Another process of this job has ended or cannot be reached ({reason})",
             "Its own message tells why; then go on from the last state",
