@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -167,6 +169,40 @@ def test_a_dead_process_ends_the_job_which_goes_on(few, tmp_path, victim):
         read_map(tmp_path / name / "initial_model.mrc").data for name in ("whole", "job")
     )
     assert np.corrcoef(whole.ravel(), found.ravel())[0, 1] > 0.9
+
+
+# Stands in for SLURM's: two nodes, both of them this machine.
+SRUN = """#!/bin/sh
+"$@" & first=$!
+"$@" & second=$!
+wait $first; one=$?
+wait $second; two=$?
+exit $((one | two))
+"""
+
+
+@pytest.mark.slow
+def test_the_slurm_script_shares_a_job_between_two_nodes(few, tmp_path):
+    for name, body in (("srun", SRUN), ("scontrol", "#!/bin/sh\necho localhost\n")):
+        (tmp_path / name).write_text(body)
+        (tmp_path / name).chmod(0o755)
+    script = Path(__file__).parents[1] / "examples/pipelines/slurm.sh"
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    given = {"SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "-", "SLURM_JOB_ID": "7", "PROCESSES": "1"}
+    given |= {"PORT": str(port), "PATH": f"{tmp_path}:{Path(sys.executable).parent}:/usr/bin:/bin"}
+    told = ""
+    for _ in range(2):  # The second time there is nothing left to do.
+        done = subprocess.run(
+            ["bash", str(script), str(few), str(tmp_path / "job"), *SEARCH], check=False,
+            capture_output=True, text=True, env=ENVIRONMENT | given, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        told += done.stdout
+    assert "processes: 2" in (tmp_path / "job/job.yaml").read_text()
+    assert told.count("searching from random poses") == 1
+    assert told.count("is finished: nothing to do") == 1
 
 
 # Each process checks what it learns of the other.
