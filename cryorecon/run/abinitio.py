@@ -65,7 +65,7 @@ class AbinitioOptions:
         Resolutions that the training of engine amortized begins and ends at, in place of the
         engine's `first_cycles` and `last_cycles`.
     device : str
-        Where networks of engine amortized are trained.
+        Where all but the table of poses is computed.
     engine : RmfnConfig or AmortizedConfig
         Its diameter and offset range are replaced by the two above.
     """
@@ -238,6 +238,7 @@ def _run(
         images = load_observations(
             particles, config.diameter, lambda done, _: bar(done), options.keep
         )
+    images = images.to(options.device)
     _set_contrast(job, images, config, options.contrast)
     half = half_sets(particles, generator)
     stages = _stages(job, config, generator, pixel, options, particles)
@@ -251,7 +252,7 @@ def _run(
 
     def in_c1() -> Reconstruction:
         state = without_symmetry()
-        write_map(job.path("initial_model_C1.mrc"), joint_map(state).numpy(), pixel)
+        write_map(job.path("initial_model_C1.mrc"), joint_map(state).cpu().numpy(), pixel)
         return state
 
     if len(_group(options.symmetry)) > 1:
@@ -271,9 +272,10 @@ def _stages(
     particles: Particles,
 ) -> RmfnStages | AmortizedStages:
     mask = _mask(options.mask, particles)
+    mask = None if mask is None else mask.to(options.device)
     if isinstance(config, RmfnConfig):
         return RmfnStages(job, config, generator, pixel_size_angst, mask)
-    return AmortizedStages(job, config, generator, pixel_size_angst, mask, device=options.device)
+    return AmortizedStages(job, config, generator, pixel_size_angst, mask)
 
 
 def _reconstruct(

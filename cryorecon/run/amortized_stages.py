@@ -30,15 +30,12 @@ class AmortizedStages(Stages):
     ----------
     trained : Amortized
         Of the last training.
-    device : str
-        Where the networks are trained.
     read : tuple of Tensor
         Rotations and offsets as the encoder read them at the end of the last training.
     """
 
     config: AmortizedConfig
     trained: Amortized | None = None
-    device: str = "cpu"
     read: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def begin(self, images: ImageSet, half: torch.Tensor) -> Reconstruction:
@@ -66,7 +63,7 @@ class AmortizedStages(Stages):
             self.pixel_size_angst,
             generator or self.generator,
             self.mask,
-            self.device,
+            images.device,
         )
 
     def engine_state(self) -> Entry:
@@ -102,15 +99,13 @@ class AmortizedStages(Stages):
         del state
         assert self.trained is not None
         trained, parts = self.trained, ShrinkingBatch(_READ_AT_ONCE, self.job.say)
-        rotations, offsets = torch.empty(len(images), 3, 3), torch.empty(len(images), 2)
-
-        def read(rows: torch.Tensor) -> None:
-            rotations[rows], offsets[rows], _ = trained.read_poses(images, rows)
-
+        found = []
         with self.job.bar("Reading poses", len(images)) as bar:
             for rows in torch.arange(len(images)).split(_READ_AT_ONCE):
-                parts(rows, read)
+                found += parts(rows, lambda part: trained.read_poses(images, part)[:2])
                 bar(int(rows[-1]) + 1)
+        # To the CPU at the end: each copy would wait for the device.
+        rotations, offsets = (torch.cat(part).cpu() for part in zip(*found, strict=True))
         self.job.say(f"the encoder has read the poses of {len(images)} images")
         return rotations, offsets
 

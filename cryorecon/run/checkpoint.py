@@ -44,6 +44,17 @@ def frozen(value: Any) -> Any:
     return value
 
 
+def on_cpu(value: Any) -> Any:
+    """The same with all tensors on the CPU, where a file can be read on any machine."""
+    if isinstance(value, Tensor):
+        return value.cpu()
+    if isinstance(value, dict):
+        return {key: on_cpu(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(on_cpu(item) for item in value)
+    return value
+
+
 def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
@@ -117,7 +128,7 @@ class Checkpoint:
         if not (force or self.stop.asked or time.monotonic() >= self._due):
             return
         start = time.monotonic()
-        entry = pack()
+        entry = on_cpu(pack())
         _refuse_broken(part, entry)
         self._entries.pop(part, None)
         self._write({**self._entries, part: entry})

@@ -258,7 +258,7 @@ class Stages(Parts):
 
     def _take_out_chance(self, state: Reconstruction) -> None:
         """Correct the half maps' FSC for what aligning one to the other brought."""
-        mask = state.support.on(state.maps[0].shape[-1])
+        mask = state.support.on(state.maps[0].shape[-1], device=state.maps[0].device)
         first, second = state.halves
         chance = chance_fsc(second, first, mask, self.pixel_size_angst, self.generator)
         state.chance, state.fsc = chance, beyond_chance(state.fsc, chance)
@@ -296,8 +296,8 @@ class Stages(Parts):
         if fit.correlation < _DOUBTFUL:
             self.job.say(f"WARNING: the map hardly has {name}; see initial_model_C1.mrc")
         rotations, origins = state.half_poses or (state.rotations, state.offsets_px)
-        poses = rotate_poses(rotations.double(), fit.rotation)
-        offsets = shift_origins(origins.double(), poses, fit.shift_px)
+        poses = rotate_poses(rotations.double(), fit.rotation.cpu())
+        offsets = shift_origins(origins.double(), poses, fit.shift_px.cpu())
         state.rotations, state.offsets_px = poses.float(), offsets.float()
         state.group = group.float()
         refine_round(state, images, self.config, fsc_curve, joint=False, n_steps=0)
@@ -313,8 +313,8 @@ class Stages(Parts):
         )
         poses = second.rotations.double()
         poses = mirror_poses(poses) if found.flipped else poses
-        poses = rotate_poses(poses, found.rotation.double())
-        offsets = shift_origins(second.offsets_px.double(), poses, found.shift_px.double())
+        poses = rotate_poses(poses, found.rotation.double().cpu())
+        offsets = shift_origins(second.offsets_px.double(), poses, found.shift_px.double().cpu())
         second.rotations, second.offsets_px = poses.float(), offsets.float()
 
     def _angst(self, shell: float, box: int) -> float:
