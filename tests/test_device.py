@@ -8,16 +8,29 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import MODEL
+from conftest import MODEL, cryorecon
 from pretended_device import DEVICE, OnDevice, pretended_device
 from rich.console import Console
 
+from cryorecon.engines import rounds
+from cryorecon.engines.accumulate import NormalEquations
 from cryorecon.engines.amortized import AmortizedConfig
+from cryorecon.engines.moment_fit import MomentFitConfig
+from cryorecon.engines.refine import Poses
 from cryorecon.engines.rmfn import RmfnConfig
+from cryorecon.engines.shrinking import ShrinkingBatch
 from cryorecon.io.mrc import read_map
+from cryorecon.io.particles import read_particles
+from cryorecon.physics.masks import Support
+from cryorecon.physics.rotations import exp_map, random_rotations
+from cryorecon.physics.symmetry import symmetry_group
 from cryorecon.run import abinitio as abinitio_module
-from cryorecon.run import stages
+from cryorecon.run import moment_reconstruct, stages
 from cryorecon.run.abinitio import AbinitioOptions, abinitio
+from cryorecon.run.load import load_observations
+from cryorecon.run.moment_reconstruct import MomentReconstructOptions, abinitio_moments
+from cryorecon.run.moments import MomentsOptions
+from cryorecon.run.reconstruct import reconstruct
 from cryorecon.run.simulate import simulate
 from cryorecon.run.simulate_config import SimulateConfig
 
@@ -71,7 +84,8 @@ def test_the_pretended_device_refuses_what_a_gpu_refuses():
 @pytest.fixture(autouse=True)
 def no_report(monkeypatch):
     """Reports are drawn on the CPU, from files."""
-    monkeypatch.setattr(abinitio_module, "report_at_end", lambda *_: None)
+    for module in (abinitio_module, moment_reconstruct):
+        monkeypatch.setattr(module, "report_at_end", lambda *_: None)
 
 
 def job(star, folder, **options):
@@ -112,3 +126,109 @@ def test_the_other_ways_run_on_a_device(few, tmp_path, options, monkeypatch):
     waits = job(few, tmp_path / "there", **options)
     assert (tmp_path / "there" / "initial_model.mrc").exists()
     assert not [line for line in waits if line.startswith(LOOPS)]
+
+
+def test_a_mix_in_the_midst_of_a_job_is_caught(few, tmp_path, monkeypatch):
+    """The map's support, made on the CPU, as in a job that forgets to say where."""
+    on = Support.on
+    monkeypatch.setattr(Support, "on", lambda self, box, dtype=None, device=None: on(self, box))
+    with pytest.raises(RuntimeError, match=r"aten\.mul.*of the CPU among those of the device"):
+        job(few, tmp_path / "there", engine=TINY)
+
+
+def test_a_map_of_known_poses_is_made_on_a_device(few):
+    particles = read_particles(few)
+    half = torch.arange(len(particles)) % 2
+    here = reconstruct(particles, half=half)
+    with pretended_device():
+        there = reconstruct(particles, half=half, device=DEVICE)
+    assert not isinstance(there.volume, OnDevice)
+    assert torch.allclose(there.volume, here.volume, atol=1e-5 * float(here.volume.abs().max()))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_pictures", "coarse_alignment")
+@pytest.mark.parametrize("form", ["steerable", "full"])
+def test_moments_are_averaged_and_fitted_on_a_device(few, tmp_path, form):
+    wanted = MomentsOptions(form=form, max_radius=4, device="meta")
+    engine = MomentFitConfig(starts=2, iterations=4, first_iterations=2, radius=3, beads=8)
+    options = MomentReconstructOptions(engine, allow_ambiguous=True, device="meta")
+    with pretended_device():
+        abinitio_moments(few, tmp_path / "there", wanted, options, QUIET)
+    assert (tmp_path / "there" / "initial_model.mrc").exists()
+
+
+def test_rotations_off_the_cpu_are_those_of_the_matrix_exponential(generator):
+    """And their derivatives, also at zero."""
+    vectors = torch.randn(50, 3, generator=generator, dtype=torch.float64)
+    vectors[0], vectors[1] = 0, 1e-9 * vectors[1]
+
+    def slopes(at):
+        at = at.clone().requires_grad_()
+        rotations = exp_map(at)
+        (rotations * torch.arange(9.0, device=at.device).view(3, 3)).sum().backward()
+        return rotations.detach().cpu(), at.grad.cpu()
+
+    here = slopes(vectors)
+    with pretended_device():
+        there = slopes(vectors.to(DEVICE))
+    for one, other in zip(here, there, strict=True):
+        assert torch.allclose(one, other, atol=1e-12)
+
+
+class TinyMemory:
+    """Work on spans that fails above a size, as on a full GPU."""
+
+    def __init__(self, most):
+        self.most, self.done = most, []
+
+    def __call__(self, span):
+        if span.stop - span.start > self.most:
+            raise torch.OutOfMemoryError("full")
+        self.done += range(span.start, span.stop)
+        return span.stop - span.start
+
+
+def test_spans_shrink_and_go_on_where_memory_ended():
+    told, work = [], TinyMemory(3)
+    parts = ShrinkingBatch(16, told.append)
+    assert sum(n for _, n in parts.over(37, work)) == 37
+    assert work.done == list(range(37))
+    assert parts.size == 2
+    assert len(told) == 3
+    with pytest.raises(torch.OutOfMemoryError):
+        list(ShrinkingBatch(16).over(5, TinyMemory(0)))
+
+
+def test_a_round_on_a_full_device_is_the_same_round(few, tmp_path, monkeypatch):
+    """Insertions that do not fit at once are repeated in parts, nothing twice."""
+    sums = [NormalEquations.empty(6.0, 2, torch.float64, "cpu") for _ in range(2)]
+    images = load_observations(read_particles(few), 0.8).select(torch.arange(20), 6.0)
+    images = replace(images, coefficients=images.coefficients.to(torch.complex128))
+    images = replace(images, ctf=images.ctf.double(), noise_power=images.noise_power.double())
+    turns = random_rotations(20, torch.Generator().manual_seed(0))
+    poses = Poses(turns, torch.zeros(20, 2, dtype=torch.float64), torch.zeros(20))
+    group = symmetry_group("C2")
+    rounds._insert(sums[0], images, poses, group)
+    add = NormalEquations.add
+
+    def full(self, signal, *rest):
+        if len(signal) > 7:
+            raise torch.OutOfMemoryError("full")
+        add(self, signal, *rest)
+
+    monkeypatch.setattr(NormalEquations, "add", full)
+    rounds._insert(sums[1], images, poses, group)
+    assert torch.allclose(sums[0].signal, sums[1].signal)
+    assert torch.allclose(sums[0].weight, sums[1].weight)
+
+
+def test_a_device_that_is_not_there_is_refused_before_anything_is_written(few, tmp_path):
+    for command in ("abinitio-rmfn", "abinitio", "reconstruct"):
+        done = cryorecon(command, few, "-o", tmp_path / command, "--device", "cuda:7")
+        assert done.returncode == 1
+        assert "--device cuda:7 cannot be used" in done.stderr
+        assert "Give --device cpu, or use a machine with a GPU" in done.stderr
+        assert not (tmp_path / command).exists()
+    done = cryorecon("abinitio-rmfn", few, "-o", tmp_path / "j", "--device", "auto", "--dry-run")
+    assert done.returncode == 0

@@ -21,6 +21,7 @@ from cryorecon.io.mrc import write_map
 from cryorecon.io.particles import Particles, read_particles
 from cryorecon.physics.symmetry import symmetry_group
 from cryorecon.run.amortized_stages import AmortizedStages
+from cryorecon.run.device import device_text, usable_device
 from cryorecon.run.job import Job, Task, open_job
 from cryorecon.run.load import Keep, half_sets, load_observations, map_like
 from cryorecon.run.report import report_at_end
@@ -190,6 +191,7 @@ def prepared(
     config = _resolved(options, particles)
     _refuse_contradictions(options, particles)
     particles.ctf_parameters()
+    usable_device(options.device)
     return particles, rows, config
 
 
@@ -238,6 +240,8 @@ def _run(
         images = load_observations(
             particles, config.diameter, lambda done, _: bar(done), options.keep
         )
+    if options.device != "cpu":
+        job.say(f"computing on {device_text(options.device)}")
     images = images.to(options.device)
     _set_contrast(job, images, config, options.contrast)
     half = half_sets(particles, generator)
