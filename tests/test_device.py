@@ -18,7 +18,7 @@ from cryorecon.engines.amortized import AmortizedConfig
 from cryorecon.engines.moment_fit import MomentFitConfig
 from cryorecon.engines.refine import Poses
 from cryorecon.engines.rmfn import RmfnConfig
-from cryorecon.engines.shrinking import ShrinkingBatch
+from cryorecon.engines.shrinking import ShrinkingBatch, at_once
 from cryorecon.io.mrc import read_map
 from cryorecon.io.particles import read_particles
 from cryorecon.physics.masks import Support
@@ -174,6 +174,18 @@ def test_rotations_off_the_cpu_are_those_of_the_matrix_exponential(generator):
         there = slopes(vectors.to(DEVICE))
     for one, other in zip(here, there, strict=True):
         assert torch.allclose(one, other, atol=1e-12)
+
+
+def test_batches_take_a_share_of_a_gpus_free_memory(monkeypatch):
+    """What torch holds in reserve counts as free; any other device works as the CPU does."""
+    amounts = {"memory_reserved": 3e9, "memory_allocated": 1e9, "mem_get_info": (6e9, 16e9)}
+    for name, amount in amounts.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, amount=amount: amount)
+    gpu = torch.device("cuda:0")
+    assert at_once(250, 1e6, gpu) == 2000
+    assert at_once(250, 1e3, gpu) == 4096
+    assert at_once(250, 1e12, gpu) == 1
+    assert at_once(250, 1e6, torch.device("cpu")) == at_once(250, 1e6, DEVICE) == 250
 
 
 class TinyMemory:

@@ -39,7 +39,7 @@ from cryorecon.physics.rotations import geodesic_distance_deg
 _STEPS = 5
 # Images at once on the CPU; memory of a coefficient in a pose step, bytes; and most points of the
 # map's transform, eight a coefficient, that are read at once.
-_IMAGES, _BYTES, _MOST_POINTS = 250, 500.0, 2**31
+_IMAGES, _BYTES, _MOST_POINTS = 250, 500.0, 2**30
 
 
 def reassign(

@@ -141,7 +141,7 @@ def grid_expectation(
     def expect(part: slice) -> tuple[Tensor, Tensor]:
         score, shifted, weights = grid.scores(observations.select(part))
         score.div_(temperature)
-        flat = score.flatten(1)
+        flat = score.view(len(score), -1)
         peak = flat.amax(-1, keepdim=True)
         flat.sub_(peak).exp_()
         total = flat.sum(-1, keepdim=True)
