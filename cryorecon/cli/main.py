@@ -149,6 +149,8 @@ def _overview(ctx: Any) -> str:
 
 
 # Typer's exit status when a command is interrupted from the keyboard.
+# What torch says where memory ends.
+_NO_MEMORY = ("allocate memory", "out of memory")
 _INTERRUPTED = 130
 _RELION_MARKERS = {
     1: "RELION_JOB_EXIT_FAILURE",
@@ -198,10 +200,13 @@ def _run(words: list[str]) -> int:
     except BrokenPipeError:
         return _reader_left()
     except (MemoryError, RuntimeError) as error:
-        # torch has no type of its own for it.
-        if not isinstance(error, MemoryError) and "allocate memory" not in str(error):
+        # torch has no type of its own for it on the CPU; a GPU's says what it tried to allocate.
+        if not isinstance(error, MemoryError) and not any(w in str(error) for w in _NO_MEMORY):
             raise
-        _say_error("Error: There is not enough memory. Use a smaller box or a larger machine.")
+        _say_error(
+            "Error: There is not enough memory. Use a smaller box or a larger machine; after "
+            "--device cuda, --device cpu."
+        )
         return 1
     except OSError as error:
         _say_error(f"Error: {error}. Check the disk and the folder's permissions.")

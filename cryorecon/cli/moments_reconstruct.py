@@ -144,6 +144,7 @@ def moments_command(
     threads: int | None,
     json: bool,
     starts: int = 6,
+    device: str = "cpu",
     dry_run: bool = False,
 ) -> None:
     """Both steps, `moments estimate` and `moments reconstruct`, in one folder."""
@@ -159,8 +160,11 @@ def moments_command(
     if starts < 2:
         raise typer.BadParameter("engine moments compares starts: give --starts 2 or more")
     engine = with_settings(MomentFitConfig(starts=starts), config, settings or [])
-    wanted = MomentsOptions(diameter_angst=diameter, contrast=contrast, project=project)
-    options = MomentReconstructOptions(engine, None, None, allow_ambiguous, seed)
+    place = usable_device(device)
+    wanted = MomentsOptions(
+        diameter_angst=diameter, contrast=contrast, project=project, device=place
+    )
+    options = MomentReconstructOptions(engine, None, None, allow_ambiguous, seed, place)
     if dry_run:
         prepare_folder(output, overwrite)
         describe_moments(particles, wanted, options, messages(json))

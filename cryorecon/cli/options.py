@@ -105,9 +105,8 @@ Threads = Annotated[
         default="one a core, or OMP_NUM_THREADS",
     ),
 ]
-Device = Annotated[
-    str, option(COMPUTE, "Where to compute: cpu, cuda, cuda:1, ..., or auto.", metavar="NAME")
-]
+DEVICE_HELP = "Where to compute: cpu, cuda, cuda:1, ..., or auto."
+Device = Annotated[str, option(COMPUTE, DEVICE_HELP, metavar="NAME")]
 Starts = Annotated[
     int,
     option(COMPUTE, "Random starts; the one that fits best goes on.", metavar="N", min=1),

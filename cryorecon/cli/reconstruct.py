@@ -13,10 +13,12 @@ from cryorecon.cli.console import (
     messages,
     prepare_folder,
     print_json,
+    usable_device,
     use_threads,
 )
 from cryorecon.cli.options import (
     CtfFile,
+    Device,
     DryRun,
     Json,
     Overwrite,
@@ -63,6 +65,7 @@ def reconstruct_command(
     padding: Annotated[
         int, option(COMPUTE, "Oversampling of the transform.", metavar="N", hidden=True)
     ] = 2,
+    device: Device = "cpu",
     project: Project = None,
     seed: Seed = 0,
     threads: Threads = None,
@@ -84,9 +87,10 @@ def reconstruct_command(
     source = read_particles(particles, project, ctf=ctf)
     source = source if poses is None else with_poses(source, poses)
     if dry_run:
-        describe_reconstruct(source, told)
+        describe_reconstruct(source, told, usable_device(device))
         return
-    settings = {"half_maps": half_maps, "wiener": wiener, "padding": padding}
+    settings: dict[str, Any] = {"half_maps": half_maps, "wiener": wiener, "padding": padding}
+    settings["device"] = usable_device(device)
     if not output.suffix:
         prepare_folder(output, overwrite)
     if output.suffix:
@@ -115,7 +119,7 @@ def _reconstruct(
     with count_progress("Backprojecting", "images") as progress:
         result = reconstruct(
             source, half=half, wiener=settings["wiener"], padding=settings["padding"],
-            progress=progress,
+            device=settings["device"], progress=progress,
         )  # fmt: skip
     pixel = source.pixel_size_angst
     write_map(output, result.volume.numpy(), pixel)

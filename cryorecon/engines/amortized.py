@@ -8,6 +8,7 @@ No state belongs to an image; images come in a stream and are seen a few dozen t
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -198,9 +199,9 @@ class Amortized:
         return self.config.band(self.images.plane.box, self.progress)
 
     def volume(self) -> Tensor:
-        """The decoder's map on the images' grid, shape (N, N, N), on the CPU."""
+        """The decoder's map on the images' grid, shape (N, N, N)."""
         with torch.no_grad():
-            return self.decoder.volume(self.band).cpu()
+            return self.decoder.volume(self.band)
 
     def step(self) -> StepReport:
         """Show one mini-batch; encoder and decoder follow.
@@ -258,17 +259,18 @@ class Amortized:
         rotations, offsets = guesses.chosen(self._winners(batch, guesses, transform))
         gain = self._gain(batch, rotations, offsets, transform).mean()
         loss = -gain / self.signal
-        reverse_deg = float("nan")
+        reverse_deg = torch.full_like(loss, torch.nan)
         if self.config.reverse > 0:
             reverse, reverse_deg = self.reverse.loss(whole, transform, drawn, self.band)
             loss = loss + self.config.reverse * reverse
-        if not bool(loss.isfinite()):
-            number = self.seen // self.config.batch + 1
-            raise FloatingPointError(
-                f"loss {float(loss.detach())} in batch {number}, after {self.seen} images"
-            )
         (loss * share).backward()
-        return float(gain.detach()) * share, reverse_deg * share
+        # One copy, when all is under way: each waits for the device.
+        found = torch.stack([value.detach().double() for value in (loss, gain, reverse_deg)])
+        total, likelihood, angle = found.tolist()
+        if not math.isfinite(total):
+            number = self.seen // self.config.batch + 1
+            raise FloatingPointError(f"loss {total} in batch {number}, after {self.seen} images")
+        return likelihood * share, angle * share
 
     def read_poses(self, images: ImageSet, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The encoder's likeliest guess for some images; no gradients, no search.
@@ -288,7 +290,7 @@ class Amortized:
             best = self._winners(batch, guesses, transform)
             rotations, offsets = guesses.chosen(best)
             gain = self._gain(batch, rotations, offsets, transform)
-        return rotations.cpu(), offsets.cpu(), gain.cpu()
+        return rotations, offsets, gain
 
     def weights(self) -> dict[str, Any]:
         """What reading poses takes: both networks and how far the training has come."""

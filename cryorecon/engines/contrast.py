@@ -25,7 +25,7 @@ def contrast_score(images: ImageSet, diameter: float) -> float:
     """
     plane = images.plane
     radius = diameter / 2 * plane.box
-    distance = radius_grid(plane.box, 2).to(images.gain)
+    distance = radius_grid(plane.box, 2, images.device).to(images.gain.dtype)
     ball = to_coefficients((radius**2 - distance**2).clamp(min=0).sqrt(), plane)
     scores = []
     everyone = torch.arange(len(images))

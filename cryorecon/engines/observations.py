@@ -36,9 +36,15 @@ class Observations:
     def __len__(self) -> int:
         return self.coefficients.shape[0]
 
-    def select(self, rows: Tensor, band: float | None = None) -> Observations:
+    @property
+    def device(self) -> torch.device:
+        """Where the coefficients lie."""
+        return self.coefficients.device
+
+    def select(self, rows: Tensor | slice, band: float | None = None) -> Observations:
         """The images of some rows, up to a radius in cycles per box; noise spectra are shared."""
         near = self if band is None else self.within(band)
+        rows = rows if isinstance(rows, slice) else rows.to(self.device)
         return replace(
             near, coefficients=near.coefficients[rows], ctf=near.ctf[rows], group=near.group[rows]
         )
@@ -92,6 +98,9 @@ Source = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 @dataclass(frozen=True)
 class ImageSet:
     """All images of a job; coefficients come from memory or from disk when they are asked for.
+
+    They and all that belongs to one image lie on the CPU; a batch moves to the device of the
+    plane and the noise spectra when it is selected.
 
     Attributes
     ----------
@@ -154,13 +163,24 @@ class ImageSet:
         ends = torch.tensor(self.ranks.bounds(self.total)[1:])
         return torch.searchsorted(ends, self.rows[rows].long(), right=True)
 
+    @property
+    def device(self) -> torch.device:
+        """Where batches are taken to."""
+        return self.noise_power.device
+
+    def to(self, device: torch.device | str) -> ImageSet:
+        """The same images, batches of which are taken to another device."""
+        return replace(self, plane=self.plane.to(device), noise_power=self.noise_power.to(device))
+
     def select(self, rows: Tensor, band: float | None = None) -> Observations:
         """Load the images of some rows, up to a radius in cycles per box."""
         plane = self.plane if band is None else self.plane.within(band)
         coefficients, ctf = self.source(self.rows[rows].long(), len(plane))
         ctf = ctf * self.gain[rows, None]
         noise = self.noise_power[:, : plane.n_shells]
-        return Observations(plane, coefficients, ctf, noise, self.group[rows].long())
+        moved = (taken_to(v, self.device) for v in (coefficients, ctf, self.group[rows].long()))
+        coefficients, ctf, group = moved
+        return Observations(plane, coefficients, ctf, noise, group)
 
     def whole(self, band: float | None = None) -> Observations:
         """Load all images, up to a radius in cycles per box."""
@@ -187,6 +207,17 @@ class ImageSet:
             gain=self.gain[rows],
             rows=self.rows[rows],
         )
+
+
+def taken_to(values: Tensor, device: torch.device) -> Tensor:
+    """Values of the CPU on a device.
+
+    Through page-locked memory to a GPU: the copy is then twice as fast and nobody waits for it, so
+    that the next batch is gathered, or read from disk, while this one is worked on.
+    """
+    if device.type == "cuda" and values.device.type == "cpu":
+        return values.pin_memory().to(device, non_blocking=True)
+    return values.to(device)
 
 
 def centred(matched: Tensor, offsets_px: Tensor, plane: HalfPlane) -> Tensor:

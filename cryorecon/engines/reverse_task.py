@@ -58,7 +58,7 @@ class ReverseTask:
 
     def loss(
         self, whole: Observations, transform: Transform, drawn: Drawn, band: float
-    ) -> tuple[Tensor, float]:
+    ) -> tuple[Tensor, Tensor]:
         """Distance of the best guess from known poses of the map's own noisy projections.
 
         Parameters
@@ -68,7 +68,7 @@ class ReverseTask:
         Returns
         -------
         loss : Tensor, scalar
-        median_deg : float
+        median_deg : Tensor, scalar
             Of the rotations alone.
         """
         rotations, offsets, images = self.projections(whole, transform, drawn, band)
@@ -80,7 +80,7 @@ class ReverseTask:
         # ||A - B||^2 = 8 sin^2(angle / 2).
         sine = turn.gather(1, nearest.indices[:, None]).detach().median().div(8).sqrt()
         angle = 2 * torch.rad2deg(torch.asin(sine.clamp(max=1)))
-        return nearest.values.mean(), float(angle)
+        return nearest.values.mean(), angle
 
     def projections(
         self, whole: Observations, transform: Transform, drawn: Drawn, band: float

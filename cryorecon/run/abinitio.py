@@ -22,6 +22,7 @@ from cryorecon.io.particles import Particles, read_particles
 from cryorecon.physics.symmetry import symmetry_group
 from cryorecon.ranks import ALONE, Ranks
 from cryorecon.run.amortized_stages import AmortizedStages
+from cryorecon.run.device import device_text, usable_device
 from cryorecon.run.job import Job, Task, open_job
 from cryorecon.run.load import Keep, half_sets, load_observations, map_like
 from cryorecon.run.report import report_at_end
@@ -66,7 +67,7 @@ class AbinitioOptions:
         Resolutions that the training of engine amortized begins and ends at, in place of the
         engine's `first_cycles` and `last_cycles`.
     device : str
-        Where networks of engine amortized are trained.
+        Where all but the table of poses is computed.
     engine : RmfnConfig or AmortizedConfig
         Its diameter and offset range are replaced by the two above.
     """
@@ -194,6 +195,7 @@ def prepared(
     config = _resolved(options, particles)
     _refuse_contradictions(options, particles)
     particles.ctf_parameters()
+    usable_device(options.device)
     return particles, rows, config
 
 
@@ -242,6 +244,10 @@ def _run(
         images = load_observations(
             particles, config.diameter, lambda done, _: bar(done), options.keep, job.ranks
         )
+    device = job.ranks.device(options.device)
+    if device != "cpu":
+        job.say(f"computing on {device_text(device)}")
+    images = images.to(device)
     _set_contrast(job, images, config, options.contrast)
     half = half_sets(particles, generator)
     stages = _stages(job, config, generator, pixel, options, particles)
@@ -256,7 +262,7 @@ def _run(
     def in_c1() -> Reconstruction:
         state = without_symmetry()
         if job.writes:
-            write_map(job.path("initial_model_C1.mrc"), joint_map(state).numpy(), pixel)
+            write_map(job.path("initial_model_C1.mrc"), joint_map(state).cpu().numpy(), pixel)
         return state
 
     if len(_group(options.symmetry)) > 1:
@@ -277,10 +283,10 @@ def _stages(
     particles: Particles,
 ) -> RmfnStages | AmortizedStages:
     mask = _mask(options.mask, particles)
+    mask = None if mask is None else mask.to(job.ranks.device(options.device))
     if isinstance(config, RmfnConfig):
         return RmfnStages(job, config, generator, pixel_size_angst, mask)
-    device = job.ranks.device(options.device)
-    return AmortizedStages(job, config, generator, pixel_size_angst, mask, device=device)
+    return AmortizedStages(job, config, generator, pixel_size_angst, mask)
 
 
 def _reconstruct(

@@ -46,6 +46,17 @@ def frozen(value: Any) -> Any:
     return value
 
 
+def on_cpu(value: Any) -> Any:
+    """The same with all tensors on the CPU, where a file can be read on any machine."""
+    if isinstance(value, Tensor):
+        return value.cpu()
+    if isinstance(value, dict):
+        return {key: on_cpu(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(on_cpu(item) for item in value)
+    return value
+
+
 def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
@@ -128,7 +139,7 @@ class Checkpoint:
         if not (force or self.stop.asked or late):
             return
         if self.ranks.first:
-            self._put(part, pack(), hold=hold)
+            self._put(part, on_cpu(pack()), hold=hold)
         if self.stop.asked:
             self.ranks.wait()
             raise StoppedError("the state at this point is on disk")

@@ -277,7 +277,8 @@ class Stages(Parts):
         for k, source in enumerate((0, ranks.count // 2)):
             n = len(rows[k])
             blank = torch.empty(n, 3, 3), torch.empty(n, 2), torch.zeros(n, dtype=torch.int64)
-            other = Reconstruction(*blank, [torch.empty(box, box, box)] * 2, 0.0, self.support)
+            nothing = torch.empty(box, box, box, device=images.device)
+            other = Reconstruction(*blank, [nothing] * 2, 0.0, self.support)
             found = run if k == number else other
             gain = images.gain[rows[k]]
             ranks.same(found.rotations, found.offsets_px, found.maps[0], gain, source=source)
@@ -289,7 +290,8 @@ class Stages(Parts):
 
     def _take_out_chance(self, state: Reconstruction) -> None:
         """Correct the half maps' FSC for what aligning one to the other brought."""
-        ranks, mask = self.job.ranks, state.support.on(state.maps[0].shape[-1])
+        joint = state.maps[0]
+        ranks, mask = self.job.ranks, state.support.on(joint.shape[-1], device=joint.device)
         first, second = state.halves
         chance, drawn = torch.empty_like(state.fsc), self.generator.get_state()
         if ranks.first:
@@ -344,8 +346,8 @@ class Stages(Parts):
         if fit.correlation < _DOUBTFUL:
             self.job.say(f"WARNING: the map hardly has {name}; see initial_model_C1.mrc")
         rotations, origins = state.half_poses or (state.rotations, state.offsets_px)
-        poses = rotate_poses(rotations.double(), fit.rotation)
-        offsets = shift_origins(origins.double(), poses, fit.shift_px)
+        poses = rotate_poses(rotations.double(), fit.rotation.cpu())
+        offsets = shift_origins(origins.double(), poses, fit.shift_px.cpu())
         state.rotations, state.offsets_px = poses.float(), offsets.float()
 
     def _move_second(self, runs: list[Reconstruction], ranks: Ranks) -> None:
@@ -361,8 +363,8 @@ class Stages(Parts):
         )
         poses = second.rotations.double()
         poses = mirror_poses(poses) if found.flipped else poses
-        poses = rotate_poses(poses, found.rotation.double())
-        offsets = shift_origins(second.offsets_px.double(), poses, found.shift_px.double())
+        poses = rotate_poses(poses, found.rotation.double().cpu())
+        offsets = shift_origins(second.offsets_px.double(), poses, found.shift_px.double().cpu())
         second.rotations, second.offsets_px = poses.float(), offsets.float()
 
     def _angst(self, shell: float, box: int) -> float:
