@@ -27,7 +27,7 @@ from cryorecon.io.star import read_star, write_star
 from cryorecon.ranks import ALONE, LostRankError, Ranks
 from cryorecon.run.checkpoint import NAME, Checkpoint
 from cryorecon.run.progress import Update, stage_bar
-from cryorecon.run.stopping import ABORT_FILE, Stop, listening
+from cryorecon.run.stopping import ABORT_FILE, Stop, TooLateError, listening
 
 _MARKERS = {
     "success": "RELION_JOB_EXIT_SUCCESS",
@@ -275,9 +275,9 @@ def open_job(
                 yield job
                 # The first one still writes.
                 ranks.wait()
-            except KeyboardInterrupt:
+            except KeyboardInterrupt as stop:
                 outcome = "aborted"
-                job.tell_how_to_go_on()
+                _tell_how_to_go_on(job, alone=isinstance(stop, TooLateError))
                 raise
             except (CryoreconError, OSError) as error:
                 _tell_if_not_the_jobs_fault(job, error)
@@ -314,10 +314,18 @@ def _log(folder: Path, ranks: Ranks, *, resume: bool) -> TextIO:
 
 def _tell_if_not_the_jobs_fault(job: Job, error: Exception) -> None:
     """How to go on, where the disk or another process is to blame."""
-    blameless = isinstance(error, LostRankError) or isinstance(error.__cause__ or error, OSError)
+    lost = isinstance(error, LostRankError)
+    blameless = lost or isinstance(error.__cause__ or error, OSError)
     if blameless and job.checkpoint.path.exists():
         with contextlib.suppress(OSError):
-            job.tell_how_to_go_on()
+            _tell_how_to_go_on(job, alone=lost)
+
+
+def _tell_how_to_go_on(job: Job, *, alone: bool) -> None:
+    """By the first process; by any that may be the only one left."""
+    if alone and not job.writes:
+        job.console = Console(stderr=True)
+    job.tell_how_to_go_on()
 
 
 def finished(folder: Path) -> bool:

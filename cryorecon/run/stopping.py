@@ -21,6 +21,10 @@ class StoppedError(KeyboardInterrupt):
     """The user asked to stop; what was done until then is on disk."""
 
 
+class TooLateError(StoppedError):
+    """The job was asked to stop and came to no point worth keeping in time."""
+
+
 class Stop:
     """Whether somebody has asked the job to stop.
 
@@ -88,7 +92,7 @@ def listening(
 
     def too_late(number: int, frame: FrameType | None) -> None:
         del number, frame
-        raise StoppedError("stopped between two points worth keeping")
+        raise TooLateError("stopped between two points worth keeping")
 
     handlers = {signal.SIGINT: note, signal.SIGTERM: note, signal.SIGALRM: too_late}
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
