@@ -7,6 +7,7 @@ import importlib
 import os
 import pkgutil
 import resource
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -224,3 +225,20 @@ def moments_file(folder: Path, arguments: tuple[object, ...] = ()) -> Path:
     assert result.exit_code == 0, result.output
     assert h5py.is_hdf5(path)
     return path
+
+
+def whole_project(folder: Path) -> Path:
+    """The small project with its moments and the neighbours' files of the same particles."""
+    project(folder)
+    moments_file(folder)
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        for kind, name in (("cryosparc", "out/good.cs"), ("cryodrgn", "out")):
+            assert run(folder, "export", "good.star", "-o", name, "--to", kind).exit_code == 0
+    finally:
+        os.chdir(before)
+    for name in ("good.cs", "poses.pkl", "ctf.pkl"):
+        shutil.move(folder / "out" / name, folder / name)
+    shutil.rmtree(folder / "out")
+    return folder

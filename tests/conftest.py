@@ -14,13 +14,15 @@ from unittest.mock import patch
 import pytest
 from matplotlib.figure import Figure
 from PIL import Image
+from typer.testing import CliRunner
 
 # As the command does: torch's threads must not spin while other programs wait for a core.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
 
-from cryorecon.cli.main import main
+from cryorecon.cli.main import app, main
+from cryorecon.errors import CryoreconError
 from cryorecon.io.atoms import read_atoms
 from cryorecon.maps import align
 from cryorecon.physics.potential import potential_map
@@ -98,3 +100,37 @@ def no_report(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 @pytest.fixture
 def with_report() -> None:
     """Jobs of this test write their report."""
+
+
+@pytest.fixture(name="cryorecon")
+def command_in_this_process(monkeypatch, capsys):
+    """Runs a command in this process; returns its exit code and what it printed."""
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["cryorecon", *map(str, words)])
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+def invoke(*arguments):
+    """A command in this process, its errors raised."""
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    if isinstance(result.exception, CryoreconError):
+        raise result.exception
+    return result
+
+
+@pytest.fixture(scope="session")
+def few(tmp_path_factory):
+    """80 particles, 24 px at 3.2 A, SNR 2."""
+    folder = tmp_path_factory.mktemp("few")
+    config = SimulateConfig(n_particles=80, box=24, pixel_size_angst=3.2, snr=2.0, seed=4)
+    simulate(MODEL, folder, config)
+    return folder / "particles.star"

@@ -33,8 +33,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(shutil.copytree(made, tmp_path / "work"))
-    return tmp_path / "work"
+    monkeypatch.chdir(shutil.copytree(made, tmp_path / "lab"))
+    return tmp_path / "lab"
 
 
 def process(folder: Path, number: int, table: str = "p.star") -> None:

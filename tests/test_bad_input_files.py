@@ -10,7 +10,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from bad_inputs import ATOMS, cases, damaged, moments_file, project, run, tell
+from bad_inputs import ATOMS, cases, damaged, run, tell, whole_project
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -26,23 +26,13 @@ from cryorecon.run.settings import with_settings
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = project(tmp_path_factory.mktemp("bad"))
-    moments_file(folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        for kind, name in (("cryosparc", "out/good.cs"), ("cryodrgn", "out/drgn")):
-            assert run(folder, "export", "good.star", "-o", name, "--to", kind).exit_code == 0
-    shutil.move(folder / "out/good.cs", folder / "good.cs")
-    for name in ("poses", "ctf"):
-        shutil.move(folder / f"out/drgn/{name}.pkl", folder / f"{name}.pkl")
-    shutil.rmtree(folder / "out")
-    return folder
+    return whole_project(tmp_path_factory.mktemp("bad"))
 
 
 @pytest.fixture
 def folder(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(shutil.copytree(made, tmp_path / "work"))
-    return tmp_path / "work"
+    monkeypatch.chdir(shutil.copytree(made, tmp_path / "lab"))
+    return tmp_path / "lab"
 
 
 def altered_words(data: st.DataObject, raw: bytes) -> bytes:

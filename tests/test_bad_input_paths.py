@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from bad_inputs import BOX, COUNT, PIXEL, moments_file, particle_table, project, run
+from bad_inputs import BOX, COUNT, PIXEL, particle_table, run, whole_project
 from click.testing import Result
 
 from cryorecon.cli.main import main
@@ -91,15 +91,7 @@ PLACES: dict[str, Callable[[Path], None]] = {
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = project(tmp_path_factory.mktemp("bad"))
-    moments_file(folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        run(folder, "export", "good.star", "-o", "out/good.cs", "--to", "cryosparc")
-        run(folder, "export", "good.star", "-o", "out", "--to", "cryodrgn")
-    for name in ("good.cs", "poses.pkl", "ctf.pkl"):
-        shutil.move(folder / "out" / name, folder / name)
-    shutil.rmtree(folder / "out")
+    folder = whole_project(tmp_path_factory.mktemp("bad"))
     tables = particle_table()
     tables["particles"] = pd.concat([tables["particles"]] * 4)
     write_star(folder / "many.star", tables)
@@ -109,8 +101,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(shutil.copytree(made, tmp_path / "work"))
-    return tmp_path / "work"
+    monkeypatch.chdir(shutil.copytree(made, tmp_path / "lab"))
+    return tmp_path / "lab"
 
 
 @pytest.mark.parametrize("reader", READERS)
@@ -280,7 +272,7 @@ def test_a_row_without_an_image(folder: Path) -> None:
 
 def test_nothing_is_written_outside_the_output(folder: Path) -> None:
     """Names in tables are no places to write to."""
-    tables = particle_table("../work/s.mrcs")
+    tables = particle_table("../lab/s.mrcs")
     tables["particles"]["rlnMicrographName"] = "../../../canary.mrc"
     tables["optics"]["rlnOpticsGroupName"] = ["/tmp/canary", "../canary"]
     write_star(folder / "p.star", tables)

@@ -12,27 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from cryorecon.cli.main import main
 from cryorecon.engines.mra import observe, orbit_error
 from cryorecon.engines.mra_training import draw_pairs
 from cryorecon.physics.mixtures import MixtureConfig
-
-
-@pytest.fixture
-def cryorecon(monkeypatch, capsys):
-    """Runs a command; returns its exit code and what it printed."""
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["cryorecon", *map(str, words)])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 @pytest.fixture

@@ -17,7 +17,6 @@ import yaml
 from conftest import GOLDEN, MODEL
 
 from cryorecon.cli.console import new_console, prepare_folder
-from cryorecon.cli.main import main
 from cryorecon.cli.reference import commands
 from cryorecon.errors import CryoreconError
 from cryorecon.io.mrc import read_map, write_map
@@ -32,23 +31,6 @@ FSC = ("fsc", MAP, MAP)
 SHORT = ["--starts", 1, "--set", "temperatures=[5, 1]", "--set", "half_rounds=1",
          "--set", "joint_rounds=1"]  # fmt: skip
 COMMANDS = {ctx.command_path: command for command, ctx in commands()}
-
-
-@pytest.fixture
-def cryorecon(monkeypatch, capsys):
-    """Runs a command in this process; returns its exit code and what it printed."""
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["cryorecon", *map(str, words)])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 @pytest.fixture

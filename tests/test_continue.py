@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import shlex
 import signal
 import subprocess
@@ -13,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import MODEL
 from rich.console import Console
 
 from cryorecon.cli.console import prepare_folder
@@ -33,8 +33,6 @@ from cryorecon.run.cost import abinitio_cost
 from cryorecon.run.moment_reconstruct import MomentReconstructOptions, abinitio_moments
 from cryorecon.run.moments import MomentsOptions
 from cryorecon.run.paper_protocol import PaperOptions, abinitio_perturbed
-from cryorecon.run.simulate import simulate
-from cryorecon.run.simulate_config import SimulateConfig
 from cryorecon.run.stopping import StoppedError
 
 QUIET = Console(quiet=True)
@@ -48,15 +46,6 @@ TINY = RmfnConfig(
     width=32,
 )
 SHORT = AmortizedConfig(images_seen=640, search_nside=2, half_rounds=2, joint_rounds=1)
-
-
-@pytest.fixture(scope="module")
-def few(tmp_path_factory):
-    """80 particles, 24 px at 3.2 A, SNR 2."""
-    folder = tmp_path_factory.mktemp("few")
-    config = SimulateConfig(n_particles=80, box=24, pixel_size_angst=3.2, snr=2.0, seed=4)
-    simulate(MODEL, folder, config)
-    return folder / "particles.star"
 
 
 def map_of(job):
@@ -356,11 +345,27 @@ def small_disk(tmp_path):
 def test_a_full_disk_keeps_the_last_good_state(small_disk):
     kept = checkpoint.Checkpoint(small_disk / "c.pt", stopping.Stop())
     kept.put("map", lambda: {"a": torch.ones(30_000)}, force=True)
+    refuses_a_larger_state(kept)
+
+
+def test_a_file_that_may_not_grow_keeps_the_last_good_state(tmp_path):
+    """As a full disk does, where none can be mounted: files end at 400 kB."""
+    kept = checkpoint.Checkpoint(tmp_path / "c.pt", stopping.Stop())
+    kept.put("map", lambda: {"a": torch.ones(30_000)}, force=True)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, before[1]))
+    try:
+        refuses_a_larger_state(kept)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def refuses_a_larger_state(kept):
     with pytest.raises(CryoreconError, match=r"c\.pt could not be written: .*Free some space"):
-        kept.put("map", lambda: {"a": torch.ones(90_000)}, force=True)
-    again = checkpoint.Checkpoint(small_disk / "c.pt", stopping.Stop(), resume=True)
+        kept.put("map", lambda: {"a": torch.ones(110_000)}, force=True)
+    again = checkpoint.Checkpoint(kept.path, stopping.Stop(), resume=True)
     assert len(again.get("map")["a"]) == 30_000
-    assert [path.name for path in small_disk.iterdir()] == ["c.pt"]
+    assert [path.name for path in kept.path.parent.iterdir()] == ["c.pt"]
 
 
 @pytest.mark.slow
@@ -424,6 +429,7 @@ def test_a_dry_run_tells_and_writes_nothing(few, tmp_path, monkeypatch, capsys):
         ["abinitio-amortized", few, "-o", tmp_path / "job", "--images", "disk"],
         ["abinitio", few, "-o", tmp_path / "job", "--method", "moments"],
         ["moments", "estimate", few, "-o", tmp_path / "m.h5"],
+        ["abinitio", few, "-o", tmp_path / "job", "--method", "all"],
         ["reconstruct", few, "-o", tmp_path / "m.mrc"],
     ):
         status, told = command(monkeypatch, capsys, *words, "--dry-run")
@@ -439,6 +445,7 @@ def test_a_dry_run_tells_and_writes_nothing(few, tmp_path, monkeypatch, capsys):
             assert said in told
         assert ("50 of the particles make the map, 30 join it" in told) == ("50" in words)
         assert ("images read again when needed" in told) == ("disk" in words)
+        assert told.count("time about") == (3 if "all" in words else 1)
     status, told = command(
         monkeypatch, capsys, "abinitio", few, "-o", tmp_path / "job", "--diameter", 999, "--dry-run"
     )

@@ -97,6 +97,9 @@ def test_files_of_cryodrgn_itself(tmp_path: Path) -> None:
 
 def test_reconstruct_takes_a_stack_with_its_pickles(folder: Path) -> None:
     files = ("--ctf-file", "ctf.pkl", "--poses", "poses.pkl")
+    dry = run(folder, "reconstruct", "s.mrcs", *files, "-o", "out/a.mrc", "--dry-run")
+    assert dry.exit_code == 0
+    assert not Path("out/a.mrc").exists()
     assert run(folder, "reconstruct", "s.mrcs", *files, "-o", "out/a.mrc").exit_code == 0
     assert run(folder, "reconstruct", "good.star", "-o", "out/b.mrc").exit_code == 0
     one, other = read_map("out/a.mrc").data, read_map("out/b.mrc").data

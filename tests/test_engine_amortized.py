@@ -74,14 +74,14 @@ def test_stream_shows_every_image_once_an_epoch(generator):
 
 def full_device(run, most):
     """Let steps of more than some images run out of a device's memory, halfway through."""
-    reverse = run._reverse_loss
+    reverse = run.reverse.loss
 
-    def limited(whole, transform):
+    def limited(whole, *rest):
         if len(whole) > most:
             raise torch.OutOfMemoryError("not really")
-        return reverse(whole, transform)
+        return reverse(whole, *rest)
 
-    run._reverse_loss = limited
+    run.reverse.loss = limited
 
 
 def test_a_full_device_shrinks_batches_not_steps(images_24):
@@ -231,7 +231,9 @@ def test_projections_of_the_map_look_like_the_images(images_24, stack_24):
     run._match_scale()
     whole = images_24.whole()
     plane = whole.plane.within(run.band)
-    _, _, images = run.synthetic(whole, run.decoder.transform(run.band))
+    drawn = run.reverse.draw(len(whole), whole.plane, run.generator)
+    transform = run.decoder.transform(run.band)
+    _, _, images = run.reverse.projections(whole, transform, drawn, run.band)
     powers = [
         to_coefficients(found, half_plane(found.shape[-1], run.band)).abs().square().mean()
         for found in (images, run.reader.images(whole))

@@ -9,9 +9,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from typer.testing import CliRunner
+from conftest import invoke as run
 
-from cryorecon.cli.main import app, main
+from cryorecon.cli.main import main
 from cryorecon.engines.moment_fit import Fitter, MomentFit, MomentFitConfig, stages, visible_radius
 from cryorecon.engines.moment_information import expected_fsc
 from cryorecon.engines.moment_models import Beads, ViewDensity, Views, new_volume
@@ -30,13 +30,6 @@ from cryorecon.run.moments_store import Progress, read_moments, save_progress
 
 RADIUS = 4
 GEOMETRY = MomentsGeometry("steerable", 24, 1.0, 18.0, 24.0, RADIUS, 11)
-
-
-def run(*arguments):
-    result = CliRunner().invoke(app, [str(a) for a in arguments])
-    if isinstance(result.exception, CryoreconError):
-        raise result.exception
-    return result
 
 
 def three_gaussians(size=24, side_angst=24.0):

@@ -7,9 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 import yaml
-from typer.testing import CliRunner
+from conftest import invoke as run
 
-from cryorecon.cli.main import app
 from cryorecon.engines.moment_fit import Fitter, MomentFit, MomentFitConfig
 from cryorecon.engines.moment_information import free_map_share
 from cryorecon.engines.moment_models import Beads, ViewDensity
@@ -28,13 +27,6 @@ from cryorecon.run.moments_store import Progress, save_progress
 
 RADIUS = 4
 GEOMETRY = MomentsGeometry("steerable", 24, 1.0, 18.0, 24.0, RADIUS, 11)
-
-
-def run(*arguments):
-    result = CliRunner().invoke(app, [str(a) for a in arguments])
-    if isinstance(result.exception, CryoreconError):
-        raise result.exception
-    return result
 
 
 def five_gaussians():

@@ -101,7 +101,7 @@ def image_set(n, asked, place=None):
         torch.zeros(n, dtype=torch.int32),
         ones,
         torch.arange(n, dtype=torch.int32),
-        place,
+        place=place,
     )
 
 

@@ -18,6 +18,7 @@ from cryorecon.cli.abinitio_options import (
     Halves,
     Keep,
     Mask,
+    OffsetRange,
     RefineAll,
     Subset,
     Symmetry,
@@ -26,13 +27,13 @@ from cryorecon.cli.abinitio_rmfn import abinitio_rmfn_command
 from cryorecon.cli.command import COMPUTE, EXPERT, INPUT, examples
 from cryorecon.cli.moments_reconstruct import moments_command
 from cryorecon.cli.options import (
+    DEVICE_HELP,
     Config,
     Contrast,
     Diameter,
     DryRun,
     Job,
     Json,
-    OffsetRange,
     Overwrite,
     Particles,
     Project,
@@ -116,6 +117,9 @@ def abinitio_command(
     subset: Subset = None,
     assign_all: AssignAll = True,
     refine_all: RefineAll = True,
+    device: Annotated[
+        str | None, option(COMPUTE, DEVICE_HELP, metavar="NAME", default="cpu, amortized auto")
+    ] = None,
     project: Project = None,
     seed: Seed = 0,
     threads: Threads = None,
@@ -139,6 +143,7 @@ def abinitio_command(
     taken |= {"contrast": contrast, "project": project, "seed": seed, "settings": settings}
     taken |= {"config": config, "overwrite": overwrite, "threads": threads, "json": json}
     taken |= {"dry_run": dry_run}
+    taken |= {} if device is None else {"device": device}
     more: dict[str, Any] = {
         "offset_range": offset_range,
         "halves": halves,

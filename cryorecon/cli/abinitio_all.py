@@ -36,6 +36,7 @@ def all_command(
     taken = dict(taken)
     star, output, overwrite = (taken.pop(k) for k in ("particles", "output", "overwrite"))
     settings, threads, json = taken.pop("settings") or [], taken.pop("threads"), taken.pop("json")
+    dry_run = taken.pop("dry_run")
     use_threads(threads)
     console = messages(json)
     if taken.pop("config") is not None:
@@ -53,7 +54,7 @@ def all_command(
     def engine(command: Any, name: str, **given: Any) -> Any:
         def run(folder: Path) -> None:
             shared = {**taken, "settings": own[name], "config": None, "overwrite": True}
-            shared |= {"threads": None, "json": False}
+            shared |= {"threads": None, "json": json and dry_run, "dry_run": dry_run}
             partial(command, star, folder)(**shared, **given)
 
         return run
@@ -63,6 +64,11 @@ def all_command(
         "amortized": engine(abinitio_amortized_command, "amortized", **more),
         "moments": engine(moments_command, "moments", allow_ambiguous=False, **count),
     }
+    if dry_run:
+        for name, run in engines.items():
+            console.print(f"engine {name}:")
+            run(output / name)
+        return
     kept = [s for s in settings if not s.startswith("consensus.")]
     plan = {**taken, **more, **count, "settings": kept}
     plan = {key: str(v) if isinstance(v, Path) else v for key, v in plan.items()}

@@ -16,6 +16,7 @@ from cryorecon.cli.abinitio_options import (
     Keep,
     LastResolution,
     Mask,
+    OffsetRange,
     RefineAll,
     Subset,
     Symmetry,
@@ -30,7 +31,6 @@ from cryorecon.cli.options import (
     DryRun,
     Job,
     Json,
-    OffsetRange,
     Overwrite,
     Particles,
     Project,
@@ -92,6 +92,7 @@ def abinitio_amortized_command(
     """
     del continue_job  # Then another function runs instead.
     from cryorecon.engines.amortized import AmortizedConfig
+    from cryorecon.ranks import joined
     from cryorecon.run.abinitio import AbinitioOptions, abinitio, assignment
     from cryorecon.run.dry_run import describe_abinitio
     from cryorecon.run.settings import with_settings
@@ -107,7 +108,6 @@ def abinitio_amortized_command(
     )
     engine = with_settings(given, config, settings or [])
     place = usable_device(device)
-    prepare_folder(output, overwrite)
     options = AbinitioOptions(
         diameter_angst=diameter,
         offset_range_angst=offset_range,
@@ -126,7 +126,10 @@ def abinitio_amortized_command(
         engine=engine,
     )
     if dry_run:
+        prepare_folder(output, overwrite)
         describe_abinitio(particles, options, messages(json))
         return
-    abinitio(particles, output, options, messages(json))
+    with joined() as ranks:
+        prepare_folder(output, overwrite, ranks)
+        abinitio(particles, output, options, messages(json), ranks=ranks)
     print_job(output, json)

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from cryorecon.cli.command import COMPUTE, EXPERT, INPUT, MOLECULE, OUTPUT
 from cryorecon.cli.continuing import continue_job_callback
-from cryorecon.cli.options import option
+from cryorecon.cli.options import OFFSET_RANGE_HELP, option
 
 Halves = Annotated[
     Literal["independent", "shared", "none"],
@@ -25,6 +25,10 @@ Mask = Annotated[
         metavar="FILE",
         hidden=True,
     ),
+]
+OffsetRange = Annotated[
+    float | None,
+    option(MOLECULE, OFFSET_RANGE_HELP, metavar="A", default="10 % of the box", hidden=True),
 ]
 InitMap = Annotated[
     Path | None,

@@ -12,21 +12,22 @@ from cryorecon.cli.abinitio_options import (
     InitMap,
     Keep,
     Mask,
+    OffsetRange,
     RefineAll,
     Subset,
     Symmetry,
     Volume,
 )
 from cryorecon.cli.command import examples
-from cryorecon.cli.console import messages, prepare_folder, print_job, use_threads
+from cryorecon.cli.console import messages, prepare_folder, print_job, usable_device, use_threads
 from cryorecon.cli.options import (
     Config,
     Contrast,
+    Device,
     Diameter,
     DryRun,
     Job,
     Json,
-    OffsetRange,
     Overwrite,
     Particles,
     Project,
@@ -66,6 +67,7 @@ def abinitio_rmfn_command(
     assign_all: AssignAll = True,
     refine_all: RefineAll = True,
     volume: Volume = "rmfn",
+    device: Device = "cpu",
     project: Project = None,
     seed: Seed = 0,
     threads: Threads = None,
@@ -86,6 +88,7 @@ def abinitio_rmfn_command(
     # torch takes seconds to load: only when the command runs.
     from cryorecon.engines.rmfn import RmfnConfig
     from cryorecon.engines.rmfn_paper import PaperConfig
+    from cryorecon.ranks import joined
     from cryorecon.run.abinitio import AbinitioOptions, abinitio, assignment
     from cryorecon.run.dry_run import describe_abinitio
     from cryorecon.run.paper_protocol import PaperOptions, abinitio_perturbed
@@ -96,6 +99,8 @@ def abinitio_rmfn_command(
     if init == "perturbed":
         if dry_run:
             raise typer.BadParameter("--init perturbed has no --dry-run")
+        if device not in ("cpu", "auto"):
+            raise typer.BadParameter("--init perturbed computes on the CPU")
         paper = with_settings(PaperConfig(), config, settings or [])
         prepare_folder(output, overwrite)
         paper_options = PaperOptions(diameter, project, seed, paper)
@@ -103,7 +108,7 @@ def abinitio_rmfn_command(
         print_job(output, json)
         return
     engine = with_settings(RmfnConfig(n_starts=starts, volume=volume), config, settings or [])
-    prepare_folder(output, overwrite)
+    place = usable_device(device)
     options = AbinitioOptions(
         diameter_angst=diameter,
         offset_range_angst=offset_range,
@@ -117,10 +122,14 @@ def abinitio_rmfn_command(
         keep=images,
         subset=subset,
         assign=assignment(everyone=assign_all, refine=refine_all),
+        device=place,
         engine=engine,
     )
     if dry_run:
+        prepare_folder(output, overwrite)
         describe_abinitio(particles, options, told)
         return
-    abinitio(particles, output, options, told)
+    with joined() as ranks:
+        prepare_folder(output, overwrite, ranks)
+        abinitio(particles, output, options, told, ranks=ranks)
     print_job(output, json)

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from rich.console import Console
 from rich.progress import (
@@ -23,6 +23,9 @@ from rich.progress import (
 )
 
 from cryorecon.errors import CryoreconError
+
+if TYPE_CHECKING:
+    from cryorecon.ranks import Ranks
 
 # What RELION itself puts into a job's folder before the command runs.
 _RELION_FILES = frozenset(
@@ -52,7 +55,12 @@ error_console = new_console(stderr=True)
 
 
 def messages(json_wanted: bool) -> Console:
-    """Where a command tells what it does: with ``--json`` stdout is kept for the object."""
+    """Where a command tells what it does: with ``--json`` stdout is kept for the object.
+
+    Of the processes that share a job the first one tells.
+    """
+    if not is_first():
+        return Console(quiet=True)
     return error_console if json_wanted else console
 
 
@@ -74,10 +82,20 @@ def _plain(value: Any) -> Any:
 
 def print_job(folder: Path, json_wanted: bool) -> None:
     """The figures of a finished job, if they are asked for."""
-    if json_wanted:
+    if json_wanted and is_first():
         from cryorecon.run.summary import job_summary
 
         print_json(job_summary(folder))
+
+
+def process() -> int:
+    """Number of this process among those that ``torchrun`` has started; 0 without it."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def is_first() -> bool:
+    """Whether this process writes and tells."""
+    return process() == 0
 
 
 def use_threads(threads: int | None) -> None:
@@ -97,16 +115,19 @@ def _shows_bars(stream: TextIO) -> bool:
         return False
 
 
-def prepare_folder(folder: Path, overwrite: bool) -> None:
+def prepare_folder(folder: Path, overwrite: bool, ranks: Ranks | None = None) -> None:
     """Refuse a file, and a folder that holds something, unless told to overwrite.
 
-    What RELION puts into a new job's folder does not count.
+    What RELION puts into a new job's folder does not count. Of several processes the first one
+    looks.
 
     Raises
     ------
     CryoreconError
         Naming the folder and the flag.
     """
+    if ranks is not None and not ranks.first:
+        return
     if folder.is_file():
         raise CryoreconError(f"{folder} is a file", "Give a folder to write to")
     if overwrite or not folder.is_dir():
@@ -134,15 +155,9 @@ def usable_device(name: str) -> str:
         If it cannot be used.
     """
     # torch takes seconds to load: only when a command runs.
-    import torch
+    from cryorecon.run import device
 
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise CryoreconError(f"--device {name} cannot be used: {error}", "Give cpu") from error
-    return name
+    return device.usable_device(name)
 
 
 class Count(Protocol):
@@ -164,7 +179,7 @@ def count_progress(title: str, unit: str) -> Iterator[Count]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=error_console,
-        disable=not _shows_bars(sys.stderr),
+        disable=not (is_first() and _shows_bars(sys.stderr)),
     )
     with bar:
         task = bar.add_task(title, total=None, unit=unit)

@@ -30,6 +30,7 @@ def _go_on(context: typer.Context, folder: Path) -> None:
         For another option whose value is not the job's.
     """
     # torch takes seconds to load: only when a job goes on.
+    from cryorecon.ranks import joined
     from cryorecon.run.continuing import begun_with, continue_job, threads_of
 
     given = _given(context, sys.argv)
@@ -38,7 +39,8 @@ def _go_on(context: typer.Context, folder: Path) -> None:
     for name, value in given.items():
         _refuse_other(context.command, name, value, before, folder)
     use_threads(threads_of(folder))
-    continue_job(folder, messages(json))
+    with joined() as ranks:
+        continue_job(folder, messages(json), ranks)
     print_job(folder, json)
 
 

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from cryorecon.cli.command import INPUT, examples
+from cryorecon.cli.command import examples
 from cryorecon.cli.console import messages, print_json
-from cryorecon.cli.options import Json, Project, argument, option
+from cryorecon.cli.options import CtfFile, Json, PosesFile, Project, argument
 from cryorecon.cli.options import output as output_option
 
 EXAMPLES = examples(
@@ -34,16 +34,8 @@ def import_command(
         argument("Stack (.mrcs), list of stacks (.txt), or a STAR or .cs file.", "PARTICLES"),
     ],
     output: Annotated[Path, output_option("File to write (.star).", "FILE")],
-    ctf: Annotated[
-        Path | None,
-        option(
-            INPUT, "ctf.pkl of cryoDRGN, if PARTICLES is a stack.", "--ctf-file", metavar="FILE"
-        ),
-    ] = None,
-    poses: Annotated[
-        Path | None,
-        option(INPUT, "poses.pkl of cryoDRGN, in place of the file's.", metavar="FILE"),
-    ] = None,
+    ctf: CtfFile = None,
+    poses: PosesFile = None,
     project: Project = None,
     json: Json = False,
 ) -> None:

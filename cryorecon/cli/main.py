@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -37,7 +38,7 @@ from cryorecon.cli.command import (
     Group,
     write_commands,
 )
-from cryorecon.cli.console import error_console
+from cryorecon.cli.console import error_console, is_first, process
 from cryorecon.cli.moments import moments_app
 from cryorecon.cli.mra import mra_app
 from cryorecon.errors import CryoreconError
@@ -148,6 +149,8 @@ def _overview(ctx: Any) -> str:
 
 
 # Typer's exit status when a command is interrupted from the keyboard.
+# What torch says where memory ends.
+_NO_MEMORY = ("allocate memory", "out of memory")
 _INTERRUPTED = 130
 _RELION_MARKERS = {
     1: "RELION_JOB_EXIT_FAILURE",
@@ -161,13 +164,34 @@ def main() -> None:
     # Threads of torch's OpenMP spin between loops: two jobs on one machine would hold each other
     # up for many times their own length. torch is not loaded before a command runs.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    status = _run()
+    status = _run(sys.argv[1:])
     _tell_relion(sys.argv[1:], status)
     sys.exit(status)
 
 
-def _run() -> int:
+# What several processes may share.
+_SHARED = (
+    *(["abinitio"], ["abinitio-rmfn"], ["abinitio-amortized"]),
+    *(["moments", "estimate"], ["moments", "reconstruct"]),
+)
+
+
+def _refuse_in_several(words: list[str]) -> None:
+    """Commands of one process, as ``torchrun`` begins them."""
+    several = "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if not several:
+        return
+    shared = any(words[: len(names)] == names for names in _SHARED)
+    alone = {"--dry-run", "all", "perturbed", "--method=all", "--init=perturbed"}
+    if not shared or alone & set(words):
+        raise CryoreconError(
+            f"cryorecon {shlex.join(words)} runs in one process", "Leave torchrun out"
+        )
+
+
+def _run(words: list[str]) -> int:
     try:
+        _refuse_in_several(words)
         app(prog_name="cryorecon")
         sys.stdout.flush()
     except CryoreconError as error:
@@ -176,10 +200,13 @@ def _run() -> int:
     except BrokenPipeError:
         return _reader_left()
     except (MemoryError, RuntimeError) as error:
-        # torch has no type of its own for it.
-        if not isinstance(error, MemoryError) and "allocate memory" not in str(error):
+        # torch has no type of its own for it on the CPU; a GPU's says what it tried to allocate.
+        if not isinstance(error, MemoryError) and not any(w in str(error) for w in _NO_MEMORY):
             raise
-        _say_error("Error: There is not enough memory. Use a smaller box or a larger machine.")
+        _say_error(
+            "Error: There is not enough memory. Use a smaller box or a larger machine; after "
+            "--device cuda, --device cpu."
+        )
         return 1
     except OSError as error:
         _say_error(f"Error: {error}. Check the disk and the folder's permissions.")
@@ -200,6 +227,7 @@ def _interrupted() -> int:
 
 
 def _say_error(words: str) -> None:
+    words = words if is_first() else f"rank {process()}: {words}"
     error_console.print(words, style="bold red", markup=False)
 
 

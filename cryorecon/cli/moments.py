@@ -14,6 +14,7 @@ from cryorecon.cli.command import COMPUTE, INPUT, Command, Group, examples
 from cryorecon.cli.console import (
     count_progress,
     error_console,
+    is_first,
     messages,
     print_json,
     usable_device,
@@ -118,12 +119,14 @@ def estimate_command(
     read; origins are, where it has them, and images are centred by them.
     """
     # torch takes seconds to load: only when the command runs.
+    from cryorecon.ranks import joined
     from cryorecon.run.dry_run import describe_moments
     from cryorecon.run.moments import MomentsOptions, estimate_moments
     from cryorecon.run.stopping import StoppedError
 
     use_threads(threads)
-    _check_output(output, overwrite)
+    if is_first():
+        _check_output(output, overwrite)
     options = MomentsOptions(
         form=form,
         diameter_angst=diameter,
@@ -141,14 +144,17 @@ def estimate_command(
         describe_moments(particles, options, None, messages(json))
         return
     try:
-        with count_progress("Averaging", "images") as progress:
+        with joined() as ranks, count_progress("Averaging", "images") as progress:
             finishing = partial(progress, title="Subtracting the noise", unit="shells")
-            result = estimate_moments(particles, output, options, resume, progress, finishing)
+            result = estimate_moments(
+                particles, output, options, resume, progress, finishing, ranks
+            )
     except StoppedError as stop:
         again = shlex.join(["cryorecon", *(a for a in sys.argv[1:] if a != "--continue")])
         error_console.print(f"{stop}. Go on with:\n{again} --continue", markup=False)
         raise KeyboardInterrupt from stop
-    _report(output, result, json)
+    if is_first():
+        _report(output, result, json)
 
 
 MERGE_EXAMPLES = examples(

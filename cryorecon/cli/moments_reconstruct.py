@@ -107,6 +107,7 @@ def reconstruct_command(
     del continue_job  # Then another function runs instead.
     # torch takes seconds to load: only when the command runs.
     from cryorecon.engines.moment_fit import MomentFitConfig
+    from cryorecon.ranks import joined
     from cryorecon.run.moment_reconstruct import MomentReconstructOptions, reconstruct_moments
     from cryorecon.run.moment_start_map import StartMap
     from cryorecon.run.settings import with_settings
@@ -122,8 +123,9 @@ def reconstruct_command(
     options = MomentReconstructOptions(
         engine, reference, near, allow_ambiguous, seed, usable_device(device)
     )
-    prepare_folder(output, overwrite)
-    reconstruct_moments(moments, output, options, messages(json))
+    with joined() as ranks:
+        prepare_folder(output, overwrite, ranks)
+        reconstruct_moments(moments, output, options, messages(json), ranks=ranks)
     print_job(output, json)
 
 
@@ -142,11 +144,13 @@ def moments_command(
     threads: int | None,
     json: bool,
     starts: int = 6,
+    device: str = "cpu",
     dry_run: bool = False,
 ) -> None:
     """Both steps, `moments estimate` and `moments reconstruct`, in one folder."""
     # torch takes seconds to load: only when the command runs.
     from cryorecon.engines.moment_fit import MomentFitConfig
+    from cryorecon.ranks import joined
     from cryorecon.run.dry_run import describe_moments
     from cryorecon.run.moment_reconstruct import MomentReconstructOptions, abinitio_moments
     from cryorecon.run.moments import MomentsOptions
@@ -156,11 +160,16 @@ def moments_command(
     if starts < 2:
         raise typer.BadParameter("engine moments compares starts: give --starts 2 or more")
     engine = with_settings(MomentFitConfig(starts=starts), config, settings or [])
-    prepare_folder(output, overwrite)
-    wanted = MomentsOptions(diameter_angst=diameter, contrast=contrast, project=project)
-    options = MomentReconstructOptions(engine, None, None, allow_ambiguous, seed)
+    place = usable_device(device)
+    wanted = MomentsOptions(
+        diameter_angst=diameter, contrast=contrast, project=project, device=place
+    )
+    options = MomentReconstructOptions(engine, None, None, allow_ambiguous, seed, place)
     if dry_run:
+        prepare_folder(output, overwrite)
         describe_moments(particles, wanted, options, messages(json))
         return
-    abinitio_moments(particles, output, wanted, options, messages(json))
+    with joined() as ranks:
+        prepare_folder(output, overwrite, ranks)
+        abinitio_moments(particles, output, wanted, options, messages(json), ranks=ranks)
     print_job(output, json)

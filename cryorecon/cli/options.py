@@ -47,6 +47,14 @@ Project = Annotated[
         default="here, else a folder above the file",
     ),
 ]
+CtfFile = Annotated[
+    Path | None,
+    option(INPUT, "ctf.pkl of cryoDRGN, if PARTICLES is a stack.", "--ctf-file", metavar="FILE"),
+]
+PosesFile = Annotated[
+    Path | None,
+    option(INPUT, "poses.pkl of cryoDRGN, in place of the file's.", "--poses", metavar="FILE"),
+]
 NoiseStd = Annotated[
     float | None,
     option(
@@ -97,9 +105,8 @@ Threads = Annotated[
         default="one a core, or OMP_NUM_THREADS",
     ),
 ]
-Device = Annotated[
-    str, option(COMPUTE, "Where to compute: cpu, cuda, cuda:1, ..., or auto.", metavar="NAME")
-]
+DEVICE_HELP = "Where to compute: cpu, cuda, cuda:1, ..., or auto."
+Device = Annotated[str, option(COMPUTE, DEVICE_HELP, metavar="NAME")]
 Starts = Annotated[
     int,
     option(COMPUTE, "Random starts; the one that fits best goes on.", metavar="N", min=1),

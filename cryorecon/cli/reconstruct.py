@@ -7,19 +7,23 @@ from typing import Annotated, Any
 
 from rich.console import Console
 
-from cryorecon.cli.command import COMPUTE, EXPERT, INPUT, OUTPUT, examples
+from cryorecon.cli.command import COMPUTE, EXPERT, OUTPUT, examples
 from cryorecon.cli.console import (
     count_progress,
     messages,
     prepare_folder,
     print_json,
+    usable_device,
     use_threads,
 )
 from cryorecon.cli.options import (
+    CtfFile,
+    Device,
     DryRun,
     Json,
     Overwrite,
     Particles,
+    PosesFile,
     Project,
     Seed,
     Threads,
@@ -61,19 +65,12 @@ def reconstruct_command(
     padding: Annotated[
         int, option(COMPUTE, "Oversampling of the transform.", metavar="N", hidden=True)
     ] = 2,
+    device: Device = "cpu",
     project: Project = None,
     seed: Seed = 0,
     threads: Threads = None,
-    ctf: Annotated[
-        Path | None,
-        option(
-            INPUT, "ctf.pkl of cryoDRGN, if PARTICLES is a stack.", "--ctf-file", metavar="FILE",
-        ),
-    ] = None,
-    poses: Annotated[
-        Path | None,
-        option(INPUT, "poses.pkl of cryoDRGN, in place of the file's.", metavar="FILE"),
-    ] = None,
+    ctf: CtfFile = None,
+    poses: PosesFile = None,
     json: Json = False,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
@@ -87,14 +84,15 @@ def reconstruct_command(
 
     use_threads(threads)
     told = messages(json)
-    if dry_run:
-        describe_reconstruct(particles, project, told)
-        return
-    settings = {"half_maps": half_maps, "wiener": wiener, "padding": padding}
-    if not output.suffix:
-        prepare_folder(output, overwrite)
     source = read_particles(particles, project, ctf=ctf)
     source = source if poses is None else with_poses(source, poses)
+    if dry_run:
+        describe_reconstruct(source, told, usable_device(device))
+        return
+    settings: dict[str, Any] = {"half_maps": half_maps, "wiener": wiener, "padding": padding}
+    settings["device"] = usable_device(device)
+    if not output.suffix:
+        prepare_folder(output, overwrite)
     if output.suffix:
         figures = _reconstruct(source, output, settings, seed, told)
     else:
@@ -121,7 +119,7 @@ def _reconstruct(
     with count_progress("Backprojecting", "images") as progress:
         result = reconstruct(
             source, half=half, wiener=settings["wiener"], padding=settings["padding"],
-            progress=progress,
+            device=settings["device"], progress=progress,
         )  # fmt: skip
     pixel = source.pixel_size_angst
     write_map(output, result.volume.numpy(), pixel)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cryorecon.physics.fourier import HalfPlane, radius_grid
+from cryorecon.physics.fourier import HalfPlane, radius_grid, shell_sums
 from cryorecon.physics.projection import Transform, spread_all
 
 
@@ -82,9 +82,11 @@ class NormalEquations:
 
     def shell_mean_weight(self) -> Tensor:
         """Mean weight by shell, shape (n_shells,)."""
-        shells = self.shells().flatten()
-        counts = torch.bincount(shells)
-        return torch.bincount(shells, weights=self.weight.flatten()) / counts.clamp(min=1)
+        shells, weight = self.shells().flatten(), self.weight.flatten()
+        # Not bincount, which waits for a device to tell how many shells there are.
+        n_shells = int(3**0.5 * (self.weight.shape[-1] // 2) / self.padding + 0.5) + 1
+        counts = shell_sums(torch.ones_like(weight), shells, n_shells)
+        return shell_sums(weight, shells, n_shells) / counts.clamp(min=1)
 
     def solve(self, prior: Tensor) -> Transform:
         """Wiener estimate of the oversampled transform.
@@ -104,7 +106,8 @@ class NormalEquations:
         inside = shells < len(prior)
         weight = sums.weight + prior.to(self.weight)[shells.clamp(max=len(prior) - 1)]
         # A point that no image came near holds nothing; any positive weight keeps it 0.
-        weight = weight.clamp(min=1e-6 * float(weight.max()) + torch.finfo(weight.dtype).tiny)
+        floor = weight.max().double() * 1e-6 + torch.finfo(weight.dtype).tiny
+        weight = weight.clamp(min=floor.to(weight.dtype))
         return Transform(
             torch.where(inside, sums.signal / weight, torch.zeros_like(sums.signal)), self.padding
         )

@@ -8,6 +8,7 @@ No state belongs to an image; images come in a stream and are seen a few dozen t
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from cryorecon.engines.decoders import Decoder, DecoderKind, new_decoder
 from cryorecon.engines.observations import ImageSet, Observations, power_ratio
 from cryorecon.engines.pose_reader import Guesses, PoseReader
 from cryorecon.engines.reconstruction import RefineConfig
+from cryorecon.engines.reverse_task import ReverseTask
 from cryorecon.engines.shrinking import ShrinkingBatch
 from cryorecon.engines.stream import Stream, read_ahead
 from cryorecon.networks.encoders import EncoderConfig, Kind, PoseEncoder
@@ -164,6 +166,8 @@ class Amortized:
             symmetric=config.symmetric,
             reweighted=config.reweighted,
         )
+        spread_px = config.offset_range * box
+        self.reverse = ReverseTask(self.reader, spread_px, config.offset_spread * spread_px)
         reach = min(int(config.band(box, 1.0)) + 1, max_band(box))
         # Beyond what the encoder sees and the decoder resolves, images are not loaded.
         self.reach = float(max(reach, min(max_band(shape.input_size), max_band(box))))
@@ -196,9 +200,9 @@ class Amortized:
         return self.config.band(self.images.plane.box, self.progress)
 
     def volume(self) -> Tensor:
-        """The decoder's map on the images' grid, shape (N, N, N), on the CPU."""
+        """The decoder's map on the images' grid, shape (N, N, N)."""
         with torch.no_grad():
-            return self.decoder.volume(self.band).cpu()
+            return self.decoder.volume(self.band)
 
     def step(self) -> StepReport:
         """Show one mini-batch; encoder and decoder follow.
@@ -211,24 +215,43 @@ class Amortized:
             If the loss is not finite; no parameter has changed then.
         """
         rows = next(self._rows)
-        drawn = self.generator.get_state()
+        # For the whole batch, whoever works on which part of it.
+        wanted = self.config.reverse > 0
+        plane = self.images.plane
+        drawn = self.reverse.draw(len(rows), plane, self.generator) if wanted else ()
 
-        def restart() -> None:
-            self.optimizer.zero_grad()
-            self.generator.set_state(drawn)
-
-        def work(part: Tensor) -> tuple[float, float]:
-            return self._learn(part, len(part) / len(rows))
+        def work(part: Tensor) -> Tensor:
+            if len(part) == 0:
+                return torch.zeros(2)
+            known = tuple(values[part] for values in drawn)
+            return torch.tensor(self._learn(rows[part], len(part) / len(rows), known))
 
         self.optimizer.zero_grad()
-        found = self.parts(rows, work, restart)
+        mine = self.images.ranks.share(torch.arange(len(rows)))
+        found = torch.stack(self.parts(mine, work, self.optimizer.zero_grad)).sum(0)
+        self._add_up(found)
         torch.nn.utils.clip_grad_norm_(self.reader.encoder.parameters(), 1.0)
         self.optimizer.step()
         self.schedule.step()
         self.seen += len(rows)
-        return StepReport(*(sum(values) for values in zip(*found, strict=True)))
+        return StepReport(*found.tolist())
 
-    def _learn(self, rows: Tensor, share: float) -> tuple[float, float]:
+    def _add_up(self, report: Tensor) -> None:
+        """Gradients and report of the batch, where several processes have worked on it."""
+        ranks = self.images.ranks
+        if ranks.count == 1:
+            return
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        whole = torch.nn.utils.parameters_to_vector([p.grad for p in parameters])
+        ranks.add_up(whole, report)
+        sizes = [p.numel() for p in parameters]
+        for parameter, part in zip(parameters, whole.split(sizes), strict=True):
+            parameter.grad.copy_(part.view_as(parameter))
+
+    def _learn(self, rows: Tensor, share: float, drawn: tuple[Tensor, ...]) -> tuple[float, float]:
         """Gradients of a share of a batch; its share of the step's report."""
         whole = self._ahead.select(rows).to(self.device)
         batch = whole.within(self.band)
@@ -237,17 +260,18 @@ class Amortized:
         rotations, offsets = guesses.chosen(self._winners(batch, guesses, transform))
         gain = self._gain(batch, rotations, offsets, transform).mean()
         loss = -gain / self.signal
-        reverse_deg = float("nan")
+        reverse_deg = torch.full_like(loss, torch.nan)
         if self.config.reverse > 0:
-            reverse, reverse_deg = self._reverse_loss(whole, transform)
+            reverse, reverse_deg = self.reverse.loss(whole, transform, drawn, self.band)
             loss = loss + self.config.reverse * reverse
-        if not bool(loss.isfinite()):
-            number = self.seen // self.config.batch + 1
-            raise FloatingPointError(
-                f"loss {float(loss.detach())} in batch {number}, after {self.seen} images"
-            )
         (loss * share).backward()
-        return float(gain.detach()) * share, reverse_deg * share
+        # One copy, when all is under way: each waits for the device.
+        found = torch.stack([value.detach().double() for value in (loss, gain, reverse_deg)])
+        total, likelihood, angle = found.tolist()
+        if not math.isfinite(total):
+            number = self.seen // self.config.batch + 1
+            raise FloatingPointError(f"loss {total} in batch {number}, after {self.seen} images")
+        return likelihood * share, angle * share
 
     def read_poses(self, images: ImageSet, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The encoder's likeliest guess for some images; no gradients, no search.
@@ -267,7 +291,7 @@ class Amortized:
             best = self._winners(batch, guesses, transform)
             rotations, offsets = guesses.chosen(best)
             gain = self._gain(batch, rotations, offsets, transform)
-        return rotations.cpu(), offsets.cpu(), gain.cpu()
+        return rotations, offsets, gain
 
     def weights(self) -> dict[str, Any]:
         """What reading poses takes: both networks and how far the training has come."""
@@ -328,54 +352,6 @@ class Amortized:
         predicted = slices * shift_phases(offsets_px, batch.plane).to(slices.dtype)
         return self._score(batch, predicted[:, None])[:, 0]
 
-    def _reverse_loss(self, whole: Observations, transform: Transform) -> tuple[Tensor, float]:
-        """Distance of the best guess from known poses of the map's own noisy projections.
-
-        Returns
-        -------
-        loss : Tensor, scalar
-        median_deg : float
-            Of the rotations alone.
-        """
-        rotations, offsets, images = self.synthetic(whole, transform)
-        guesses = self.reader.of_images(images)
-        turn = (guesses.rotations - rotations[:, None]).square().sum((-2, -1))
-        spread = max(self.config.offset_range * whole.plane.box, 1e-6)
-        apart = turn + ((guesses.offsets_px - offsets[:, None]) / spread).square().sum(-1)
-        nearest = apart.min(-1)
-        # ||A - B||^2 = 8 sin^2(angle / 2).
-        sine = turn.gather(1, nearest.indices[:, None]).detach().median().div(8).sqrt()
-        angle = 2 * torch.rad2deg(torch.asin(sine.clamp(max=1)))
-        return nearest.values.mean(), float(angle)
-
-    def synthetic(self, whole: Observations, transform: Transform) -> tuple[Tensor, Tensor, Tensor]:
-        """Projections of the current map with the CTFs and the noise of a batch.
-
-        Parameters
-        ----------
-        transform : Transform
-            Of the map, up to the band in use.
-
-        Returns
-        -------
-        rotations, offsets_px : Tensor, shape (b, 3, 3) and (b, 2)
-        images : Tensor, shape (b, E, E)
-            As the encoder sees them.
-        """
-        n, box = len(whole), whole.plane.box
-        rotations = random_rotations(n, self.generator, torch.float32).to(self.device)
-        spread = self.config.offset_spread * self.config.offset_range * box
-        offsets = (torch.randn(n, 2, generator=self.generator) * spread).to(self.device)
-        noise = torch.randn(n, len(whole.plane), 2, generator=self.generator).to(self.device)
-        with torch.no_grad():
-            plane = whole.plane.within(self.band)
-            slices = extract_slices(transform, rotations, plane)
-            slices = slices * shift_phases(offsets, plane) * whole.ctf[:, : len(plane)]
-            spectrum = whole.noise_power[:, whole.plane.shell][whole.group]
-            values = torch.view_as_complex(noise) * (spectrum / 2).sqrt()
-            values[:, : len(plane)] += slices.to(values.dtype)
-        return rotations, offsets, self.reader.images(whole.with_coefficients(values))
-
     def _rate(self, step: int) -> float:
         """Constant while the band grows, then down to a tenth."""
         del step
@@ -390,6 +366,7 @@ class Amortized:
         turns = random_rotations(100, self.generator, torch.float32).to(self.device)
         with torch.no_grad():
             slices = self.decoder.slices(self.decoder.transform(self.band), turns, batch.plane)
-        ratio, seen = power_ratio(batch, slices.abs().square().mean(0))
+        found = power_ratio(batch, slices.abs().square().mean(0))
+        ratio, seen = self.images.ranks.numbers(*found)
         self.decoder.scale.mul_(ratio**0.5)
         self.signal = max(seen, 1.0)

@@ -25,12 +25,13 @@ def contrast_score(images: ImageSet, diameter: float) -> float:
     """
     plane = images.plane
     radius = diameter / 2 * plane.box
-    distance = radius_grid(plane.box, 2).to(images.gain)
+    distance = radius_grid(plane.box, 2, images.device).to(images.gain.dtype)
     ball = to_coefficients((radius**2 - distance**2).clamp(min=0).sqrt(), plane)
     scores = []
-    for rows in torch.arange(len(images)).split(500):
+    everyone = torch.arange(len(images))
+    for rows in images.mine(everyone).split(500):
         matched, weight = images.select(rows).matched()
         fit = (matched * ball.conj()).real.sum(-1)
         scores.append(fit / (weight * ball.abs() ** 2).sum(-1).sqrt())
-    values = torch.cat(scores).double()
+    (values,) = images.everyones(everyone, torch.cat(scores).double())
     return float(values.mean() / (values.std() / len(values) ** 0.5).clamp(min=1e-12))

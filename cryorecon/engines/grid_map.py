@@ -65,3 +65,8 @@ class GridMap:
     def load(self, state: dict[str, Any]) -> None:
         """Go on from what :meth:`state` gave."""
         self._volumes = dict(state["volumes"])
+
+    def to(self, device: torch.device | str) -> GridMap:
+        """Take the maps to a device."""
+        self._volumes = {scale: volume.to(device) for scale, volume in self._volumes.items()}
+        return self

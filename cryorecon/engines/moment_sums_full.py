@@ -103,7 +103,8 @@ class FullSums:
     def add(self, batch: MomentBatch) -> None:
         """Add images."""
         sums, frequencies = self.arrays, self.frequencies
-        y = to_coefficients(batch.images.to(self._device), self._plane.to(self._device))
+        plane = self._plane.to(self._device)
+        y = to_coefficients(batch.images.to(self._device), plane)
         y = shifted(y, batch.offsets_px, frequencies, self.geometry.box).to(torch.complex128)
         gain = torch.ones_like(y.real)
         if batch.ctf is not None:
@@ -123,7 +124,7 @@ class FullSums:
         ):
             sums[name].addmm_(left.T, right)
         noise_power = batch.noise_power.to(gain)
-        by_pixel = gain * noise_power[:, self._plane.shell]
+        by_pixel = gain * noise_power[:, plane.shell]
         sums["spread"] += (gain * by_pixel).sum(0)
         sums["spread_origin"] += (gain[:, :1] * by_pixel).sum(0)
         sums["noise_power"] += noise_power.sum(0)

@@ -49,7 +49,9 @@ class NetworkMap:
     support : Support
         Where the map may have density.
     generator : torch.Generator
-        Draws the network.
+        On the CPU; draws the network.
+    device : torch.device or str
+        Where the network lives.
     """
 
     def __init__(
@@ -58,9 +60,10 @@ class NetworkMap:
         support: Support,
         generator: torch.Generator,
         fit: FitConfig | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
         self.fit_config = fit or FitConfig()
-        self.network = ResidualMfn(config, generator)
+        self.network = ResidualMfn(config, generator).to(device)
         self.optimizer = torch.optim.Adam(
             self.network.parameters(), lr=self.fit_config.learning_rate
         )
@@ -88,8 +91,10 @@ class NetworkMap:
 
     def fit(
         self, sums: NormalEquations, prior: Tensor, scale: int, n_steps: int | None = None
-    ) -> float:
+    ) -> Tensor:
         """Structure steps towards the normal equations; returns the relative loss before them.
+
+        A tensor without axes: as a number it would have to be waited for.
 
         Parameters
         ----------
@@ -107,7 +112,7 @@ class NetworkMap:
         norm = (weight * target.values.abs() ** 2).sum().clamp(min=1e-30)
         if not self._fitted:
             self.match_scale(target, scale)
-        first = 0.0
+        first = norm.new_zeros(())
         for step in range(n_steps or self.fit_config.n_steps):
             predicted = gridded_transform(self.volume(scale), target.padding).values
             predicted = crop_or_pad_centred(predicted, target.values.shape[-1], 3)
@@ -115,7 +120,7 @@ class NetworkMap:
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
-            first = float(loss.detach()) if step == 0 else first
+            first = loss.detach() if step == 0 else first
         return first
 
     def fit_volume(
@@ -143,14 +148,14 @@ class NetworkMap:
                 drawn = self.volume(scale, box).norm().clamp(min=1e-30)
             self.scale *= float(target.norm() / drawn)
             self._fitted = True
-        inside = self.support.on(box).flatten().nonzero()[:, 0]
+        inside = self.support.on(box, device=target.device).flatten().nonzero()[:, 0]
         points = grid_points(box, 3, target.dtype, target.device)
         values = target.flatten() / (self.scale * (self.grid_size(0) / box) ** 3)
         norm = values[inside].square().mean().clamp(min=1e-30)
         loss = torch.zeros(())
         for _ in range(n_steps):
             draw = torch.randint(len(inside), (n_points,), generator=generator)
-            rows = inside[draw]
+            rows = inside[draw.to(inside.device)]
             residual = self.network(points[rows], scale + 1)[-1][:, 0] - values[rows]
             loss = residual.square().mean() / norm
             self.optimizer.zero_grad()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cryorecon.physics.fourier import HalfPlane, shift_phases
+from cryorecon.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,15 @@ class Observations:
     def __len__(self) -> int:
         return self.coefficients.shape[0]
 
-    def select(self, rows: Tensor, band: float | None = None) -> Observations:
+    @property
+    def device(self) -> torch.device:
+        """Where the coefficients lie."""
+        return self.coefficients.device
+
+    def select(self, rows: Tensor | slice, band: float | None = None) -> Observations:
         """The images of some rows, up to a radius in cycles per box; noise spectra are shared."""
         near = self if band is None else self.within(band)
+        rows = rows if isinstance(rows, slice) else rows.to(self.device)
         return replace(
             near, coefficients=near.coefficients[rows], ctf=near.ctf[rows], group=near.group[rows]
         )
@@ -92,6 +99,9 @@ Source = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 class ImageSet:
     """All images of a job; coefficients come from memory or from disk when they are asked for.
 
+    They and all that belongs to one image lie on the CPU; a batch moves to the device of the
+    plane and the noise spectra when it is selected.
+
     Attributes
     ----------
     plane : HalfPlane of m coefficients
@@ -105,6 +115,10 @@ class ImageSet:
         Factor on each image's CTF: its scale, negative where particles are black on white.
     rows : Tensor, shape (n,), int32
         Which of the source's images these are.
+    ranks : Ranks
+        Processes that share the work; all can load every image, each works on its own.
+    total : int
+        Images of the source: neighbours among them belong to one process.
     place : Tensor, shape (n,), int32, optional
         Where each lies on disk among all; None if they are in that order.
     """
@@ -115,10 +129,51 @@ class ImageSet:
     group: Tensor
     gain: Tensor
     rows: Tensor
+    ranks: Ranks = ALONE
+    total: int = 0
     place: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def mine(self, rows: Tensor) -> Tensor:
+        """Those of some rows that this process works on, in order."""
+        return rows if self.ranks.count == 1 else rows[self._owner(rows) == self.ranks.index]
+
+    def everyones(self, rows: Tensor, *found: Tensor) -> tuple[Tensor, ...]:
+        """What all processes have found of some rows.
+
+        Parameters
+        ----------
+        rows : Tensor, shape (b,), int64
+        found : Tensor, shape (len(self.mine(rows)), ...)
+            Of this process's rows.
+
+        Returns
+        -------
+        tuple of Tensor, shape (b, ...)
+        """
+        if self.ranks.count == 1:
+            return found
+        owner = self._owner(rows)
+        counts = torch.bincount(owner, minlength=self.ranks.count).tolist()
+        place = torch.argsort(owner, stable=True)
+        back = torch.empty_like(place)
+        back[place] = torch.arange(len(place))
+        return tuple(self.ranks.everyones(part, counts)[back] for part in found)
+
+    def _owner(self, rows: Tensor) -> Tensor:
+        ends = torch.tensor(self.ranks.bounds(self.total)[1:])
+        return torch.searchsorted(ends, self.rows[rows].long(), right=True)
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches are taken to."""
+        return self.noise_power.device
+
+    def to(self, device: torch.device | str) -> ImageSet:
+        """The same images, batches of which are taken to another device."""
+        return replace(self, plane=self.plane.to(device), noise_power=self.noise_power.to(device))
 
     def select(self, rows: Tensor, band: float | None = None) -> Observations:
         """Load the images of some rows, up to a radius in cycles per box."""
@@ -126,7 +181,9 @@ class ImageSet:
         coefficients, ctf = self.source(self.rows[rows].long(), len(plane))
         ctf = ctf * self.gain[rows, None]
         noise = self.noise_power[:, : plane.n_shells]
-        return Observations(plane, coefficients, ctf, noise, self.group[rows].long())
+        moved = (taken_to(v, self.device) for v in (coefficients, ctf, self.group[rows].long()))
+        coefficients, ctf, group = moved
+        return Observations(plane, coefficients, ctf, noise, group)
 
     def in_file_order(self, rows: Tensor) -> Tensor:
         """Rows, ascending ones, as the disk gives them fastest."""
@@ -141,16 +198,34 @@ class ImageSet:
         plane = self.plane.within(band)
         return replace(self, plane=plane, noise_power=self.noise_power[:, : plane.n_shells])
 
-    def apart(self, rows: Tensor) -> ImageSet:
-        """Some images with noise spectra and gains of their own, for an independent run."""
+    def apart(self, rows: Tensor, ranks: Ranks | None = None) -> ImageSet:
+        """Some images with noise spectra and gains of their own, for an independent run.
+
+        Parameters
+        ----------
+        ranks : Ranks, optional
+            Those of the processes that this run is shared by, if not all.
+        """
         return replace(
             self,
+            ranks=self.ranks if ranks is None else ranks,
             noise_power=self.noise_power.clone(),
             group=self.group[rows],
             gain=self.gain[rows],
             rows=self.rows[rows],
             place=None if self.place is None else self.place[rows],
         )
+
+
+def taken_to(values: Tensor, device: torch.device) -> Tensor:
+    """Values of the CPU on a device.
+
+    Through page-locked memory to a GPU: the copy is then twice as fast and nobody waits for it, so
+    that the next batch is gathered, or read from disk, while this one is worked on.
+    """
+    if device.type == "cuda" and values.device.type == "cpu":
+        return values.pin_memory().to(device, non_blocking=True)
+    return values.to(device)
 
 
 def centred(matched: Tensor, offsets_px: Tensor, plane: HalfPlane) -> Tensor:

@@ -67,8 +67,9 @@ class PoseReader:
         self.encoder, self.pixel_size_angst = encoder, pixel_size_angst
         self.symmetric, self.reweighted = symmetric, reweighted
         size = encoder.config.input_size
-        self.plane = half_plane(size)
-        self.disc = soft_ball(size, diameter / 2 * size, 0.07 * size, 2)
+        device = next(encoder.parameters()).device
+        self.plane = half_plane(size).to(device)
+        self.disc = soft_ball(size, diameter / 2 * size, 0.07 * size, 2, device=device)
 
     def __call__(self, whole: Observations) -> Guesses:
         """Guesses for observations up to the highest frequency."""

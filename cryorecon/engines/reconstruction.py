@@ -19,6 +19,9 @@ from cryorecon.physics.rotations import random_rotations, so3_grid
 Agreement = Callable[[Tensor, Tensor], Tensor]
 Progress = Callable[[int], None]
 
+# Images that see the same random turn of a grid of poses, on any device.
+_TURNED_TOGETHER = 500
+
 
 @dataclass(frozen=True)
 class RefineConfig:
@@ -75,6 +78,7 @@ class Reconstruction:
     Attributes
     ----------
     rotations : Tensor, shape (n, 3, 3)
+        On the CPU, as are all tables of images; maps lie on the images' device.
     offsets_px : Tensor, shape (n, 2)
     half : Tensor, shape (n,), int64
         Half set, 0 or 1.
@@ -129,23 +133,30 @@ def best_grid_poses(
     generator: torch.Generator,
     progress: Progress | None,
 ) -> tuple[Tensor, Tensor]:
-    """Likeliest rotation and offset of each image on a randomly turned grid."""
-    plane = images.plane
+    """Likeliest rotation and offset of each image on a randomly turned grid, on the CPU."""
+    plane, device = images.plane, images.device
     band = float(plane.radius[-1])
-    rotations, offsets = torch.empty(len(images), 3, 3), torch.empty(len(images), 2)
-    grid, shifts = so3_grid(nside, torch.float32)[0], offsets_for(config, plane.box, band)
+    found = []
+    grid = so3_grid(nside, torch.float32)[0].to(device)
+    shifts = offsets_for(config, plane.box, band).to(device)
     coarse = resample_sums(volume, min(plane.box, 2 * (int(band) + 5)))
     transform = padded_transform(coarse).within(band)
-    done = 0
-    for rows in images.in_file_order(torch.arange(len(images))).split(500):
-        turned = grid @ random_rotations(1, generator, torch.float32)[0]
-        batch = images.select(rows)
-        templates = extract_slices(transform, turned, plane)
-        rotation, offset = best_grid_pose(batch, templates, shifts)
-        rotations[rows], offsets[rows] = turned[rotation], shifts[offset]
-        done += len(rows)
+    everyone = images.in_file_order(torch.arange(len(images)))
+    for number, block in enumerate(everyone.split(_TURNED_TOGETHER), 1):
+        # Drawn for every block, whoever works on it.
+        turned = grid @ random_rotations(1, generator, torch.float32)[0].to(device)
+        rows = images.mine(block)
+        if len(rows) > 0:
+            templates = extract_slices(transform, turned, plane)
+            rotation, offset = best_grid_pose(images.select(rows), templates, shifts)
+            found.append((turned[rotation], shifts[offset]))
         if progress is not None:
-            progress(done)
+            progress(min(len(images), number * _TURNED_TOGETHER))
+    # To the CPU at the end: each copy would wait for the device.
+    parts = found or [(torch.zeros(0, 3, 3), torch.zeros(0, 2))]
+    mine = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
+    back = torch.argsort(everyone)
+    rotations, offsets = (part[back] for part in images.everyones(everyone, *mine))
     return rotations, offsets
 
 

@@ -13,6 +13,7 @@ from cryorecon.physics.fourier import (
     centred_frequencies,
     crop_or_pad_centred,
     fft_centred,
+    shell_sums,
     shift_phases,
 )
 from cryorecon.physics.projection import gridding_correction, interpolate
@@ -215,7 +216,8 @@ def refine_poses(
     for number in range(1, n_steps + 1):
         diagonal = torch.diagonal(curvature, dim1=-2, dim2=-1)
         damped = curvature + torch.diag_embed(diagonal * damping[:, None] + 1e-6)
-        step = torch.linalg.solve(damped, gradient)
+        # Without the check, which waits for a device: steps that are not finite are not likelier.
+        step = torch.linalg.solve_ex(damped, gradient).result
         turn = step[:, :3]
         length = turn.norm(dim=-1, keepdim=True)
         turn = turn * (_LARGEST_TURN_RAD / length.clamp(min=_LARGEST_TURN_RAD))
@@ -255,12 +257,11 @@ def residual_power(observations: Observations, predicted: Tensor) -> tuple[Tenso
     """
     plane, groups = observations.plane, len(observations.noise_power)
     power = (observations.coefficients - predicted).abs() ** 2
-    shell = torch.zeros(len(power), plane.n_shells).to(power)
-    shell.index_add_(1, plane.shell, power)
-    per_shell = torch.bincount(plane.shell, minlength=plane.n_shells).to(power)
-    total = torch.zeros(groups, plane.n_shells).to(power)
+    shell = shell_sums(power, plane.shell, plane.n_shells)
+    per_shell = shell_sums(torch.ones_like(power[0]), plane.shell, plane.n_shells)
+    total = power.new_zeros(groups, plane.n_shells)
     total.index_add_(0, observations.group, shell)
-    images = torch.bincount(observations.group, minlength=groups).to(power)
+    images = shell_sums(power.new_ones(len(power)), observations.group, groups)
     return total, images[:, None] * per_shell
 
 

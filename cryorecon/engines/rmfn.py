@@ -25,6 +25,7 @@ from cryorecon.physics.fourier import lowpass, max_band
 from cryorecon.physics.masks import Support
 from cryorecon.physics.projection import extract_slices, padded_transform
 from cryorecon.physics.rotations import random_rotations, so3_grid
+from cryorecon.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,11 @@ class RmfnConfig(RefineConfig):
 
 
 def new_map(
-    config: RmfnConfig, box: int, generator: torch.Generator, mask: Tensor | None = None
+    config: RmfnConfig,
+    box: int,
+    generator: torch.Generator,
+    mask: Tensor | None = None,
+    device: torch.device | str = "cpu",
 ) -> NetworkMap | GridMap:
     """An untrained map of the kind that the settings name.
 
@@ -79,11 +84,13 @@ def new_map(
     ----------
     mask : Tensor, shape (N, N, N), optional
         Multiplies the soft sphere of the particle's diameter.
+    device : torch.device or str
+        Where a network lives; grids follow what they are fitted to.
     """
     bands, support = config.bands(box), Support(config.diameter / 2, mask)
     if config.volume == "grid":
         return GridMap(bands, support)
-    return NetworkMap(MfnConfig(bands, config.width), support, generator, config.fit)
+    return NetworkMap(MfnConfig(bands, config.width), support, generator, config.fit, device)
 
 
 @dataclass
@@ -94,6 +101,8 @@ class Search:
     ----------
     mask : Tensor, shape (N, N, N), optional
         As in :func:`new_map`.
+    ranks : Ranks
+        Processes that share each mini-batch; all hold all observations.
     log_evidence : float
         Mean over the images of the last epoch: what starts are compared by.
     held_out_evidence, held_out_error : float
@@ -105,6 +114,7 @@ class Search:
     observations: Observations
     generator: torch.Generator
     mask: Tensor | None = None
+    ranks: Ranks = ALONE
     network: NetworkMap | GridMap = field(init=False)
     sums: NormalEquations | None = None
     log_evidence: float = -torch.inf
@@ -116,15 +126,16 @@ class Search:
         config, box = self.config, self.observations.plane.box
         self.band = config.search_band(box)
         self.observations = self.observations.within(self.band)
-        self.network = new_map(config, box, self.generator, self.mask)
-        self.grid = so3_grid(config.search_nside, torch.float32)[0]
-        self.offsets = offsets_for(config, box, self.band)
+        device = self.observations.device
+        self.network = new_map(config, box, self.generator, self.mask, device)
+        self.grid = so3_grid(config.search_nside, torch.float32)[0].to(device)
+        self.offsets = offsets_for(config, box, self.band).to(device)
         self._start_from_random_poses()
 
     def _start_from_random_poses(self) -> None:
         matched, weight = self.observations.matched()
         n = len(self.observations)
-        rotations = random_rotations(n, self.generator, torch.float32)
+        rotations = random_rotations(n, self.generator, torch.float32).to(weight.device)
         sums = NormalEquations.empty(self.band, 2, weight.dtype, weight.device)
         sums.add(matched, weight, rotations, self.observations.plane)
         self._follow(sums.scaled(self.config.search_batch / n), n_steps=20)
@@ -153,22 +164,30 @@ class Search:
             If the images have no finite evidence.
         """
         turn = random_rotations(1, self.generator, torch.float32)[0]
-        rotations = self.grid @ turn
-        batch = self.observations.select(rows)
+        rotations = self.grid @ turn.to(self.grid.device)
+        batch = self.observations.select(self.ranks.share(rows))
         with torch.no_grad():
-            transform = padded_transform(self.network.volume(0)).within(self.band)
+            volume = self.network.volume(0)
+            self.ranks.same(volume)
+            transform = padded_transform(volume).within(self.band)
             templates = extract_slices(transform, rotations, batch.plane)
             posterior, signal, weight = grid_expectation(
                 batch, templates, self.offsets, temperature
             )
             new = accumulate_grid(signal, weight, rotations, batch.plane)
-        if not bool(posterior.log_evidence.isfinite().all()):
-            raise FloatingPointError("the evidence of the images is not finite")
+            self.ranks.add_up(new.signal, new.weight)
+        found = self.ranks.everyones(posterior.log_evidence, self.ranks.sizes(len(rows)))
         old = self.sums
         self.sums = new if old is None else old.scaled(self.config.memory).plus(new)
         self._follow(self.sums)
-        self._epoch.append(posterior.log_evidence)
-        return float(posterior.effective_poses.median())
+        self._epoch.append(found)
+        # One copy at the end of a step: each waits for the device.
+        finite = found.isfinite().all()
+        effective = posterior.effective_poses.median()
+        known, poses = torch.stack([finite.to(effective.dtype), effective]).tolist()
+        if not known:
+            raise FloatingPointError("the evidence of the images is not finite")
+        return poses
 
     def end_epoch(self) -> None:
         """Average the evidence of the epoch's images."""
@@ -184,7 +203,7 @@ class Search:
                 self.grid,
                 self.offsets,
             )
-        self.held_out_evidence, self.held_out_error = found
+        self.held_out_evidence, self.held_out_error = self.ranks.numbers(*found)
 
     def state(self) -> dict[str, Any]:
         """Between two epochs: all that the search has changed, by reference."""
@@ -202,7 +221,8 @@ class Search:
         self.network.load(state["network"])
         if state["sums"] is not None:
             signal, weight = state["sums"]
-            self.sums = NormalEquations(signal, weight, 2)
+            device = self.observations.device
+            self.sums = NormalEquations(signal.to(device), weight.to(device), 2)
         self.log_evidence = state["log_evidence"]
         self.held_out_evidence = state["held_out_evidence"]
         self.held_out_error = state["held_out_error"]
@@ -225,7 +245,7 @@ def scaled_to_images(volume: Tensor, images: ImageSet, config: RmfnConfig) -> Te
     band = config.assign_band(box)
     smooth = lowpass(volume, float(band), 3)
     batch = images.select(torch.arange(len(images))[:: max(1, len(images) // 500)], band)
-    grid = so3_grid(2, torch.float32)[0]
+    grid = so3_grid(2, torch.float32)[0].to(volume.device)
     slices = extract_slices(padded_transform(smooth).within(band), grid, batch.plane)
     power, shell = slices.abs().square().mean(0), batch.plane.shell
     noise = batch.noise_power[:, shell][batch.group]

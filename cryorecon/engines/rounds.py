@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,6 +21,7 @@ from cryorecon.engines.reconstruction import (
     shell_prior,
 )
 from cryorecon.engines.refine import (
+    Derivatives,
     Poses,
     derivatives,
     image_scales,
@@ -26,14 +29,19 @@ from cryorecon.engines.refine import (
     refine_poses,
     residual_power,
 )
-from cryorecon.physics.fourier import max_band
+from cryorecon.engines.shrinking import ShrinkingBatch, at_once
+from cryorecon.physics.fourier import HalfPlane, max_band
 from cryorecon.physics.masks import molecule_mask
 from cryorecon.physics.projection import to_volume
 from cryorecon.physics.rotations import geodesic_distance_deg
+from cryorecon.ranks import Ranks
 
 # Conjugate-gradient steps of joint maps. Poses come out the same with references from signal over
 # weight (0.83 degrees both), at a tenth less time.
 _STEPS = 5
+# Images at once on the CPU; memory of a coefficient in a pose step, bytes; and most points of the
+# map's transform, eight a coefficient, that are read at once.
+_IMAGES, _BYTES, _MOST_POINTS = 250, 500.0, 2**30
 
 
 def reassign(
@@ -60,18 +68,36 @@ def reassign(
     )
     fine = min(1.6 * band, max_band(box))
     model = derivatives(joint, 2, fine)
-    moved = 0
-    for rows in images.in_file_order(torch.arange(len(images))).split(250):
-        batch = images.select(rows, fine)
-        old = refine_poses(batch, model, state.rotations[rows], state.offsets_px[rows], 1)
-        new = refine_poses(batch, model, rotations[rows], offsets[rows], 5)
+    everyone = images.in_file_order(torch.arange(len(images)))
+    device = images.device
+    rows = images.mine(everyone)
+
+    def search(span: slice) -> tuple[Tensor, Tensor, Tensor]:
+        own = rows[span]
+        batch = images.select(own, fine)
+        tables = (state.rotations, state.offsets_px, rotations, offsets)
+        held, held_px, found, found_px = (table[own].to(device) for table in tables)
+        old = refine_poses(batch, model, held, held_px, 1)
+        new = refine_poses(batch, model, found, found_px, 5)
         better = new.log_likelihood > old.log_likelihood + 1.0
         far = geodesic_distance_deg(old.rotations, new.rotations) > 20
-        moved += int((better & far).sum())
-        chosen = rows[better & far]
-        state.rotations[chosen] = new.rotations[better & far]
-        state.offsets_px[chosen] = new.offsets_px[better & far]
-    return moved / len(images)
+        return better & far, new.rotations, new.offsets_px
+
+    batches = _batches(images.plane.within(fine), device)
+    none = torch.zeros(0, dtype=torch.bool), torch.zeros(0, 3, 3), torch.zeros(0, 2)
+    searched = [result for _, result in batches.over(len(rows), search)] or [none]
+    mine = [torch.cat(parts).cpu() for parts in zip(*searched, strict=True)]
+    mine[0] = mine[0].to(torch.uint8)
+    moved, turned, shifted = images.everyones(everyone, *mine)
+    better, chosen = moved > 0, everyone[moved > 0]
+    state.rotations[chosen], state.offsets_px[chosen] = turned[better], shifted[better]
+    return len(chosen) / len(images)
+
+
+def _batches(plane: HalfPlane, device: torch.device) -> ShrinkingBatch:
+    """Images at once in pose steps, as many as the device holds."""
+    most = min(4096, max(1, _MOST_POINTS // (8 * len(plane))))
+    return ShrinkingBatch(at_once(_IMAGES, _BYTES * len(plane), device, most))
 
 
 @dataclass(frozen=True)
@@ -124,32 +150,26 @@ def refine_round(
     before, before_offsets = state.rotations.clone(), state.offsets_px.clone()
     references = [(state.maps[0] + state.maps[1]) / 2] * 2 if joint else state.maps
     references = [_without_solvent(reference, config) for reference in references]
-    likelihood, done = [], 0
-    sums = []
-    learned = _Learned(images, config)
+    learned, done = _Learned(images, config), 0
+
+    def tell(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            # Others have come as far.
+            progress(min(len(images), done * images.ranks.count))
+
+    sums, likelihood = [], []
     for half in (0, 1):
         model = derivatives(references[half], 2, state.band)
-        new = _empty(images)
-        mine = images.in_file_order(torch.nonzero(state.half == half)[:, 0])
-        for rows in mine.split(250):
-            loaded = images.select(rows)
-            batch = loaded.within(state.band)
-            poses = refine_poses(
-                batch, model, state.rotations[rows], state.offsets_px[rows], n_steps
-            )
-            _refuse_broken(images.rows[rows], poses)
-            _store(state, rows, poses)
-            learned.add(rows, batch, predictions(batch, model, poses))
-            _insert(new, loaded, poses, state.group)
-            likelihood.append(poses.log_likelihood)
-            done += len(rows)
-            if progress is not None:
-                progress(done)
+        members = images.in_file_order(torch.nonzero(state.half == half)[:, 0])
+        new, found = _refine_some(state, images, members, model, learned, n_steps, tell)
         sums.append(new)
+        likelihood.append(found)
     used = state.band
     if n_steps > 0:
         learned.apply(images)
-    _solve_halves(state, sums, agreement, joint=joint)
+    _solve_halves(state, sums, agreement, images.ranks, joint=joint)
     limit = agreement_band(state.fsc)
     state.band = float(min(max_band(images.plane.box), max(limit + 2, used), 1.6 * used + 1))
     return RoundReport(
@@ -161,6 +181,51 @@ def refine_round(
     )
 
 
+_Seen = tuple[Tensor, Tensor, Tensor | None]
+_Refined = tuple[Observations, Poses, _Seen]
+
+
+def _refine_some(
+    state: Reconstruction,
+    images: ImageSet,
+    members: Tensor,
+    model: Derivatives,
+    learned: _Learned,
+    n_steps: int,
+    tell: Callable[[int], None],
+) -> tuple[NormalEquations, Tensor]:
+    """Refine the poses of some images; their normal equations and log-likelihoods."""
+    sums, own, found = _empty(images), images.mine(members), []
+    for span, (loaded, poses, seen) in _refined(state, images, own, model, n_steps, learned):
+        learned.add(own[span], seen)
+        _insert(sums, loaded, poses, state.group)
+        found.append(poses)
+        tell(len(loaded))
+    images.ranks.add_up(sums.signal, sums.weight)
+    return sums, _store(state, images, members, found)
+
+
+def _refined(
+    state: Reconstruction,
+    images: ImageSet,
+    rows: Tensor,
+    model: Derivatives,
+    n_steps: int,
+    learned: _Learned,
+) -> Iterator[tuple[slice, _Refined]]:
+    """Poses of a half set against its map, batch after batch; nothing is stored yet."""
+
+    def refine(span: slice) -> _Refined:
+        loaded = images.select(rows[span])
+        batch = loaded.within(state.band)
+        rotations, offsets = (t[rows[span]] for t in (state.rotations, state.offsets_px))
+        start = rotations.to(images.device), offsets.to(images.device)
+        poses = refine_poses(batch, model, *start, n_steps=n_steps)
+        return loaded, poses, learned.seen(batch, predictions(batch, model, poses))
+
+    return _batches(images.plane, images.device).over(len(rows), refine)
+
+
 class _Learned:
     """What a round says of the images themselves: noise by optics group and shell, scales."""
 
@@ -169,20 +234,29 @@ class _Learned:
         self.power = torch.zeros_like(images.noise_power)
         self.count = torch.zeros_like(self.power)
         self.scales = torch.ones_like(images.gain)
+        self.everyone = torch.arange(len(images))
 
-    def add(self, rows: Tensor, batch: Observations, predicted: Tensor) -> None:
-        power, count = residual_power(batch, predicted)
-        self.power[:, : batch.plane.n_shells] += power
-        self.count[:, : batch.plane.n_shells] += count
-        if self.config.update_scale:
-            self.scales[rows] = image_scales(batch, predicted)
+    def seen(self, batch: Observations, predicted: Tensor) -> _Seen:
+        """What one batch says, to be added."""
+        scales = image_scales(batch, predicted) if self.config.update_scale else None
+        return *residual_power(batch, predicted), scales
+
+    def add(self, rows: Tensor, seen: _Seen) -> None:
+        power, count, scales = seen
+        self.power[:, : power.shape[1]] += power
+        self.count[:, : count.shape[1]] += count
+        if scales is not None:
+            self.scales[rows] = scales.cpu()
 
     def apply(self, images: ImageSet) -> None:
         """Replace the noise spectra where the round measured them; adjust the scales."""
+        images.ranks.add_up(self.power, self.count)
         if self.config.update_noise:
-            known = self.count > 0
-            images.noise_power[known] = (self.power / self.count.clamp(min=1))[known]
+            measured = self.power / self.count.clamp(min=1)
+            images.noise_power.copy_(torch.where(self.count > 0, measured, images.noise_power))
         if self.config.update_scale:
+            own = self.scales[images.mine(self.everyone)]
+            (self.scales,) = images.everyones(self.everyone, own)
             images.gain.mul_(self.scales / (images.gain * self.scales).abs().mean())
 
 
@@ -194,33 +268,49 @@ def _without_solvent(volume: Tensor, config: RefineConfig) -> Tensor:
 
 def _empty(images: ImageSet) -> NormalEquations:
     band = float(max_band(images.plane.box))
-    return NormalEquations.empty(band, 2, images.gain.dtype, images.gain.device)
+    return NormalEquations.empty(band, 2, images.gain.dtype, images.device)
 
 
-def _refuse_broken(rows: Tensor, poses: Poses) -> None:
-    broken = rows[~poses.log_likelihood.isfinite()]
+def _refuse_broken(rows: Tensor, log_likelihood: Tensor) -> None:
+    broken = rows[~log_likelihood.isfinite()]
     if len(broken):
         raise FloatingPointError(
-            f"the likelihood of {len(broken)} images of {len(rows)} in a batch is not finite, "
-            f"the first of them particle {int(broken[0]) + 1}"
+            f"the likelihood of {len(broken)} images of {len(rows)} is not finite, the first of "
+            f"them particle {int(broken[0]) + 1}"
         )
 
 
-def _store(state: Reconstruction, rows: Tensor, poses: Poses) -> None:
-    state.rotations[rows], state.offsets_px[rows] = poses.rotations, poses.offsets_px
+def _store(state: Reconstruction, images: ImageSet, rows: Tensor, found: list[Poses]) -> Tensor:
+    """Put all processes' poses of some images into the table; their log-likelihoods."""
+    none = Poses(torch.zeros(0, 3, 3), torch.zeros(0, 2), torch.zeros(0))
+    parts = ((p.rotations, p.offsets_px, p.log_likelihood) for p in found or [none])
+    # To the CPU at the end: each copy would wait for the device.
+    mine = [torch.cat(p).cpu() for p in zip(*parts, strict=True)]
+    rotations, offsets_px, likelihood = images.everyones(rows, *mine)
+    _refuse_broken(images.rows[rows], likelihood)
+    state.rotations[rows], state.offsets_px[rows] = rotations, offsets_px
+    return likelihood
 
 
 def _insert(sums: NormalEquations, batch: Observations, poses: Poses, group: Tensor) -> None:
     matched, weight = batch.matched()
     signal = centred(matched, poses.offsets_px, batch.plane)
+    parts = ShrinkingBatch(max(1, len(batch)))
     for rotation in group.to(poses.rotations):
-        sums.add(signal, weight, poses.rotations @ rotation, batch.plane)
+        turned = poses.rotations @ rotation
+
+        def add(span: slice, turned: Tensor = turned) -> None:
+            sums.add(signal[span], weight[span], turned[span], batch.plane)
+
+        for _ in parts.over(len(batch), add):
+            pass
 
 
 def _solve_halves(
     state: Reconstruction,
     sums: list[NormalEquations],
     agreement: Agreement,
+    ranks: Ranks,
     *,
     joint: bool,
 ) -> None:
@@ -229,23 +319,24 @@ def _solve_halves(
     A joint round leaves the half sets' own maps and their FSC as the last half-map round left them:
     poses that were refined against the joint map would make the halves agree too well. With
     correlation c between half maps the signal-to-noise ratio of one is c / (1 - c), of both
-    together twice that.
+    together twice that. Processes solve half sets at the same time, one each.
     """
     box = state.maps[0].shape[-1]
-    mask = state.support.on(box)
+    mask = state.support.on(box, device=state.maps[0].device)
     if not (joint and state.halves):
         state.halves = [to_volume(s.solve(shell_prior(s, 1e-3, max_band(box))), box) for s in sums]
-        state.fsc = agreement(*(half * mask for half in state.halves))
-    correlation = state.fsc[: max_band(box) + 1].clamp(1e-3, 0.999)
+        state.fsc = agreement(*(half * mask for half in state.halves)).cpu()
+        ranks.same(state.fsc)
+    correlation = state.fsc[: max_band(box) + 1].clamp(1e-3, 0.999).to(mask.device)
     ratio = correlation / (1 - correlation)
     solved = sums if not joint else [sums[0].plus(sums[1])]
     factor = 2.0 if joint else 1.0
-    maps = [
-        least_squares_map(
-            s, s.shell_mean_weight()[: len(ratio)] / (factor * ratio), mask, _STEPS if joint else 0
-        )
-        for s in solved
-    ]
+
+    def solution(of: NormalEquations) -> Tensor:
+        prior = of.shell_mean_weight()[: len(ratio)] / (factor * ratio)
+        return least_squares_map(of, prior, mask, _STEPS if joint else 0)
+
+    maps = ranks.made([partial(solution, of) for of in solved], state.maps[0])
     state.maps = maps * 2 if joint else maps
 
 

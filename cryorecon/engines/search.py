@@ -9,8 +9,13 @@ from torch import Tensor
 
 from cryorecon.engines.accumulate import NormalEquations
 from cryorecon.engines.observations import Observations, as_real, centred
+from cryorecon.engines.shrinking import ShrinkingBatch, at_once
 from cryorecon.physics.fourier import HalfPlane
 from cryorecon.physics.projection import extract_slices, padded_transform
+
+# Scores of images against poses: numbers at once on the CPU, bytes each, and most on a GPU.
+_BEST, _EXPECTED = 20_000_000, 40_000_000
+_SCORE_BYTES, _MOST_SCORES = 8, 1_000_000_000
 
 
 def offset_grid(range_px: float, step_px: float, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -67,7 +72,7 @@ def best_grid_pose(
     observations: Observations,
     templates: Tensor,
     offsets_px: Tensor,
-    chunk_elements: int = 20_000_000,
+    chunk_elements: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Index of the likeliest rotation and offset of each image, shape (n,) each, int64.
 
@@ -76,16 +81,25 @@ def best_grid_pose(
     observations : Observations of n images, m coefficients
     templates : Tensor, shape (r, m), complex
     offsets_px : Tensor, shape (s, 2)
+    chunk_elements : int, optional
+        Scores that are held at a time; default what the device is good at.
     """
     grid, r = _Grid.of(templates, offsets_px), len(templates)
-    rows = torch.arange(len(observations))
-    chunk = max(1, chunk_elements // (r * len(offsets_px)))
-    best = [
-        grid.scores(observations.select(part))[0].flatten(1).argmax(-1)
-        for part in rows.split(chunk)
-    ]
-    found = torch.cat(best)
+
+    def best(part: slice) -> Tensor:
+        return grid.scores(observations.select(part))[0].flatten(1).argmax(-1)
+
+    parts = _parts(chunk_elements or _scores_at_once(_BEST, templates), r * len(offsets_px))
+    found = torch.cat([index for _, index in parts.over(len(observations), best)])
     return found % r, found // r
+
+
+def _scores_at_once(on_cpu: int, templates: Tensor) -> int:
+    return at_once(on_cpu, _SCORE_BYTES, templates.device, _MOST_SCORES)
+
+
+def _parts(chunk_elements: int, n_poses: int) -> ShrinkingBatch:
+    return ShrinkingBatch(max(1, chunk_elements // n_poses))
 
 
 def grid_expectation(
@@ -93,7 +107,7 @@ def grid_expectation(
     templates: Tensor,
     offsets_px: Tensor,
     temperature: float = 1.0,
-    chunk_elements: int = 40_000_000,
+    chunk_elements: int | None = None,
 ) -> tuple[GridPosterior, Tensor, Tensor]:
     """Posterior of each image over all grid poses, and its sums over images.
 
@@ -108,6 +122,8 @@ def grid_expectation(
     offsets_px : Tensor, shape (s, 2)
     temperature : float
         Divides the log-likelihood; above 1 spreads the posterior.
+    chunk_elements : int, optional
+        Scores that are held at a time; default what the device is good at.
 
     Returns
     -------
@@ -116,25 +132,29 @@ def grid_expectation(
         Posterior-weighted sum of the images, offsets undone, at each rotation.
     weight : Tensor, shape (r, m), real
     """
-    n, (r, m), s = len(observations), templates.shape, len(offsets_px)
+    (r, m), s = templates.shape, len(offsets_px)
     grid = _Grid.of(templates, offsets_px)
     signal = templates.real.new_zeros(r, 2 * m)
     weight = templates.real.new_zeros(r, m)
-    parts = []
-    for rows in torch.arange(n).split(max(1, chunk_elements // (r * s))):
-        score, shifted, weights = grid.scores(observations.select(rows))
+    log_poses = torch.log(torch.tensor(float(r * s))).to(weight.device)
+
+    def expect(part: slice) -> tuple[Tensor, Tensor]:
+        score, shifted, weights = grid.scores(observations.select(part))
         score.div_(temperature)
-        flat = score.view(len(rows), -1)
+        flat = score.view(len(score), -1)
         peak = flat.amax(-1, keepdim=True)
         flat.sub_(peak).exp_()
         total = flat.sum(-1, keepdim=True)
         flat.div_(total)
+        evidence, by_rotation = (peak + total.log()).squeeze(-1) - log_poses, score.sum(1)
+        # Sums change last: until then memory may end, and the part be repeated.
         signal.addmm_(score.view(-1, r).T, shifted.view(-1, 2 * m))
-        weight.addmm_(score.sum(1).T, weights)
-        evidence = (peak + total.log()).squeeze(-1) - torch.log(torch.tensor(float(r * s)))
-        effective = 1 / flat.square_().sum(-1)
-        parts.append((evidence, effective))
-    posterior = GridPosterior(*(torch.cat(p) for p in zip(*parts, strict=True)))
+        weight.addmm_(by_rotation.T, weights)
+        return evidence, 1 / flat.square_().sum(-1)
+
+    parts = _parts(chunk_elements or _scores_at_once(_EXPECTED, templates), r * s)
+    found = [values for _, values in parts.over(len(observations), expect)]
+    posterior = GridPosterior(*(torch.cat(p) for p in zip(*found, strict=True)))
     return posterior, torch.complex(signal[:, :m], signal[:, m:]), weight
 
 
@@ -162,6 +182,7 @@ def evidence(
     offsets_px : Tensor, shape (s, 2)
     """
     transform = padded_transform(volume).within(float(observations.plane.radius[-1]))
+    grid, offsets_px = grid.to(volume.device), offsets_px.to(volume.device)
     templates = extract_slices(transform, grid, observations.plane)
     found = grid_expectation(observations, templates, offsets_px)[0].log_evidence
     return float(found.mean()), float(found.std() / max(len(found), 1) ** 0.5)

@@ -1,14 +1,38 @@
-"""Batches that shrink when a device runs out of memory, instead of ending the job."""
+"""Batches as large as a device holds, which shrink when its memory ends instead of the job."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 Result = TypeVar("Result")
+
+# Share of a GPU's free memory that a batch may take: estimates are rough, and maps come and go.
+_SHARE = 0.25
+
+
+def at_once(on_cpu: int, bytes_each: float, device: torch.device, most: int = 4096) -> int:
+    """How many images, or numbers, to work on together.
+
+    A GPU works on as many as a quarter of its free memory holds: small batches leave it idle.
+
+    Parameters
+    ----------
+    on_cpu : int
+        On any other device.
+    bytes_each : float
+        Memory that each takes.
+    most : int
+        On a GPU; more would gain nothing, or overflow its indices.
+    """
+    if device.type != "cuda":
+        return on_cpu
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = torch.cuda.mem_get_info(device)[0] + held
+    return max(1, min(most, int(_SHARE * free / bytes_each)))
 
 
 class ShrinkingBatch:
@@ -56,6 +80,33 @@ class ShrinkingBatch:
             self._shrink(len(rows))
             if restart is not None:
                 restart()
+
+    def over(self, count: int, work: Callable[[slice], Result]) -> Iterator[tuple[slice, Result]]:
+        """Spans of `count` rows with the result of each, going on where memory ended.
+
+        Parameters
+        ----------
+        work : callable
+            Takes a span; must have changed nothing when it runs out of memory.
+
+        Raises
+        ------
+        torch.OutOfMemoryError
+            If a single row is too much.
+        """
+        start = 0
+        while start < count:
+            span = slice(start, min(start + self.size, count))
+            try:
+                result = work(span)
+            except torch.OutOfMemoryError:
+                if span.stop - start <= 1:
+                    raise
+            else:
+                yield span, result
+                start = span.stop
+                continue
+            self._shrink(span.stop - start)
 
     def _shrink(self, n: int) -> None:
         self.size = max(1, min(self.size, n) // 2)

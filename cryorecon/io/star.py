@@ -229,16 +229,30 @@ def numbers(
         values = table.numbers(column)
     else:
         values = pd.to_numeric(table[column], errors="coerce").to_numpy(np.float64, copy=True)
-    bad = np.flatnonzero(~np.isfinite(values)) if finite else np.array([], dtype=int)
-    if len(bad):
-        row = int(bad[0])
-        told = row if rows is None else int(rows[row])
-        raise CryoreconError(
-            f"{path}, row {told + 1}, column {column}: {_shown(table[column].iloc[row])} is not a "
-            f"finite number ({len(bad)} such rows)",
-            "Correct or remove these rows",
-        )
+    if finite:
+        _refuse(path, table, column, ~np.isfinite(values), rows, "not a finite number")
     return values
+
+
+def _refuse(
+    path: str | Path,
+    table: pd.DataFrame | TextTable,
+    column: str,
+    bad: NDArray[np.bool_],
+    rows: NDArray[np.integer] | None,
+    what: str,
+) -> None:
+    """Stop at the first value that is not what it should be, naming its row."""
+    count = int(bad.sum())
+    if count == 0:
+        return
+    row = int(bad.argmax())
+    told = row if rows is None else int(rows[row])
+    raise CryoreconError(
+        f"{path}, row {told + 1}, column {column}: {_shown(table[column].iloc[row])} is {what} "
+        f"({count} such rows)",
+        "Correct or remove these rows",
+    )
 
 
 def _shown(value: object) -> str:
@@ -255,13 +269,6 @@ def integers(
 ) -> NDArray[np.int64]:
     """A column of whole numbers, as int64; otherwise like :func:`numbers`."""
     values = numbers(path, table, column, rows=rows)
-    bad = np.flatnonzero((values != np.round(values)) | (np.abs(values) >= _LARGEST_INTEGER))
-    if len(bad):
-        row = int(bad[0])
-        told = row if rows is None else int(rows[row])
-        raise CryoreconError(
-            f"{path}, row {told + 1}, column {column}: {_shown(table[column].iloc[row])} is no "
-            f"whole number of a usual size ({len(bad)} such rows)",
-            "Correct or remove these rows",
-        )
+    bad = (values != np.round(values)) | (np.abs(values) >= _LARGEST_INTEGER)
+    _refuse(path, table, column, bad, rows, "no whole number of a usual size")
     return values.astype(np.int64)

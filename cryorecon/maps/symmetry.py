@@ -76,7 +76,7 @@ def find_symmetry(volume: Tensor, group: Tensor, band: float) -> SymmetryFit:
     whitening = whitening_of(masked, whole).square()
     pair = Pair(padded_transform(masked, 2), fft_centred(masked, 3), whitening)
     centre = centre_of_mass(volume, limit) / box
-    rotations = _distinct_orientations(group)
+    rotations = _distinct_orientations(group).to(centre.device)
     pose = rotations, -(rotations @ centre)
     pose = _best(_copies(pair, group, min(_STAGES[0][0], limit)), pose, _STAGES[0][1])
     for reach, keep, steps in _STAGES:

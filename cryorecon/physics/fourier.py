@@ -136,6 +136,7 @@ class HalfPlane:
     frequencies : Tensor, shape (m, 2), int64
         (kx, ky) in cycles per box; the first is (0, 0).
     radius : Tensor, shape (m,), float64
+        Always on the CPU: a band is looked up without waiting for a device.
     shell : Tensor, shape (m,), int64
         Radius rounded to the nearest shell.
     multiplicity : Tensor, shape (m,), float64
@@ -154,14 +155,14 @@ class HalfPlane:
     @property
     def n_shells(self) -> int:
         """One more than the largest shell in the list."""
-        return int(self.shell[-1]) + 1
+        return int(self.radius[-1] + 0.5) + 1
 
     def to(self, device: torch.device | str) -> HalfPlane:
         """The same list on another device."""
         return HalfPlane(
             self.box,
             self.frequencies.to(device),
-            self.radius.to(device),
+            self.radius,
             self.shell.to(device),
             self.multiplicity.to(device),
         )
@@ -208,7 +209,7 @@ def half_plane(
     radius = (frequencies.double() ** 2).sum(-1).sqrt()
     multiplicity = torch.full_like(radius, 2.0)
     multiplicity[0] = 1.0
-    return HalfPlane(box, frequencies, radius, (radius + 0.5).long(), multiplicity)
+    return HalfPlane(box, frequencies, radius.cpu(), (radius + 0.5).long(), multiplicity)
 
 
 def _flat_index(plane: HalfPlane, sign: int) -> Tensor:

@@ -259,14 +259,17 @@ def spread_all(
     size, step = pairs[0][1].shape[0], _in_cache(rotations, plane)
     corners = _from_lowest(size, rotations.device)[:, None]
     # Row by row neighbours in the list are neighbours on the grid.
-    order = torch.argsort(plane.frequencies @ plane.frequencies.new_tensor([1, plane.box]))
+    kx, ky = plane.frequencies.unbind(-1)
+    order = torch.argsort(ky * plane.box + kx)
     rows = replace(plane, frequencies=plane.frequencies[order])
     for start in range(0, len(rotations), step):
         here = slice(start, start + step)
         base, weights = _corners(rotations[here], rows, size, padding)
         index = (base + corners).view(-1)
-        for slices, grid in pairs:
-            values = weights.to(grid.real.dtype) * slices[here, order].to(grid.dtype).reshape(-1)
+        wanted = [slices[here, order].to(grid.dtype).reshape(-1) for slices, grid in pairs]
+        found = [weights.to(values.real.dtype) * values for values in wanted]
+        # Grids change once no more memory is asked for: what did not fit can be repeated.
+        for (_, grid), values in zip(pairs, found, strict=True):
             grid.view(-1).scatter_add_(0, index, values.view(-1))
 
 

@@ -46,8 +46,14 @@ def exp_map(vectors_rad: Tensor) -> Tensor:
     """
     x, y, z = vectors_rad.unbind(-1)
     zero = torch.zeros_like(x)
-    skew = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], -1)
-    return torch.linalg.matrix_exp(skew.reshape(*x.shape, 3, 3))
+    skew = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], -1).reshape(*x.shape, 3, 3)
+    if vectors_rad.device.type == "cpu":
+        return torch.linalg.matrix_exp(skew)
+    # matrix_exp waits for a device several times a call; Rodrigues' formula does not.
+    angle = vectors_rad.norm(dim=-1)[..., None, None]
+    sine, versine = torch.sinc(angle / torch.pi), torch.sinc(angle / (2 * torch.pi)).square() / 2
+    one = torch.eye(3, dtype=skew.dtype, device=skew.device)
+    return one + sine * skew + versine * (skew @ skew)
 
 
 def log_map(rotations: Tensor) -> Tensor:

@@ -20,7 +20,9 @@ from cryorecon.errors import CryoreconError
 from cryorecon.io.mrc import write_map
 from cryorecon.io.particles import Particles, read_particles
 from cryorecon.physics.symmetry import symmetry_group
+from cryorecon.ranks import ALONE, Ranks
 from cryorecon.run.amortized_stages import AmortizedStages
+from cryorecon.run.device import device_text, usable_device
 from cryorecon.run.job import Job, Task, open_job
 from cryorecon.run.load import Keep, half_sets, load_observations, map_like
 from cryorecon.run.report import report_at_end
@@ -65,7 +67,7 @@ class AbinitioOptions:
         Resolutions that the training of engine amortized begins and ends at, in place of the
         engine's `first_cycles` and `last_cycles`.
     device : str
-        Where networks of engine amortized are trained.
+        Where all but the table of poses is computed.
     engine : RmfnConfig or AmortizedConfig
         Its diameter and offset range are replaced by the two above.
     """
@@ -137,6 +139,7 @@ def abinitio(
     console: Console,
     *,
     resume: bool = False,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Run the job: poses and map from scratch; pose columns of the STAR file are not read.
 
@@ -148,6 +151,8 @@ def abinitio(
         Job directory.
     resume : bool
         Go on with what an interrupted job left there.
+    ranks : Ranks
+        Processes that share the job, each of which calls this; the first one writes.
 
     Raises
     ------
@@ -156,7 +161,7 @@ def abinitio(
     """
     particles, rows, config = prepared(star, options)
     task = Task("abinitio", Path(star), len(particles), config, options, options.seed)
-    with open_job(Path(output), console, task, resume=resume) as job:
+    with open_job(Path(output), console, task, resume=resume, ranks=ranks) as job:
         _run(job, particles, rows, config, options)
 
 
@@ -190,6 +195,7 @@ def prepared(
     config = _resolved(options, particles)
     _refuse_contradictions(options, particles)
     particles.ctf_parameters()
+    usable_device(options.device)
     return particles, rows, config
 
 
@@ -236,30 +242,36 @@ def _run(
     )
     with job.bar("Reading", len(particles)) as bar:
         images = load_observations(
-            particles, config.diameter, lambda done, _: bar(done), options.keep
+            particles, config.diameter, lambda done, _: bar(done), options.keep, job.ranks
         )
+    device = job.ranks.device(options.device)
+    if device != "cpu":
+        job.say(f"computing on {device_text(device)}")
+    images = images.to(device)
     _set_contrast(job, images, config, options.contrast)
     half = half_sets(particles, generator)
     stages = _stages(job, config, generator, pixel, options, particles)
 
     def without_symmetry() -> Reconstruction:
         state = _reconstruct(stages, images, half, rows, options, particles)
-        if isinstance(stages, AmortizedStages) and stages.read is not None:
+        if job.writes and isinstance(stages, AmortizedStages) and stages.read is not None:
             write_first_poses(job, particles, *stages.read)
         report_offsets(job, state, config, particles)
         return state
 
     def in_c1() -> Reconstruction:
         state = without_symmetry()
-        write_map(job.path("initial_model_C1.mrc"), joint_map(state).numpy(), pixel)
+        if job.writes:
+            write_map(job.path("initial_model_C1.mrc"), joint_map(state).cpu().numpy(), pixel)
         return state
 
     if len(_group(options.symmetry)) > 1:
         state = stages.symmetrise(in_c1, images, options.symmetry.upper())
     else:
         state = without_symmetry()
-    write_results(job, particles, state, stages.scale_maps(joint_map(state)), options.halves)
-    report_at_end(job, particles)
+    if job.writes:
+        write_results(job, particles, state, stages.scale_maps(joint_map(state)), options.halves)
+        report_at_end(job, particles)
 
 
 def _stages(
@@ -271,9 +283,10 @@ def _stages(
     particles: Particles,
 ) -> RmfnStages | AmortizedStages:
     mask = _mask(options.mask, particles)
+    mask = None if mask is None else mask.to(job.ranks.device(options.device))
     if isinstance(config, RmfnConfig):
         return RmfnStages(job, config, generator, pixel_size_angst, mask)
-    return AmortizedStages(job, config, generator, pixel_size_angst, mask, device=options.device)
+    return AmortizedStages(job, config, generator, pixel_size_angst, mask)
 
 
 def _reconstruct(

@@ -30,15 +30,12 @@ class AmortizedStages(Stages):
     ----------
     trained : Amortized
         Of the last training.
-    device : str
-        Where the networks are trained.
     read : tuple of Tensor
         Rotations and offsets as the encoder read them at the end of the last training.
     """
 
     config: AmortizedConfig
     trained: Amortized | None = None
-    device: str = "cpu"
     read: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def begin(self, images: ImageSet, half: torch.Tensor) -> Reconstruction:
@@ -66,7 +63,7 @@ class AmortizedStages(Stages):
             self.pixel_size_angst,
             generator or self.generator,
             self.mask,
-            self.device,
+            images.device,
         )
 
     def engine_state(self) -> Entry:
@@ -102,15 +99,17 @@ class AmortizedStages(Stages):
         del state
         assert self.trained is not None
         trained, parts = self.trained, ShrinkingBatch(_READ_AT_ONCE, self.job.say)
-        rotations, offsets = torch.empty(len(images), 3, 3), torch.empty(len(images), 2)
-
-        def read(rows: torch.Tensor) -> None:
-            rotations[rows], offsets[rows], _ = trained.read_poses(images, rows)
-
+        everyone, found = torch.arange(len(images)), []
         with self.job.bar("Reading poses", len(images)) as bar:
-            for rows in torch.arange(len(images)).split(_READ_AT_ONCE):
-                parts(rows, read)
-                bar(int(rows[-1]) + 1)
+            for block in everyone.split(_READ_AT_ONCE):
+                rows = images.mine(block)
+                if len(rows) > 0:
+                    found += parts(rows, lambda part: trained.read_poses(images, part)[:2])
+                bar(int(block[-1]) + 1)
+        # To the CPU at the end: each copy would wait for the device.
+        all_parts = found or [(torch.zeros(0, 3, 3), torch.zeros(0, 2))]
+        mine = (torch.cat(part).cpu() for part in zip(*all_parts, strict=True))
+        rotations, offsets = images.everyones(everyone, *mine)
         self.job.say(f"the encoder has read the poses of {len(images)} images")
         return rotations, offsets
 
@@ -164,6 +163,7 @@ class AmortizedStages(Stages):
         band = config.search_band(box)
         grid = so3_grid(config.search_nside, torch.float32)[0]
         batch = images.select(held, band)
-        mean, error = evidence(batch, run.volume(), grid, offsets_for(config, box, band))
+        found = evidence(batch, run.volume(), grid, offsets_for(config, box, band))
+        mean, error = images.ranks.numbers(*found)
         self.job.say(f"log-evidence {mean:.2f} an image of {len(held)} held out")
         refuse_noise(mean, error)

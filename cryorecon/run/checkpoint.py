@@ -6,6 +6,7 @@ that it can go on from. Entries are nested dicts and lists of tensors, numbers a
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor
 from cryorecon import __version__
 from cryorecon.errors import CryoreconError
 from cryorecon.io.files import replacing
+from cryorecon.ranks import ALONE, Ranks
 from cryorecon.run.stopping import Stop, StoppedError
 
 NAME = "checkpoint.pt"
@@ -44,6 +46,17 @@ def frozen(value: Any) -> Any:
     return value
 
 
+def on_cpu(value: Any) -> Any:
+    """The same with all tensors on the CPU, where a file can be read on any machine."""
+    if isinstance(value, Tensor):
+        return value.cpu()
+    if isinstance(value, dict):
+        return {key: on_cpu(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(on_cpu(item) for item in value)
+    return value
+
+
 def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
@@ -65,6 +78,8 @@ class Checkpoint:
         Whoever asks to stop is heard whenever a state could be kept.
     resume : bool
         Begin with what the file holds, if there is one; else remove it.
+    ranks : Ranks
+        Processes that share the job; the first one writes.
 
     Attributes
     ----------
@@ -72,15 +87,20 @@ class Checkpoint:
         Time that writing has taken.
     """
 
-    def __init__(self, path: Path, stop: Stop, *, resume: bool = False) -> None:
-        self.path, self.stop = path, stop
+    def __init__(
+        self, path: Path, stop: Stop, *, resume: bool = False, ranks: Ranks = ALONE
+    ) -> None:
+        self.path, self.stop, self.ranks = path, stop, ranks
         self.spent_s = 0.0
         self._due = time.monotonic() + _EVERY_S
+        self._is_team = False
         self._entries: dict[str, Entry] = {}
-        if resume and path.exists():
-            self._entries = _read(path)
-        elif not resume:
-            path.unlink(missing_ok=True)
+        if resume:
+            for part in (path, self._of_team(1)):
+                self._entries |= _read(part) if part.exists() else {}
+        elif ranks.first:
+            self.remove()
+        ranks.wait()
 
     def get(self, part: str) -> Entry | None:
         """Where a part stands; None if it has not begun."""
@@ -114,20 +134,42 @@ class Checkpoint:
             If somebody has asked to stop, with this state on disk.
         """
         self.stop.poll()
-        if not (force or self.stop.asked or time.monotonic() >= self._due):
+        self.stop.asked = self.ranks.any(self.stop.asked)
+        late = self.ranks.first and time.monotonic() >= self._due
+        if not (force or self.stop.asked or late):
             return
+        if self.ranks.first:
+            self._put(part, on_cpu(pack()), hold=hold)
+        if self.stop.asked:
+            self.ranks.wait()
+            raise StoppedError("the state at this point is on disk")
+
+    def for_team(self, number: int, ranks: Ranks) -> Checkpoint:
+        """Of one of two teams that work at the same time, beginning with what there is.
+
+        The first team's is this file, the second's one beside it.
+        """
+        team = copy.copy(self)
+        team.path, team.ranks, team._is_team = self._of_team(number), ranks, True
+        team._entries = dict(self._entries)
+        return team
+
+    def _of_team(self, number: int) -> Path:
+        return self.path.with_stem(f"{self.path.stem}{number + 1}") if number else self.path
+
+    def _put(self, part: str, entry: Entry, *, hold: bool) -> None:
         start = time.monotonic()
-        entry = pack()
         _refuse_broken(part, entry)
         self._entries.pop(part, None)
         self._write({**self._entries, part: entry})
         if hold:
             self._entries[part] = frozen(entry)
+        if not self._is_team:
+            # What the second team had left is in this file now.
+            self._of_team(1).unlink(missing_ok=True)
         cost_s = time.monotonic() - start
         self.spent_s += cost_s
         self._due = time.monotonic() + max(_EVERY_S, _TIMES_ITS_COST * cost_s)
-        if self.stop.asked:
-            raise StoppedError("the state at this point is on disk")
 
     def describe(self) -> str:
         """How old the state on disk is, in words."""
@@ -138,7 +180,8 @@ class Checkpoint:
 
     def remove(self) -> None:
         """Delete the file: the job is finished."""
-        self.path.unlink(missing_ok=True)
+        for number in (0, 1):
+            self._of_team(number).unlink(missing_ok=True)
 
     def _write(self, entries: dict[str, Entry]) -> None:
         whole = {"format": _FORMAT, "program": f"cryorecon {__version__}", "parts": entries}

@@ -15,6 +15,7 @@ from rich.console import Console
 from cryorecon import __version__
 from cryorecon.errors import CryoreconError
 from cryorecon.io.files import sha256_of
+from cryorecon.ranks import ALONE, Ranks
 from cryorecon.run.abinitio import AbinitioOptions, abinitio
 from cryorecon.run.job import finished
 from cryorecon.run.moment_reconstruct import (
@@ -63,8 +64,13 @@ def threads_of(folder: Path) -> int | None:
     return threads if isinstance(threads, int) and threads > 0 else None
 
 
-def continue_job(folder: Path, console: Console) -> None:
+def continue_job(folder: Path, console: Console, ranks: Ranks = ALONE) -> None:
     """Go on with a job of any engine to the result of an uninterrupted one.
+
+    Parameters
+    ----------
+    ranks : Ranks
+        Processes that share the job from now on, however many there were before.
 
     Raises
     ------
@@ -82,26 +88,34 @@ def continue_job(folder: Path, console: Console) -> None:
             f"{inputs} has changed since the job in {folder} was begun",
             "Bring the old file back, or start anew with --overwrite",
         )
-    _tell_differences(record, console)
-    _run(record, inputs, folder, base, console)
+    _tell_differences(record, console, ranks)
+    _run(record, inputs, folder, base, console, ranks)
 
 
-def _run(record: dict[str, Any], inputs: Path, folder: Path, base: Path, console: Console) -> None:
+def _run(
+    record: dict[str, Any], inputs: Path, folder: Path, base: Path, console: Console, ranks: Ranks
+) -> None:
     kind, given = record["kind"], record["options"]
     try:
         if kind == "abinitio":
             options = from_plain(AbinitioOptions, given, base)
-            abinitio(inputs, folder, _at_home(options, base), console, resume=True)
-        elif kind == "perturbed":
+            here = _at_home(options, base)
+            abinitio(inputs, folder, here, console, resume=True, ranks=ranks)
+        elif kind == "perturbed" and ranks.count == 1:
             paper = from_plain(PaperOptions, given, base)
             abinitio_perturbed(inputs, folder, _at_home(paper, base), console, resume=True)
         elif kind == "moments":
             wanted = from_plain(MomentsOptions, given["moments"], base)
             fit = from_plain(MomentReconstructOptions, given["fit"], base)
-            abinitio_moments(inputs, folder, _at_home(wanted, base), fit, console, resume=True)
+            wanted = _at_home(wanted, base)
+            abinitio_moments(inputs, folder, wanted, fit, console, resume=True, ranks=ranks)
         elif kind == "moments-fit":
             fit = from_plain(MomentReconstructOptions, given, base)
-            reconstruct_moments(inputs, folder, fit, console, resume=True)
+            reconstruct_moments(inputs, folder, fit, console, resume=True, ranks=ranks)
+        elif kind == "perturbed":
+            raise CryoreconError(
+                f"The published protocol, in {folder}, runs in one process", "Leave torchrun out"
+            )
         else:
             raise KeyError(kind)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -126,15 +140,16 @@ def _at_home(options: Options, base: Path) -> Options:
     return dataclasses.replace(options, project=base) if away else options  # type: ignore[type-var]
 
 
-def _tell_differences(record: dict[str, Any], console: Console) -> None:
+def _tell_differences(record: dict[str, Any], console: Console, ranks: Ranks) -> None:
     """What may make the result differ from an uninterrupted run's in the last digits."""
     now = {
         "program": f"cryorecon {__version__}",
         "torch": str(torch.__version__),
         "threads": torch.get_num_threads(),
+        "processes": ranks.count,
     }
     for name, value in now.items():
-        if record.get(name) != value:
+        if record.get(name, 1) != value:
             _tell(
                 console,
                 f"WARNING: begun with {name} {record.get(name)}, now {value}: the result may "

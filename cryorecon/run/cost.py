@@ -1,7 +1,8 @@
 """What a job will take, before it starts: CPU seconds and memory, good to about a factor of two.
 
 Every figure is a count (images, rounds, voxels) times the time of one, measured on one core of a
-desktop machine with 64 px images (``docs/benchmarks.md``, ``docs/scaling.md``). Assumed: settled poses after about eight
+desktop machine with 64 px images (``docs/benchmarks.md``, ``docs/scaling.md``).
+Assumed: settled poses after about eight
 rounds against half maps and two new searches, as on the simulated stacks there; images that a disk
 gives as fast as they are worked on; one thread (a second one gains up to 1.6).
 """

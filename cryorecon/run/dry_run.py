@@ -20,6 +20,7 @@ from cryorecon.run.cost import (
     moment_fit_cost,
     moments_cost,
 )
+from cryorecon.run.device import device_text
 from cryorecon.run.load import Keep, load_observations, memory_needed, memory_to_use
 from cryorecon.run.moment_reconstruct import MomentReconstructOptions
 from cryorecon.run.moments import MomentsOptions, resolve_geometry
@@ -47,7 +48,8 @@ def describe_abinitio(star: Path, options: AbinitioOptions, console: Console) ->
     independent = options.halves == "independent"
     box, n = particles.box, len(rows)
     cost = abinitio_cost(config, n, box, independent=independent, others=others)
-    _tell_cost(cost, _tell_images(len(particles), box, options.keep, say), say)
+    held = _tell_images(len(particles), box, options.keep, say)
+    _tell_cost(cost, held, say, options.device)
 
 
 def describe_moments(
@@ -64,17 +66,17 @@ def describe_moments(
     say(f"radii to {radius} cycles per {side:.0f} A ({side / radius:.1f} A)")
     cost = moments_cost(geometry, len(particles))
     say("images are read once, in blocks")
-    _tell_cost(cost if fit is None else cost.plus(moment_fit_cost(fit.engine)), 0, say)
+    cost = cost if fit is None else cost.plus(moment_fit_cost(fit.engine))
+    _tell_cost(cost, 0, say, wanted.device)
 
 
-def describe_reconstruct(star: Path, project: Path | None, console: Console) -> None:
-    """Tell what ``reconstruct`` would do."""
-    particles = read_particles(star, project)
+def describe_reconstruct(particles: Particles, console: Console, device: str = "cpu") -> None:
+    """Tell what ``reconstruct`` of particles with their poses would do."""
     particles.euler_deg()
     say = _teller(console)
     _tell_particles(particles, 0.8, say)
     say("images are read once, in blocks")
-    _tell_cost(backprojection_cost(len(particles), particles.box), 0, say)
+    _tell_cost(backprojection_cost(len(particles), particles.box), 0, say, device)
 
 
 def _teller(console: Console) -> Callable[[str], None]:
@@ -114,11 +116,13 @@ def _tell_images(n: int, box: int, keep: Keep, say: Callable[[str], None]) -> in
     return 0
 
 
-def _tell_cost(cost: Cost, images: int, say: Callable[[str], None]) -> None:
+def _tell_cost(cost: Cost, images: int, say: Callable[[str], None], device: str) -> None:
     peak, free = cost.bytes + images, psutil.virtual_memory().available
     short = "" if peak < free else f"; ONLY {free / _GB:.1f} GB ARE FREE"
     say(f"memory about {peak / _GB:.1f} GB{short}")
     cores = torch.get_num_threads()
+    if device != "cpu":
+        say(f"computes on {device_text(device)}; the time is that of a CPU, a GPU's is not known")
     say(
         f"time about {_duration(cost.cpu_s)} of one core ({cores} in use), within a factor of two; "
         "nothing was written"

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
+import json
+import os
 import shlex
 import sys
 import time
@@ -21,9 +24,10 @@ from cryorecon import __version__
 from cryorecon.errors import CryoreconError
 from cryorecon.io.files import make_folder, replacing, sha256_of
 from cryorecon.io.star import read_star, write_star
+from cryorecon.ranks import ALONE, LostRankError, Ranks
 from cryorecon.run.checkpoint import NAME, Checkpoint
 from cryorecon.run.progress import Update, stage_bar
-from cryorecon.run.stopping import ABORT_FILE, Stop, listening
+from cryorecon.run.stopping import ABORT_FILE, Stop, TooLateError, listening
 
 _MARKERS = {
     "success": "RELION_JOB_EXIT_SUCCESS",
@@ -33,6 +37,7 @@ _MARKERS = {
 # What jobs write besides log and job.yaml, which are replaced at once.
 _OUTPUTS = (
     NAME,
+    "checkpoint2.pt",
     "initial_model.mrc",
     "initial_model_C1.mrc",
     "initial_model_aligned.mrc",
@@ -72,17 +77,50 @@ class Job:
         Whether somebody has asked the job to end.
     checkpoint : Checkpoint
         What a continued job begins with.
+    ranks : Ranks
+        Processes that share the job; the first one writes and tells.
     """
 
     def __init__(
-        self, folder: Path, console: Console, log: TextIO, stop: Stop, checkpoint: Checkpoint
+        self,
+        folder: Path,
+        console: Console,
+        log: TextIO,
+        stop: Stop,
+        checkpoint: Checkpoint,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.folder, self.console = folder, console
-        self.stop, self.checkpoint = stop, checkpoint
+        self.stop, self.checkpoint, self.ranks = stop, checkpoint, ranks
         self._log, self._start = log, time.monotonic()
+        self._kept: list[dict[str, Any]] = []
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes the job's files."""
+        return self.ranks.first
+
+    def for_team(self, number: int, ranks: Ranks) -> Job:
+        """The same job as one of two teams sees it that work at the same time."""
+        team = copy.copy(self)
+        team.checkpoint = self.checkpoint.for_team(number, ranks)
+        team._kept = self._kept = []
+        return team
+
+    def hear(self, source: int) -> None:
+        """Tell what the first process of the second team has kept for the log."""
+        told = self.ranks.bytes_from(source, json.dumps(self._kept).encode())
+        for kept in json.loads(told) if self.writes else []:
+            if "line" in kept:
+                self.say(kept["line"])
+            else:
+                self.record_round(**kept)
 
     def say(self, line: str) -> None:
         """One line, with the seconds since the start, to terminal and log."""
+        if not self.writes:
+            self._kept.append({"line": line})
+            return
         stamped = f"{time.monotonic() - self._start:7.1f} s  {line}"
         self.console.print(stamped, markup=False, highlight=False)
         self._log.write(stamped + "\n")
@@ -103,6 +141,9 @@ class Job:
             Of the round within its stage.
         measured : mapping of column name to number
         """
+        if not self.writes:
+            self._kept.append({"stage": stage, "number": number, "measured": dict(measured)})
+            return
         path = self.path("rounds.star")
         row = {"cryoreconStage": stage, "cryoreconRound": str(number)}
         row |= {name: f"{value:.6f}" for name, value in measured.items()}
@@ -130,14 +171,16 @@ class Job:
     def tell_how_to_go_on(self) -> None:
         """What is kept, and the command that continues the job."""
         # Alone on its line, to be copied; the log may be on a full disk.
-        for line in (self.checkpoint.describe(), continue_command(self.folder)):
+        for line in (self.checkpoint.describe(), continue_command(self.folder, self.ranks)):
             self.console.print(line, markup=False, highlight=False, soft_wrap=True)
         self.say("stopped")
 
 
-def continue_command(folder: Path) -> str:
+def continue_command(folder: Path, ranks: Ranks = ALONE) -> str:
     """What continues a job of any engine."""
-    return shlex.join(["cryorecon", "abinitio", "--continue", str(folder)])
+    several = ["torchrun", "--nproc-per-node", str(ranks.neighbours), "-m"]
+    start = several if ranks.count > 1 else []
+    return shlex.join([*start, "cryorecon", "abinitio", "--continue", str(folder)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +210,7 @@ class Task:
     seed: int
 
 
-def _describe(task: Task) -> dict[str, Any]:
+def _describe(task: Task, ranks: Ranks) -> dict[str, Any]:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "program": f"cryorecon {__version__}",
@@ -182,6 +225,7 @@ def _describe(task: Task) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "gpu": gpus,
         "threads": torch.get_num_threads(),
+        "processes": ranks.count,
         "config": _plain(task.config),
         "options": _plain(task.options),
     }
@@ -198,51 +242,90 @@ def _plain(value: Any) -> Any:
 
 
 @contextmanager
-def open_job(folder: Path, console: Console, task: Task, *, resume: bool = False) -> Iterator[Job]:
+def open_job(
+    folder: Path, console: Console, task: Task, *, resume: bool = False, ranks: Ranks = ALONE
+) -> Iterator[Job]:
     """Make the directory, record what runs in ``job.yaml``, and leave a marker at the end.
 
     Parameters
     ----------
     resume : bool
         Go on with what the directory holds; else whatever an earlier job wrote is removed.
+    ranks : Ranks
+        Processes that share the job; the first one does all this.
 
     Raises
     ------
     StoppedError
         If the user or RELION asked to stop; what is kept and how to go on has been told.
     """
+    if ranks.first:
+        _begin(folder, task, ranks, resume=resume)
+    ranks.wait()
+    outcome = "failure"
+    try:
+        with (
+            listening(folder, patient=ranks.count > 1) as stop,
+            _log(folder, ranks, resume=resume) as log,
+        ):
+            checkpoint = Checkpoint(folder / NAME, stop, resume=resume, ranks=ranks)
+            quiet = console if ranks.first else Console(quiet=True)
+            job = Job(folder, quiet, log, stop, checkpoint, ranks)
+            try:
+                yield job
+                # The first one still writes.
+                ranks.wait()
+            except KeyboardInterrupt as stop:
+                outcome = "aborted"
+                _tell_how_to_go_on(job, alone=isinstance(stop, TooLateError))
+                raise
+            except (CryoreconError, OSError) as error:
+                _tell_if_not_the_jobs_fault(job, error)
+                raise
+            outcome = "success"
+    except LostRankError:
+        # Whoever is left says so: the first one may be the one that is gone.
+        with contextlib.suppress(OSError):
+            (folder / _MARKERS[outcome]).touch()
+        raise
+    finally:
+        # On a full disk there is no room even for a marker; the error itself must be seen.
+        with contextlib.suppress(OSError):
+            if ranks.first:
+                (folder / _MARKERS[outcome]).touch()
+    if ranks.first:
+        checkpoint.remove()
+
+
+def _begin(folder: Path, task: Task, ranks: Ranks, *, resume: bool) -> None:
+    """The directory, without what an earlier job wrote, and its ``job.yaml``."""
     make_folder(folder)
     _clear(folder, outputs=not resume)
     if not resume:
         with replacing(folder / "job.yaml") as temporary:
-            text = yaml.safe_dump(_describe(task), sort_keys=False)
+            text = yaml.safe_dump(_describe(task, ranks), sort_keys=False)
             temporary.write_text(text, "utf-8")
-    outcome = "failure"
-    try:
-        with (
-            listening(folder) as stop,
-            (folder / "run.log").open("a" if resume else "w", encoding="utf-8") as log,
-        ):
-            checkpoint = Checkpoint(folder / NAME, stop, resume=resume)
-            job = Job(folder, console, log, stop, checkpoint)
-            try:
-                yield job
-            except KeyboardInterrupt:
-                outcome = "aborted"
-                job.tell_how_to_go_on()
-                raise
-            except (CryoreconError, OSError) as error:
-                if checkpoint.path.exists() and isinstance(error.__cause__ or error, OSError):
-                    # The disk's fault, not the job's.
-                    with contextlib.suppress(OSError):
-                        job.tell_how_to_go_on()
-                raise
-            outcome = "success"
-    finally:
-        # On a full disk there is no room even for a marker; the error itself must be seen.
+
+
+def _log(folder: Path, ranks: Ranks, *, resume: bool) -> TextIO:
+    path = folder / "run.log" if ranks.first else Path(os.devnull)
+    return path.open("a" if resume else "w", encoding="utf-8")
+
+
+def _tell_if_not_the_jobs_fault(job: Job, error: Exception) -> None:
+    """How to go on, where the disk or another process is to blame."""
+    lost = isinstance(error, LostRankError)
+    blameless = lost or isinstance(error.__cause__ or error, OSError)
+    if blameless and job.checkpoint.path.exists():
         with contextlib.suppress(OSError):
-            (folder / _MARKERS[outcome]).touch()
-    checkpoint.remove()
+            _tell_how_to_go_on(job, alone=lost)
+
+
+def _tell_how_to_go_on(job: Job, *, alone: bool) -> None:
+    """By the first process; by any that may be the only one left."""
+    if alone and not job.writes:
+        job.console = Console(stderr=True)
+    job.tell_how_to_go_on()
 
 
 def finished(folder: Path) -> bool:

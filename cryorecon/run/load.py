@@ -20,6 +20,7 @@ from cryorecon.physics.ctf import CtfParameters, ctf
 from cryorecon.physics.fourier import HalfPlane, half_plane, to_coefficients
 from cryorecon.physics.imaging import noise_power_outside
 from cryorecon.physics.masks import soft_ball
+from cryorecon.ranks import ALONE, Ranks
 
 Keep = Literal["auto", "memory", "disk"]
 
@@ -86,13 +87,30 @@ class _FromDisk:
 
 @dataclass(frozen=True)
 class _InMemory:
-    """A source that holds every image's coefficients and CTF."""
+    """A source that holds the coefficients and CTFs of neighbours, and reads others.
+
+    Attributes
+    ----------
+    first : int
+        Row of the first image that is held.
+    """
 
     coefficients: Tensor
     gain: Tensor
+    first: int
+    others: _FromDisk
 
     def __call__(self, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        return self.coefficients[rows, :count], self.gain[rows, :count]
+        place = rows - self.first
+        away = (place < 0) | (place >= len(self.gain))
+        if not bool(away.any()):
+            return self.coefficients[place, :count], self.gain[place, :count]
+        coefficients = torch.empty(len(rows), count, dtype=self.coefficients.dtype)
+        gain = torch.empty(len(rows), count)
+        coefficients[away], gain[away] = self.others(rows[away], count)
+        held = place[~away]
+        coefficients[~away], gain[~away] = self.coefficients[held, :count], self.gain[held, :count]
+        return coefficients, gain
 
 
 def memory_needed(n: int, box: int) -> int:
@@ -110,6 +128,7 @@ def load_observations(
     diameter: float,
     progress: Callable[[int, int], None] | None = None,
     keep: Keep = "auto",
+    ranks: Ranks = ALONE,
 ) -> ImageSet:
     """Read all images in file order and measure their noise; keep what fits into memory.
 
@@ -127,6 +146,8 @@ def load_observations(
         Hold all coefficients, or read images again whenever they are needed: the same numbers
         in memory that does not grow with their count. Auto holds them if they take less than
         half of the free memory.
+    ranks : Ranks
+        Each process reads and holds its share.
 
     Raises
     ------
@@ -137,38 +158,48 @@ def load_observations(
     radius_px = diameter / 2 * particles.box
     outside = 1 - soft_ball(particles.box, radius_px, 2.0, 2)
     disk = _FromDisk(particles, particles.ctf_parameters(), plane, outside)
+    first, end = ranks.bounds(n)[ranks.index : ranks.index + 2]
     if keep == "auto":
-        keep = "memory" if memory_needed(n, particles.box) < memory_to_use() else "disk"
-    held = n if keep == "memory" else 0
+        needed = memory_needed(end - first, particles.box)
+        keep = "memory" if needed < memory_to_use() / ranks.neighbours else "disk"
+    held = end - first if keep == "memory" else 0
     store = _InMemory(
-        torch.empty(held, len(plane), dtype=torch.complex64), torch.empty(held, len(plane))
+        torch.empty(held, len(plane), dtype=torch.complex64),
+        torch.empty(held, len(plane)),
+        first,
+        disk,
     )
     group = torch.from_numpy(particles.optics_index()).int()
     power = torch.zeros(int(group.max()) + 1, plane.n_shells)
     heard = _spread(group)
     done = 0
     for rows in map(torch.from_numpy, particles.in_file_order(_BLOCK)):
+        rows = rows[(rows >= first) & (rows < end)]
         done += len(rows)
         if progress is not None:
-            progress(done, n)
+            progress(min(n, done * ranks.count), n)
         rows = rows if held else rows[heard[rows]]
         if len(rows) == 0:
             continue
         images = disk.images(rows)
         if held:
-            store.coefficients[rows] = to_coefficients(images, plane)
-            store.gain[rows] = disk.ctf(rows, len(plane))
-        for number in group[rows].unique().tolist():
-            of_group = images[heard[rows] & (group[rows] == number)]
-            if len(of_group) == 0:
-                continue
+            store.coefficients[rows - first] = to_coefficients(images, plane)
+            store.gain[rows - first] = disk.ctf(rows, len(plane))
+        useful = heard[rows]
+        for number in group[rows][useful].unique().tolist():
+            of_group = images[useful & (group[rows] == number)]
             power[number] += noise_power_outside(of_group, radius_px, plane) * len(of_group)
+    ranks.add_up(power)
     counts = torch.bincount(group[heard], minlength=len(power)).clamp(min=1)
     source: Source = store if held else disk
-    rows, place = torch.arange(n, dtype=torch.int32), particles.place()
-    known = None if place is None else torch.from_numpy(place)
-    noise = power / counts[:, None]
-    return ImageSet(plane, source, noise, group, torch.ones(n), rows, known)
+    rows, noise = torch.arange(n, dtype=torch.int32), power / counts[:, None]
+    place = _place(particles)
+    return ImageSet(plane, source, noise, group, torch.ones(n), rows, ranks, n, place)
+
+
+def _place(particles: Particles) -> Tensor | None:
+    place = particles.place()
+    return None if place is None else torch.from_numpy(place)
 
 
 def _spread(group: Tensor) -> Tensor:

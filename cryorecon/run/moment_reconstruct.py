@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import healpix
@@ -25,11 +23,12 @@ from cryorecon.io.particles import read_particles
 from cryorecon.io.star import write_star
 from cryorecon.maps.align import align_maps, apply_alignment
 from cryorecon.maps.fsc import crossing_shell, fsc_curve
-from cryorecon.run.checkpoint import Entry
+from cryorecon.ranks import ALONE, Ranks
 from cryorecon.run.curves import FscCurve, write_fsc_star
 from cryorecon.run.job import Job, Task, open_job, write_output_nodes
 from cryorecon.run.load import map_like
 from cryorecon.run.moment_maps import aligned, on_images
+from cryorecon.run.moment_restarts import all_starts
 from cryorecon.run.moment_start_map import (
     LARGEST_INFORMATION,
     StartMap,
@@ -83,6 +82,7 @@ def reconstruct_moments(
     console: Console,
     *,
     resume: bool = False,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Fit a map and a view density to a moments file and write what can be trusted.
 
@@ -94,6 +94,8 @@ def reconstruct_moments(
         Job directory.
     resume : bool
         Go on with what an interrupted job left there.
+    ranks : Ranks
+        Processes that share the starts; the first one writes.
 
     Raises
     ------
@@ -110,7 +112,7 @@ def reconstruct_moments(
     elif options.engine.starts == 0:
         raise CryoreconError("Nothing to start from", "Give --starts 2 or more, or --start-map")
     task = Task("moments-fit", path, moments.n_images, options, options, options.seed)
-    with open_job(output, console, task, resume=resume) as job:
+    with open_job(output, console, task, resume=resume, ranks=ranks) as job:
         _fit_and_write(job, path, moments, options, reference, given)
 
 
@@ -122,6 +124,7 @@ def abinitio_moments(
     console: Console,
     *,
     resume: bool = False,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Both steps in one job directory: ``moments.h5``, then the map.
 
@@ -136,7 +139,7 @@ def abinitio_moments(
     resolve_geometry(wanted, particles.box, particles.pixel_size_angst)
     both = {"moments": wanted, "fit": options}
     task = Task("moments", star, len(particles), both, both, options.seed)
-    with open_job(output, console, task, resume=resume) as job:
+    with open_job(output, console, task, resume=resume, ranks=ranks) as job:
         path = job.path("moments.h5")
         found = finished_moments(path, star) if resume else None
         if found is None:
@@ -150,6 +153,7 @@ def abinitio_moments(
                     lambda done, _: bar(done),
                     job.stop,
                     lambda *done: bar(len(particles), "noise: shell {} of {}".format(*done)),
+                    ranks,
                 )
         _fit_and_write(job, path, found, options, None)
 
@@ -163,15 +167,20 @@ def _fit_and_write(
     given: Tensor | None = None,
 ) -> None:
     radius = _radius(path, moments, options.engine, job)
-    fitter = Fitter.of(moments, options.engine, radius, options.device)
+    device = job.ranks.device(options.device)
+    fitter = Fitter.of(moments, options.engine, radius, device)
     near, geometry = None, moments.geometry.in_particle_box()
+    if given is not None and job.ranks.count > 1:
+        raise CryoreconError("--start-map is fitted by one process", "Run it without torchrun")
     if given is not None and options.start_map is not None:
         near = fit_start_map(job, fitter, options.start_map, given, geometry, options.seed)
         if options.engine.starts == 0:
             compare_with_starts(job, near, [], [], geometry)
             job.say("no random starts: nothing but from_start_map.mrc and shells.star, both USE IT")
             return
-    fits = _all_starts(fitter, options, job)
+    fits = all_starts(fitter, options.engine.starts, options.seed, job)
+    if not job.writes:
+        return
     best = fits[0][1]
     _tell_information(fitter, best, geometry, job)
     _tell_in_plane(fitter, best, job)
@@ -212,52 +221,6 @@ def _radius(path: Path, moments: Moments, config: MomentFitConfig, job: Job) -> 
     source = f"{moments.n_images} images" if moments.n_images else "exact moments"
     job.say(f"{source}; radii to {radius}, {side / radius:.1f} A ({why})")
     return radius
-
-
-def _all_starts(
-    fitter: Fitter, options: MomentReconstructOptions, job: Job
-) -> list[tuple[int, MomentFit]]:
-    """Number of the start and its fit, the best first; starts that diverge are told and left."""
-    starts = options.engine.starts
-    saved = job.checkpoint.get("starts") or {"tried": 0, "fits": [], "going": None}
-    fits = [(entry["number"], fitter.restored(entry)) for entry in saved["fits"]]
-    if saved["tried"] or saved["going"]:
-        job.say(f"{saved['tried']} starts taken from the checkpoint")
-    with job.bar("Fitting", starts * fitter.steps, unit="steps") as bar:
-        for start in range(saved["tried"], starts):
-            done = start * fitter.steps
-
-            def progress(steps: int) -> None:
-                nonlocal done
-                done += steps
-                bar(done, f"start {1 + done // fitter.steps} of {starts}")
-
-            def keep(going: Callable[[], Entry], start: int = start) -> None:
-                job.checkpoint.put("starts", lambda: _packed(fits, start, going()))
-
-            generator = torch.Generator().manual_seed(options.seed * 1000 + start)
-            going = saved["going"] if start == saved["tried"] else None
-            try:
-                fit = fitter.fit(generator, progress, going, keep)
-            except FloatingPointError as error:
-                job.say(f"start {start + 1} diverged: {error}")
-                continue
-            fits.append((start + 1, fit))
-            one, two = fit.frobenius
-            job.say(
-                f"start {start + 1}: misfit {fit.misfit:.3g}, errors of the moments "
-                f"{one:.4f} and {two:.4f}"
-            )
-            pack = partial(_packed, fits, start + 1, None)
-            job.checkpoint.put("starts", pack, force=start + 1 == starts)
-    if not fits:
-        raise CryoreconError("All starts diverged", "Lower --set rate")
-    return sorted(fits, key=lambda pair: pair[1].misfit)
-
-
-def _packed(fits: list[tuple[int, MomentFit]], tried: int, going: Entry | None) -> Entry:
-    done = [{"number": number, **fit.state()} for number, fit in fits]
-    return {"tried": tried, "fits": done, "going": going}
 
 
 def _tell_information(fitter: Fitter, best: MomentFit, geometry: MomentsGeometry, job: Job) -> None:

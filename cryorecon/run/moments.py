@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -23,6 +24,7 @@ from cryorecon.physics.ctf import CtfParameters, ctf
 from cryorecon.physics.fourier import HalfPlane, half_plane, max_band
 from cryorecon.physics.imaging import noise_powers_outside, noise_unmixing
 from cryorecon.physics.masks import soft_ball
+from cryorecon.ranks import ALONE, Ranks
 from cryorecon.run.load import normalised, refuse_blank
 from cryorecon.run.moments_store import Progress, load_progress, new_sums, save_progress
 from cryorecon.run.stopping import Stop, StoppedError, listening
@@ -195,6 +197,7 @@ def estimate_moments(
     resume: bool = False,
     progress: Callable[[int, int], None] | None = None,
     finishing: Callable[[int, int], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Moments:
     """Estimate moments and write them; the state is kept beside the output while it runs.
 
@@ -210,6 +213,8 @@ def estimate_moments(
         Called with (images done, images in all).
     finishing : callable, optional
         Called with (shells done, shells in all) while the noise is subtracted at the end.
+    ranks : Ranks
+        Processes that share the images; the first one writes.
 
     Raises
     ------
@@ -219,7 +224,9 @@ def estimate_moments(
         After Ctrl-C, with the state on disk.
     """
     particles = read_particles(path, options.project)
-    return moments_of(particles, output, options, resume, progress, finishing=finishing)
+    return moments_of(
+        particles, output, options, resume, progress, finishing=finishing, ranks=ranks
+    )
 
 
 def moments_of(
@@ -230,6 +237,7 @@ def moments_of(
     progress: Callable[[int, int], None] | None = None,
     stop: Stop | None = None,
     finishing: Callable[[int, int], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Moments:
     """The same for particles whose table is read; `stop` is the job's, if there is one."""
     geometry = resolve_geometry(options, particles.box, particles.pixel_size_angst)
@@ -237,18 +245,24 @@ def moments_of(
         check_full(geometry, psutil.virtual_memory().available)
     source = sha256_of(particles.path)
     state = state_path(output)
+    device = ranks.device(options.device)
+    done = Progress(new_sums(geometry, device), 0, len(particles), (source,))
     if resume:
-        done = load_progress(state, geometry, source, options.device)
-    else:
-        done = Progress(new_sums(geometry, options.device), 0, len(particles), (source,))
-    with nullcontext(stop) if stop is not None else listening(grace_s=None) as asked:
-        done = _pass(particles, done, state, options, progress, asked)
-    if geometry.max_radius > _LONG_FINISH:
+        saved = load_progress(state, geometry, source, device)
+        # The first process goes on with these sums, the others begin at nothing.
+        done = saved if ranks.first else dataclasses.replace(done, images_done=saved.images_done)
+    patient = ranks.count > 1
+    listen = nullcontext(stop) if stop is not None else listening(grace_s=None, patient=patient)
+    with listen as asked:
+        done = _pass(particles, done, state, options, progress, asked, ranks)
+    if geometry.max_radius > _LONG_FINISH and ranks.first:
         # Solving for the moments takes long at high radii: an interruption must lose no sums.
         save_progress(state, done)
     result = done.sums.finalise(finishing)
-    save_progress(output, done, result)
-    state.unlink(missing_ok=True)
+    if ranks.first:
+        save_progress(output, done, result)
+        state.unlink(missing_ok=True)
+    ranks.wait()
     return result
 
 
@@ -264,20 +278,43 @@ def _pass(
     options: MomentsOptions,
     progress: Callable[[int, int], None] | None,
     stop: Stop,
+    ranks: Ranks,
 ) -> Progress:
+    """All images that are not in the sums yet; each process takes every k-th block of them."""
     sums: MomentSums = done.sums
     reader, total = _Reader.of(particles, sums.geometry), len(particles)
     seen = saved = done.images_done
-    for rows in map(torch.from_numpy, particles.in_file_order(_BLOCK, seen)):
-        sums.add(reader.read(rows, sums.frequencies))
+    for rows in map(torch.from_numpy, particles.in_file_order(_BLOCK * ranks.count, seen)):
+        own = rows[ranks.index * _BLOCK :][:_BLOCK]
+        if len(own) > 0:
+            sums.add(reader.read(own, sums.frequencies))
         seen += len(rows)
-        now = dataclasses.replace(done, images_done=seen)
         if progress is not None:
             progress(seen, total)
-        if stop.asked and seen < total:
-            save_progress(state, now)
-            raise StoppedError(f"{seen} of {total} images are in {state}")
-        if seen - saved >= options.checkpoint_images and seen < total:
-            save_progress(state, now)
+        stopping = ranks.any(stop.asked) and seen < total
+        if stopping or (seen - saved >= options.checkpoint_images and seen < total):
+            _save(state, dataclasses.replace(done, images_done=seen), ranks)
             saved = seen
+        if stopping:
+            raise StoppedError(f"{seen} of {total} images are in {state}")
+    _together(sums, ranks)
     return dataclasses.replace(done, images_done=total)
+
+
+def _save(state: Path, done: Progress, ranks: Ranks) -> None:
+    """The sums of all processes, written by the first."""
+    if ranks.count == 1:
+        save_progress(state, done)
+        return
+    whole = copy.copy(done.sums)
+    whole.arrays = {name: array.clone() for name, array in done.sums.arrays.items()}
+    _together(whole, ranks)
+    if ranks.first:
+        save_progress(state, dataclasses.replace(done, sums=whole))
+    ranks.wait()
+
+
+def _together(sums: MomentSums, ranks: Ranks) -> None:
+    """Add up the sums of all processes."""
+    ranks.add_up(*sums.arrays.values())
+    sums.n_images = ranks.total(sums.n_images)

@@ -134,6 +134,8 @@ class Parts(ABC):
         self.generator.set_state(saved["generator"])
         place = Place(**saved["place"])
         state = Reconstruction(**saved["state"], support=self.support)
+        state.maps = [volume.to(images.device) for volume in state.maps]
+        state.halves = [volume.to(images.device) for volume in state.halves]
         what = "done" if place.done else f"{place.number} rounds done"
         joint = f", {place.joint} of them joint" if place.joint > 0 and not place.done else ""
         self.job.say(f"{self.part}: taken from the checkpoint, {what}{joint}")

@@ -21,7 +21,7 @@ _MANY_HITS = 0.02
 
 
 def joint_map(state: Reconstruction) -> Tensor:
-    """The map of all images, shape (N, N, N)."""
+    """The map of all images, shape (N, N, N), on the device."""
     return (state.maps[0] + state.maps[1]) / 2
 
 
@@ -58,10 +58,10 @@ def write_results(
 ) -> None:
     """Maps, half maps, FSC, poses and pictures; says what it wrote."""
     pixel = particles.pixel_size_angst
-    joint = joint_map(state).numpy()
+    joint = joint_map(state).cpu().numpy()
     write_map(job.path("initial_model.mrc"), joint, pixel)
     for number, volume in enumerate(scales, 1):
-        write_map(job.path(f"scale{number}.mrc"), volume.numpy(), pixel)
+        write_map(job.path(f"scale{number}.mrc"), volume.cpu().numpy(), pixel)
     particles.write(
         job.path("run_data.star"),
         euler_deg=matrix_to_euler(state.rotations.double()).numpy(),
@@ -85,7 +85,7 @@ def write_results(
 def _write_halves(job: Job, state: Reconstruction, particles: Particles, label: str) -> None:
     box, pixel = particles.box, particles.pixel_size_angst
     for number, volume in enumerate(state.halves, 1):
-        write_map(job.path(f"run_half{number}_class001_unfil.mrc"), volume.numpy(), pixel)
+        write_map(job.path(f"run_half{number}_class001_unfil.mrc"), volume.cpu().numpy(), pixel)
     aligned = label == _HALVES_LABEL["independent"]
     mask = "soft sphere of the diameter"
     if state.support.mask is not None:

@@ -50,9 +50,10 @@ class RmfnStages(Stages):
 
     def _network(self, state: Entry, images: ImageSet) -> NetworkMap | GridMap:
         # What a fresh network draws is thrown away.
-        network = new_map(self.config, images.plane.box, torch.Generator(), self.mask)
+        box, device = images.plane.box, images.device
+        network = new_map(self.config, box, torch.Generator(), self.mask, device)
         network.load(state)
-        return network
+        return network.to(device) if isinstance(network, GridMap) else network
 
     def from_map(
         self, images: ImageSet, half: torch.Tensor, volume: torch.Tensor
@@ -68,12 +69,13 @@ class RmfnStages(Stages):
         self, images: ImageSet, half: torch.Tensor, volume: torch.Tensor
     ) -> Reconstruction:
         config, box = self.config, images.plane.box
-        scaled = scaled_to_images(volume, images, config)
+        scaled = scaled_to_images(volume.to(images.device), images, config)
         band = config.search_band(box)
         rows = torch.arange(len(images))[:: max(1, len(images) // HELD_OUT)]
         grid = so3_grid(config.search_nside, torch.float32)[0]
         offsets = offsets_for(config, box, band)
-        mean, error = evidence(images.select(rows, band), scaled, grid, offsets)
+        found = evidence(images.select(rows, band), scaled, grid, offsets)
+        mean, error = images.ranks.numbers(*found)
         self.job.say(f"the map given explains images with log-evidence {mean:.2f} an image")
         if not beyond_noise(mean, error):
             raise CryoreconError(
@@ -81,7 +83,7 @@ class RmfnStages(Stages):
                 f"(log-evidence {mean:.2f} +- {error:.2f})",
                 "It must be white on black, of this particle; or leave it out and search",
             )
-        self.network = new_map(config, box, self.generator, self.mask)
+        self.network = new_map(config, box, self.generator, self.mask, images.device)
         return self._assigned(scaled, images, half)
 
     def scale_maps(self, joint: torch.Tensor) -> list[torch.Tensor]:
@@ -134,7 +136,8 @@ class RmfnStages(Stages):
         if run.order is None:
             run.order = torch.randperm(len(images), generator=self.generator)
         rows, held = run.order[:n], run.order[n : n + n_held]
-        search = Search(config, images.select(rows, band), self.generator, self.mask)
+        seen = images.select(rows, band)
+        search = Search(config, seen, self.generator, self.mask, images.ranks)
         if not fresh:
             search.load(run.state or {})
             self.generator.set_state(at)

@@ -20,6 +20,7 @@ from cryorecon.maps.poses import mirror_poses, rotate_poses, shift_origins
 from cryorecon.maps.symmetry import find_symmetry
 from cryorecon.physics.fourier import lowpass
 from cryorecon.physics.symmetry import symmetry_group
+from cryorecon.ranks import Ranks
 from cryorecon.run.checkpoint import broken
 from cryorecon.run.parts import HALF_SETS, Parts, Place
 
@@ -232,35 +233,72 @@ class Stages(Parts):
         return self.go_through("both", images, begin, self.finish, instead_of=HALF_SETS)
 
     def _both_halves(self, images: ImageSet, half: torch.Tensor) -> Reconstruction:
-        n = len(images)
-        runs: list[Reconstruction] = []
         rows = [torch.nonzero(half == number)[:, 0] for number in (0, 1)]
-        for number, mine in enumerate(rows):
-            self.job.say(f"half set {number + 1}, {len(mine)} images, by itself")
-            quarters = torch.randperm(len(mine), generator=self.generator) % 2
-            own = images.apart(mine)
-            runs.append(self.from_scratch(own, quarters, HALF_SETS[number]))
-            images.gain[mine] = own.gain
-        self._move_second(runs)
-        state = Reconstruction(
-            torch.empty(n, 3, 3),
-            torch.empty(n, 2),
-            half,
-            [run.maps[0] for run in runs],
-            min(run.band for run in runs),
-            runs[0].support,
-        )
+        seeds = torch.randint(2**62, (2,), generator=self.generator).tolist()
+        if images.ranks.count == 1:
+            runs = [self._one_half(k, images, rows[k], seeds[k], images.ranks) for k in (0, 1)]
+        else:
+            runs = self._halves_at_once(images, rows, seeds)
+        self._move_second(runs, images.ranks)
+        n = len(images)
+        maps, band = [run.maps[0] for run in runs], min(run.band for run in runs)
+        rotations, offsets = torch.empty(n, 3, 3), torch.empty(n, 2)
+        state = Reconstruction(rotations, offsets, half, maps, band, self.support)
         for mine, run in zip(rows, runs, strict=True):
             state.rotations[mine], state.offsets_px[mine] = run.rotations, run.offsets_px
         refine_round(state, images, self.config, fsc_curve, joint=False, n_steps=0)
         self._take_out_chance(state)
         return state
 
+    def _one_half(
+        self, number: int, images: ImageSet, mine: torch.Tensor, seed: int, ranks: Ranks
+    ) -> Reconstruction:
+        """A half set from scratch, with random numbers of its own."""
+        self.job.say(f"half set {number + 1}, {len(mine)} images, by itself")
+        generator, self.generator = self.generator, torch.Generator().manual_seed(seed)
+        quarters = torch.randperm(len(mine), generator=self.generator) % 2
+        own = images.apart(mine, ranks)
+        run = self.from_scratch(own, quarters, HALF_SETS[number])
+        images.gain[mine] = own.gain
+        self.generator = generator
+        return run
+
+    def _halves_at_once(
+        self, images: ImageSet, rows: list[torch.Tensor], seeds: list[int]
+    ) -> list[Reconstruction]:
+        """Both half sets from scratch, each by a team of processes; all learn what both found."""
+        ranks, job, box = images.ranks, self.job, images.plane.box
+        number, team = ranks.split()
+        job.say("both half sets at the same time, each by half of the processes")
+        self.job = job.for_team(number, team)
+        run = self._one_half(number, images, rows[number], seeds[number], team)
+        self.job = job
+        runs = []
+        for k, source in enumerate((0, ranks.count // 2)):
+            n = len(rows[k])
+            blank = torch.empty(n, 3, 3), torch.empty(n, 2), torch.zeros(n, dtype=torch.int64)
+            nothing = torch.empty(box, box, box, device=images.device)
+            other = Reconstruction(*blank, [nothing] * 2, 0.0, self.support)
+            found = run if k == number else other
+            gain = images.gain[rows[k]]
+            ranks.same(found.rotations, found.offsets_px, found.maps[0], gain, source=source)
+            (found.band,) = ranks.numbers(found.band, source=source)
+            images.gain[rows[k]] = gain
+            runs.append(found)
+        job.hear(ranks.count // 2)
+        return runs
+
     def _take_out_chance(self, state: Reconstruction) -> None:
         """Correct the half maps' FSC for what aligning one to the other brought."""
-        mask = state.support.on(state.maps[0].shape[-1])
+        joint = state.maps[0]
+        ranks, mask = self.job.ranks, state.support.on(joint.shape[-1], device=joint.device)
         first, second = state.halves
-        chance = chance_fsc(second, first, mask, self.pixel_size_angst, self.generator)
+        chance, drawn = torch.empty_like(state.fsc), self.generator.get_state()
+        if ranks.first:
+            chance = chance_fsc(second, first, mask, self.pixel_size_angst, self.generator)
+            drawn = self.generator.get_state()
+        ranks.same(chance, drawn)
+        self.generator.set_state(drawn)
         state.chance, state.fsc = chance, beyond_chance(state.fsc, chance)
         self.job.say(
             f"noise aligned in place of half set 2 would agree with an FSC of up to "
@@ -286,7 +324,19 @@ class Stages(Parts):
         return self.go_through("symmetry", images, begin, self.finish, ("map", "all", "both"))
 
     def _on_axes(self, state: Reconstruction, images: ImageSet, name: str) -> Reconstruction:
-        box, group = images.plane.box, symmetry_group(name)
+        group = symmetry_group(name)
+        if images.ranks.first:
+            self._turn(state, group, name)
+        images.ranks.same(state.rotations, state.offsets_px)
+        state.group = group.float()
+        refine_round(state, images, self.config, fsc_curve, joint=False, n_steps=0)
+        if state.chance is not None:
+            state.fsc = beyond_chance(state.fsc, state.chance)
+        return state
+
+    def _turn(self, state: Reconstruction, group: torch.Tensor, name: str) -> None:
+        """Move the poses from before any joint round onto the axes that the map shows."""
+        box = state.maps[0].shape[-1]
         limit = agreement_band(state.fsc, _SYMMETRY_FSC)
         fit = find_symmetry((state.maps[0] + state.maps[1]) / 2, group, limit)
         self.job.say(
@@ -296,25 +346,25 @@ class Stages(Parts):
         if fit.correlation < _DOUBTFUL:
             self.job.say(f"WARNING: the map hardly has {name}; see initial_model_C1.mrc")
         rotations, origins = state.half_poses or (state.rotations, state.offsets_px)
-        poses = rotate_poses(rotations.double(), fit.rotation)
-        offsets = shift_origins(origins.double(), poses, fit.shift_px)
+        poses = rotate_poses(rotations.double(), fit.rotation.cpu())
+        offsets = shift_origins(origins.double(), poses, fit.shift_px.cpu())
         state.rotations, state.offsets_px = poses.float(), offsets.float()
-        state.group = group.float()
-        refine_round(state, images, self.config, fsc_curve, joint=False, n_steps=0)
-        if state.chance is not None:
-            state.fsc = beyond_chance(state.fsc, state.chance)
-        return state
 
-    def _move_second(self, runs: list[Reconstruction]) -> None:
+    def _move_second(self, runs: list[Reconstruction], ranks: Ranks) -> None:
         first, second = runs
+        if ranks.first:
+            self._moved(second, first)
+        ranks.same(second.rotations, second.offsets_px)
+
+    def _moved(self, second: Reconstruction, first: Reconstruction) -> None:
         found = align_maps(second.maps[0], first.maps[0], self.pixel_size_angst)
         self.job.say(
             f"half set 2 moved onto half set 1{', as its mirror image' if found.flipped else ''}"
         )
         poses = second.rotations.double()
         poses = mirror_poses(poses) if found.flipped else poses
-        poses = rotate_poses(poses, found.rotation.double())
-        offsets = shift_origins(second.offsets_px.double(), poses, found.shift_px.double())
+        poses = rotate_poses(poses, found.rotation.double().cpu())
+        offsets = shift_origins(second.offsets_px.double(), poses, found.shift_px.double().cpu())
         second.rotations, second.offsets_px = poses.float(), offsets.float()
 
     def _angst(self, shell: float, box: int) -> float:

@@ -21,6 +21,10 @@ class StoppedError(KeyboardInterrupt):
     """The user asked to stop; what was done until then is on disk."""
 
 
+class TooLateError(StoppedError):
+    """The job was asked to stop and came to no point worth keeping in time."""
+
+
 class Stop:
     """Whether somebody has asked the job to stop.
 
@@ -30,10 +34,19 @@ class Stop:
         Where RELION leaves its file; without it only signals count.
     grace_s : float, optional
         How long the job may then go on; without it, to the next good point.
+    patient : bool
+        Take a second request for the first one: ``torchrun`` passes on what a terminal sends to
+        all processes by itself.
     """
 
-    def __init__(self, folder: Path | None = None, grace_s: float | None = GRACE_S) -> None:
-        self._grace_s = grace_s
+    def __init__(
+        self,
+        folder: Path | None = None,
+        grace_s: float | None = GRACE_S,
+        *,
+        patient: bool = False,
+    ) -> None:
+        self._grace_s, self._patient = grace_s, patient
         self._file = None if folder is None else folder / ABORT_FILE
         self._polled = -_POLL_S
         self.asked = False
@@ -46,6 +59,8 @@ class Stop:
         StoppedError
             If asked for the second time, or where no alarm can be set.
         """
+        if self.asked and self._patient:
+            return
         if self.asked or threading.current_thread() is not threading.main_thread():
             raise StoppedError("stopped at once")
         self.asked = True
@@ -62,9 +77,11 @@ class Stop:
 
 
 @contextmanager
-def listening(folder: Path | None = None, grace_s: float | None = GRACE_S) -> Iterator[Stop]:
+def listening(
+    folder: Path | None = None, grace_s: float | None = GRACE_S, *, patient: bool = False
+) -> Iterator[Stop]:
     """Note SIGINT and SIGTERM instead of stopping anywhere; a second signal stops at once."""
-    stop = Stop(folder, grace_s)
+    stop = Stop(folder, grace_s, patient=patient)
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
@@ -75,7 +92,7 @@ def listening(folder: Path | None = None, grace_s: float | None = GRACE_S) -> It
 
     def too_late(number: int, frame: FrameType | None) -> None:
         del number, frame
-        raise StoppedError("stopped between two points worth keeping")
+        raise TooLateError("stopped between two points worth keeping")
 
     handlers = {signal.SIGINT: note, signal.SIGTERM: note, signal.SIGALRM: too_late}
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}

@@ -44,6 +44,10 @@ def step_parts(run: Amortized, rows: torch.Tensor):
         found = run.reader.of_images(images)
         (found.rotations.square().sum() + found.rotations.sum() + found.offsets_px.sum()).backward()
 
+    def project() -> None:
+        drawn = run.reverse.draw(b, whole.plane, run.generator)
+        run.reverse.projections(whole, transform, drawn, run.band)
+
     def compare() -> None:
         fresh = run.decoder.transform(run.band)
         r, o = (x.detach().requires_grad_() for x in (rotations, offsets))
@@ -58,7 +62,7 @@ def step_parts(run: Amortized, rows: torch.Tensor):
             b * c * corners,
         ),
         ("map, slices and likelihood, forward and back", compare, 3 * b * corners),
-        ("projections of the map with noise", lambda: run.synthetic(whole, transform), b * corners),
+        ("projections of the map with noise", project, b * corners),
     ]
 
 

@@ -11,6 +11,7 @@ the file is in the page cache; CPU time counts, so that other programs on the ma
 """
 
 import argparse
+import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -70,7 +71,7 @@ def only_read(particles: Particles, images: ImageSet) -> ImageSet:
         return nothing, nothing
 
     few = images.within(0.0)
-    return ImageSet(few.plane, source, few.noise_power, few.group, few.gain, few.rows, few.place)
+    return dataclasses.replace(few, source=source)
 
 
 def training(images: ImageSet, ahead: bool) -> Iterator[int]:

@@ -100,6 +100,8 @@ def main() -> None:
             last[box] = each
             print(f"| {box} | {count} | {' | '.join(f'{1e3 * each[n]:.3g}' for n in names)} |")
     low, high = min(last), max(last)
+    if low == high:
+        return
     grown = {n: math.log(last[high][n] / last[low][n]) / math.log(high / low) for n in names}
     print("\npower of the box: " + ", ".join(f"{n} {p:.2f}" for n, p in grown.items()))
 

@@ -1,0 +1,246 @@
+"""Whole jobs on a device that is only pretended: no tensor of the CPU meets one of the device."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from conftest import MODEL, cryorecon
+from pretended_device import DEVICE, OnDevice, pretended_device
+from rich.console import Console
+
+from cryorecon.engines import rounds
+from cryorecon.engines.accumulate import NormalEquations
+from cryorecon.engines.amortized import AmortizedConfig
+from cryorecon.engines.moment_fit import MomentFitConfig
+from cryorecon.engines.refine import Poses
+from cryorecon.engines.rmfn import RmfnConfig
+from cryorecon.engines.shrinking import ShrinkingBatch, at_once
+from cryorecon.io.mrc import read_map
+from cryorecon.io.particles import read_particles
+from cryorecon.physics.masks import Support
+from cryorecon.physics.rotations import exp_map, random_rotations
+from cryorecon.physics.symmetry import symmetry_group
+from cryorecon.run import abinitio as abinitio_module
+from cryorecon.run import moment_reconstruct, stages
+from cryorecon.run.abinitio import AbinitioOptions, abinitio
+from cryorecon.run.load import load_observations
+from cryorecon.run.moment_reconstruct import MomentReconstructOptions, abinitio_moments
+from cryorecon.run.moments import MomentsOptions
+from cryorecon.run.reconstruct import reconstruct
+from cryorecon.run.simulate import simulate
+from cryorecon.run.simulate_config import SimulateConfig
+
+QUIET = Console(quiet=True)
+TINY = RmfnConfig(
+    n_starts=1,
+    temperatures=(5.0, 1.0),
+    search_nside=1,
+    search_images=30,
+    half_rounds=2,
+    joint_rounds=1,
+    final_steps=2,
+    width=16,
+    update_scale=True,
+)
+SHORT = AmortizedConfig(images_seen=192, search_nside=1, half_rounds=2, joint_rounds=1)
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    """60 particles, 20 px at 4 A, SNR 2."""
+    folder = tmp_path_factory.mktemp("few")
+    config = SimulateConfig(n_particles=60, box=20, pixel_size_angst=4.0, snr=2.0, seed=4)
+    simulate(MODEL, folder, config)
+    return folder / "particles.star"
+
+
+def test_the_pretended_device_refuses_what_a_gpu_refuses():
+    with pretended_device() as waits:
+        there, here = torch.arange(6.0, device=DEVICE), torch.arange(6.0)
+        assert isinstance(there, OnDevice)
+        assert (there * 2 + torch.tensor(1.0)).tolist() == [1, 3, 5, 7, 9, 11]
+        assert (there.to("cpu") + here).tolist() == [0, 2, 4, 6, 8, 10]
+        for mix in (
+            lambda: there + here,
+            lambda: here + there.sum(),
+            lambda: there[torch.tensor([1])],
+            lambda: torch.cat([there, here]),
+            lambda: there.index_add_(0, torch.tensor([1]), there[:1]),
+        ):
+            with pytest.raises(RuntimeError, match="of the CPU among"):
+                mix()
+        with pytest.raises(RuntimeError, match="numpy"):
+            there.numpy()
+        weight = torch.nn.Linear(6, 1).to(DEVICE)
+        weight(there).sum().backward()
+        assert isinstance(weight.weight.grad, OnDevice)
+    assert not waits  # of the program; these lines are of a test
+
+
+@pytest.fixture(autouse=True)
+def no_report(monkeypatch):
+    """Reports are drawn on the CPU, from files."""
+    for module in (abinitio_module, moment_reconstruct):
+        monkeypatch.setattr(module, "report_at_end", lambda *_: None)
+
+
+def job(star, folder, **options):
+    with pretended_device() as waits:
+        abinitio(star, folder, AbinitioOptions(device="meta", **options), QUIET)
+    return waits
+
+
+# What each image, step or batch goes through: not to wait for a device there.
+LOOPS = ("engines/accumulate", "engines/refine", "engines/pose_reader", "physics/fourier")
+LOOPS += ("physics/projection", "physics/rotations", "networks/")
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_engine_rmfn_runs_on_a_device(few, tmp_path):
+    """To the map of the CPU, and without waiting for the device in inner loops."""
+    waits = job(few, tmp_path / "there", engine=TINY)
+    abinitio(few, tmp_path / "here", AbinitioOptions(engine=TINY), QUIET)
+    there, here = (read_map(tmp_path / f / "initial_model.mrc").data for f in ("there", "here"))
+    assert np.corrcoef(there.ravel(), here.ravel())[0, 1] > 0.9999
+    assert waits
+    assert not [line for line in waits if line.startswith(LOOPS)]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_pictures", "coarse_alignment")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"halves": "independent", "engine": replace(TINY, volume="grid")},
+        {"symmetry": "C2", "subset": 40, "engine": TINY},
+        {"engine": SHORT},
+    ],
+    ids=["halves", "symmetry", "amortized"],
+)
+def test_the_other_ways_run_on_a_device(few, tmp_path, options, monkeypatch):
+    monkeypatch.setattr(stages, "chance_fsc", partial(stages.chance_fsc, n_trials=1))
+    waits = job(few, tmp_path / "there", **options)
+    assert (tmp_path / "there" / "initial_model.mrc").exists()
+    assert not [line for line in waits if line.startswith(LOOPS)]
+
+
+def test_a_mix_in_the_midst_of_a_job_is_caught(few, tmp_path, monkeypatch):
+    """The map's support, made on the CPU, as in a job that forgets to say where."""
+    on = Support.on
+    monkeypatch.setattr(Support, "on", lambda self, box, dtype=None, device=None: on(self, box))
+    with pytest.raises(RuntimeError, match=r"aten\.mul.*of the CPU among those of the device"):
+        job(few, tmp_path / "there", engine=TINY)
+
+
+def test_a_map_of_known_poses_is_made_on_a_device(few):
+    particles = read_particles(few)
+    half = torch.arange(len(particles)) % 2
+    here = reconstruct(particles, half=half)
+    with pretended_device():
+        there = reconstruct(particles, half=half, device=DEVICE)
+    assert not isinstance(there.volume, OnDevice)
+    assert torch.allclose(there.volume, here.volume, atol=1e-5 * float(here.volume.abs().max()))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_pictures", "coarse_alignment")
+@pytest.mark.parametrize("form", ["steerable", "full"])
+def test_moments_are_averaged_and_fitted_on_a_device(few, tmp_path, form):
+    wanted = MomentsOptions(form=form, max_radius=4, device="meta")
+    engine = MomentFitConfig(starts=2, iterations=4, first_iterations=2, radius=3, beads=8)
+    options = MomentReconstructOptions(engine, allow_ambiguous=True, device="meta")
+    with pretended_device():
+        abinitio_moments(few, tmp_path / "there", wanted, options, QUIET)
+    assert (tmp_path / "there" / "initial_model.mrc").exists()
+
+
+def test_rotations_off_the_cpu_are_those_of_the_matrix_exponential(generator):
+    """And their derivatives, also at zero."""
+    vectors = torch.randn(50, 3, generator=generator, dtype=torch.float64)
+    vectors[0], vectors[1] = 0, 1e-9 * vectors[1]
+
+    def slopes(at):
+        at = at.clone().requires_grad_()
+        rotations = exp_map(at)
+        (rotations * torch.arange(9.0, device=at.device).view(3, 3)).sum().backward()
+        return rotations.detach().cpu(), at.grad.cpu()
+
+    here = slopes(vectors)
+    with pretended_device():
+        there = slopes(vectors.to(DEVICE))
+    for one, other in zip(here, there, strict=True):
+        assert torch.allclose(one, other, atol=1e-12)
+
+
+def test_batches_take_a_share_of_a_gpus_free_memory(monkeypatch):
+    """What torch holds in reserve counts as free; any other device works as the CPU does."""
+    amounts = {"memory_reserved": 3e9, "memory_allocated": 1e9, "mem_get_info": (6e9, 16e9)}
+    for name, amount in amounts.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, amount=amount: amount)
+    gpu = torch.device("cuda:0")
+    assert at_once(250, 1e6, gpu) == 2000
+    assert at_once(250, 1e3, gpu) == 4096
+    assert at_once(250, 1e12, gpu) == 1
+    assert at_once(250, 1e6, torch.device("cpu")) == at_once(250, 1e6, DEVICE) == 250
+
+
+class TinyMemory:
+    """Work on spans that fails above a size, as on a full GPU."""
+
+    def __init__(self, most):
+        self.most, self.done = most, []
+
+    def __call__(self, span):
+        if span.stop - span.start > self.most:
+            raise torch.OutOfMemoryError("full")
+        self.done += range(span.start, span.stop)
+        return span.stop - span.start
+
+
+def test_spans_shrink_and_go_on_where_memory_ended():
+    told, work = [], TinyMemory(3)
+    parts = ShrinkingBatch(16, told.append)
+    assert sum(n for _, n in parts.over(37, work)) == 37
+    assert work.done == list(range(37))
+    assert parts.size == 2
+    assert len(told) == 3
+    with pytest.raises(torch.OutOfMemoryError):
+        list(ShrinkingBatch(16).over(5, TinyMemory(0)))
+
+
+def test_a_round_on_a_full_device_is_the_same_round(few, tmp_path, monkeypatch):
+    """Insertions that do not fit at once are repeated in parts, nothing twice."""
+    sums = [NormalEquations.empty(6.0, 2, torch.float64, "cpu") for _ in range(2)]
+    images = load_observations(read_particles(few), 0.8).select(torch.arange(20), 6.0)
+    images = replace(images, coefficients=images.coefficients.to(torch.complex128))
+    images = replace(images, ctf=images.ctf.double(), noise_power=images.noise_power.double())
+    turns = random_rotations(20, torch.Generator().manual_seed(0))
+    poses = Poses(turns, torch.zeros(20, 2, dtype=torch.float64), torch.zeros(20))
+    group = symmetry_group("C2")
+    rounds._insert(sums[0], images, poses, group)
+    add = NormalEquations.add
+
+    def full(self, signal, *rest):
+        if len(signal) > 7:
+            raise torch.OutOfMemoryError("full")
+        add(self, signal, *rest)
+
+    monkeypatch.setattr(NormalEquations, "add", full)
+    rounds._insert(sums[1], images, poses, group)
+    assert torch.allclose(sums[0].signal, sums[1].signal)
+    assert torch.allclose(sums[0].weight, sums[1].weight)
+
+
+def test_a_device_that_is_not_there_is_refused_before_anything_is_written(few, tmp_path):
+    for command in ("abinitio-rmfn", "abinitio", "reconstruct"):
+        done = cryorecon(command, few, "-o", tmp_path / command, "--device", "cuda:7")
+        assert done.returncode == 1
+        assert "--device cuda:7 cannot be used" in done.stderr
+        assert "Give --device cpu, or use a machine with a GPU" in done.stderr
+        assert not (tmp_path / command).exists()
+    done = cryorecon("abinitio-rmfn", few, "-o", tmp_path / "j", "--device", "auto", "--dry-run")
+    assert done.returncode == 0

@@ -1,0 +1,322 @@
+"""Several processes on one job: the result of one process, and what happens when one dies."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from cryorecon.io.moments_file import read_moments_data
+from cryorecon.io.mrc import read_map
+from cryorecon.io.star import read_star
+from cryorecon.ranks import ALONE, Ranks
+
+SMALL = ("search_images=60", "search_nside=2", "temperatures=[4.0, 1.0]", "half_rounds=2")
+SMALL = (*SMALL, "joint_rounds=1", "final_steps=5", "width=16")
+SEARCH = ["--starts", "1", *(word for pair in SMALL for word in ("--set", pair))]
+REFINE = ["--set", "half_rounds=1", "--set", "joint_rounds=1"]
+TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+
+
+# The command, without what takes long and is tested elsewhere; every state that can be written is.
+SCRIPT = """
+import functools
+from cryorecon.cli.main import main
+from cryorecon.maps import align
+from cryorecon.run import abinitio, checkpoint, moment_reconstruct, stages
+
+for module in (abinitio, moment_reconstruct):
+    module.report_at_end = lambda *_: None
+align._GRID_NSIDE = 3
+stages.chance_fsc = functools.partial(stages.chance_fsc, n_trials=1)
+checkpoint._EVERY_S = checkpoint._TIMES_ITS_COST = 0.0
+main()
+"""
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory):
+    path = tmp_path_factory.mktemp("script") / "quick.py"
+    path.write_text(SCRIPT)
+    return path
+
+
+def run(script, *words, several=True):
+    """What a job by one process or two has told."""
+    start = [sys.executable, *(TWO if several else []), str(script)]
+    done = subprocess.run(
+        [*start, *map(str, words)], capture_output=True, text=True, timeout=300, env=ENVIRONMENT,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def both(script, words, folder):
+    """The same job by one process and by two; the log of the second."""
+    run(script, *words, "-o", folder / "one", several=False)
+    return run(script, *words, "-o", folder / "two")
+
+
+def same_maps(folder, name="initial_model.mrc"):
+    one, two = (read_map(folder / job / name).data for job in ("one", "two"))
+    return np.abs(one - two).max() / np.abs(one).max()
+
+
+def alike(folder, other="two"):
+    one, two = (read_map(folder / job / "initial_model.mrc").data for job in ("one", other))
+    return np.corrcoef(one.ravel(), two.ravel())[0, 1]
+
+
+# Rounding grows from round to round.
+ROUNDING = 5e-3
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_finds(script, few, tmp_path):
+    told = both(script, ["abinitio-rmfn", few, *SEARCH, "--images", "memory"], tmp_path)
+    assert told.count("searching from random poses") == 1
+    assert same_maps(tmp_path) < ROUNDING
+    tables = [read_star(tmp_path / job / "run_data.star")["particles"] for job in ("one", "two")]
+    for name in ("rlnAngleRot", "rlnAngleTilt", "rlnOriginXAngst"):
+        one, two = (table[name].astype(float).to_numpy() for table in tables)
+        apart = np.abs((one - two + 180) % 360 - 180)
+        assert np.median(apart) < 0.01, name
+    rounds = [read_star(tmp_path / job / "rounds.star")["rounds"] for job in ("one", "two")]
+    assert len(rounds[0]) == len(rounds[1]) == 3
+    assert not list(tmp_path.glob("two/checkpoint*"))
+    assert "processes: 2" in (tmp_path / "two/job.yaml").read_text()
+
+
+@pytest.mark.slow
+def test_two_processes_take_one_half_set_each(script, few, tmp_path):
+    words = ["abinitio-rmfn", few, *SEARCH, "--halves", "independent", "--images", "disk"]
+    told = both(script, words, tmp_path)
+    assert told.count("both half sets at the same time") == 1
+    assert told.count("half set 2, ") == 1
+    assert same_maps(tmp_path, "run_half1_class001_unfil.mrc") < ROUNDING
+    # The second half set is moved onto the first until steps are small.
+    assert alike(tmp_path) > 0.95
+    stages = [
+        list(read_star(tmp_path / job / "rounds.star")["rounds"]["cryoreconStage"])
+        for job in ("one", "two")
+    ]
+    assert sorted(stages[0]) == sorted(stages[1])
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_networks_of_one(script, few, tmp_path):
+    words = ["abinitio-amortized", few, "--images-seen", "640", *REFINE, "--subset", "60"]
+    both(script, words, tmp_path)
+    # Where a gradient is nearly zero, its rounding decides the sign of Adam's first steps.
+    assert alike(tmp_path) > 0.95
+
+
+@pytest.mark.slow
+def test_two_processes_average_and_fit_what_one_does(script, few, tmp_path):
+    fit = ["--starts", "3", "--set", "iterations=20", "--set", "radius=3", "--allow-ambiguous"]
+    both(script, ["abinitio", few, "--method", "moments", *fit], tmp_path)
+    sums = [read_moments_data(tmp_path / job / "moments.h5") for job in ("one", "two")]
+    assert sums[0].attributes == sums[1].attributes
+    for name, one in sums[0].arrays.items():
+        assert np.allclose(one, sums[1].arrays[name], rtol=1e-4, atol=1e-5 * np.abs(one).max())
+    starts = [read_star(tmp_path / job / "starts.star")["starts"] for job in ("one", "two")]
+    misfit = [table["cryoreconMisfit"].astype(float).to_numpy() for table in starts]
+    assert misfit[0] == pytest.approx(misfit[1], rel=1e-2)
+
+
+def workers(parent):
+    """The processes that torchrun has started, by rank."""
+    found = {}
+    for child in psutil.Process(parent).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            found[int(child.environ()["RANK"])] = child
+    return found
+
+
+def killed(script, words, victim):
+    """Kill one of two processes as soon as there is a state; what was told."""
+    job = words[-1]
+    begun = subprocess.Popen(
+        [sys.executable, *TWO, str(script), *map(str, words)], text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=ENVIRONMENT,
+    )  # fmt: skip
+    deadline = time.monotonic() + 200
+    while not (job / "checkpoint.pt").exists():
+        assert begun.poll() is None, begun.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    workers(begun.pid)[victim].send_signal(signal.SIGKILL)
+    died = time.monotonic()
+    told = begun.communicate(timeout=60)[0]
+    assert time.monotonic() - died < 60
+    assert begun.returncode != 0
+    return told
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_dead_process_ends_the_job_which_goes_on(script, few, tmp_path, victim):
+    job = tmp_path / "job"
+    words = ["abinitio-amortized", few, "--images-seen", "6400", *REFINE, "-o", job]
+    told = killed(script, words, victim)
+    assert "Signal 9" in told
+    assert "--nproc-per-node 2 -m cryorecon abinitio --continue" in told
+    assert "asked to stop" in told or "has ended or cannot be reached" in told
+    assert not (job / "RELION_JOB_EXIT_SUCCESS").exists()
+    # Any number of processes goes on.
+    assert "the training goes on after" in run(
+        script, "abinitio", "--continue", job, several=victim == 1
+    )
+    assert (job / "RELION_JOB_EXIT_SUCCESS").exists()
+    run(script, *words[:-1], tmp_path / "whole", several=False)
+    whole, found = (
+        read_map(tmp_path / name / "initial_model.mrc").data for name in ("whole", "job")
+    )
+    assert np.corrcoef(whole.ravel(), found.ravel())[0, 1] > 0.9
+
+
+# Stands in for SLURM's: two nodes, both of them this machine.
+SRUN = """#!/bin/sh
+"$@" & first=$!
+"$@" & second=$!
+wait $first; one=$?
+wait $second; two=$?
+exit $((one | two))
+"""
+
+
+@pytest.mark.slow
+def test_the_slurm_script_shares_a_job_between_two_nodes(few, tmp_path):
+    for name, body in (("srun", SRUN), ("scontrol", "#!/bin/sh\necho localhost\n")):
+        (tmp_path / name).write_text(body)
+        (tmp_path / name).chmod(0o755)
+    slurm = Path(__file__).parents[1] / "examples/pipelines/slurm.sh"
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    given = {"SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "-", "SLURM_JOB_ID": "7", "PROCESSES": "1"}
+    given |= {"PORT": str(port), "PATH": f"{tmp_path}:{Path(sys.executable).parent}:/usr/bin:/bin"}
+    told = ""
+    for _ in range(2):  # The second time there is nothing left to do.
+        done = subprocess.run(
+            ["bash", str(slurm), str(few), str(tmp_path / "job"), *SEARCH], check=False,
+            capture_output=True, text=True, env=ENVIRONMENT | given, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        told += done.stdout
+    assert "processes: 2" in (tmp_path / "job/job.yaml").read_text()
+    assert told.count("searching from random poses") == 1
+    assert told.count("is finished: nothing to do") == 1
+
+
+# Each process checks what it learns of the other.
+TOGETHER = """
+import torch
+from cryorecon.ranks import joined
+
+with joined() as ranks:
+    mine, other = ranks.index, 1 - ranks.index
+    values = torch.complex(torch.full((2, 3), 1.0 + mine), torch.ones(2, 3)).T
+    ranks.add_up(values)
+    assert torch.equal(values, torch.full((3, 2), 3 + 2j)), values
+    assert ranks.any(mine == 1) and not ranks.any(False)
+    assert ranks.total(mine + 1) == 3
+    assert ranks.numbers(0.1 + mine, 7, source=1) == (1.1, 7.0)
+    assert ranks.bytes_from(1, b"x" * mine) == b"x" and ranks.bytes_from(0, b"") == b""
+    whole = torch.arange(10.0).reshape(5, 2)
+    assert torch.equal(ranks.everyones(ranks.share(whole), ranks.sizes(5)), whole)
+    assert torch.equal(ranks.everyones(whole[: 3 * mine], [0, 3]), whole[:3])
+    makers = [lambda k=k: torch.full((2,), 10.0 * k + mine) for k in range(3)]
+    found = torch.stack(ranks.made(makers, torch.empty(2)))[:, 0]
+    assert found.tolist() == [0, 11, 20]
+    number, team = ranks.split()
+    assert (number, team.index, team.count, team.first) == (mine, 0, 1, True)
+    assert team.total(mine + 5) == mine + 5
+    ranks.wait()
+print("done")
+"""
+
+
+# One step of the training by two processes has the gradients of one process.
+STEP = """
+import sys
+from dataclasses import replace
+import torch
+from cryorecon.engines.amortized import Amortized, AmortizedConfig
+from cryorecon.io.particles import read_particles
+from cryorecon.ranks import ALONE, joined
+from cryorecon.run.load import load_observations
+
+config = AmortizedConfig(batch=31)
+with joined() as ranks:
+    particles = read_particles(sys.argv[1])
+    images = load_observations(particles, config.diameter, keep="memory", ranks=ranks)
+    found = []
+    for shared in (images, replace(images, ranks=ALONE)):
+        run = Amortized(config, shared, 3.2, torch.Generator().manual_seed(1))
+        report = run.step()
+        weights = [*run.reader.encoder.parameters(), *run.decoder.parameters()]
+        found.append((report, torch.cat([w.grad.flatten() for w in weights])))
+    (one, two), (first, second) = zip(*found)
+    assert abs(one.gain / two.gain - 1) < 1e-4, found
+    assert float((first - second).abs().max() / second.abs().max()) < 1e-4
+print("done")
+"""
+
+
+def together(script, text, *words):
+    script.write_text(text)
+    done = subprocess.run(
+        [sys.executable, *TWO, str(script), *map(str, words)], capture_output=True, text=True,
+        timeout=100, env=ENVIRONMENT, check=False,
+    )  # fmt: skip
+    assert done.stdout.count("done") == 2, done.stdout + done.stderr
+
+
+def test_processes_meet_and_exchange(tmp_path):
+    together(tmp_path / "together.py", TOGETHER)
+
+
+def test_two_processes_have_the_gradients_of_one(few, tmp_path):
+    together(tmp_path / "step.py", STEP, few)
+
+
+def test_commands_of_one_process_say_so(tmp_path):
+    told = subprocess.run(
+        [sys.executable, "-m", "cryorecon", "fsc", "a.mrc", "b.mrc"],
+        env=ENVIRONMENT | {"RANK": "1", "WORLD_SIZE": "2"}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert told.returncode == 1
+    assert "rank 1: Error: cryorecon fsc a.mrc b.mrc runs in one process" in told.stderr
+
+
+def test_one_process_has_everything():
+    rows = torch.arange(7)
+    assert torch.equal(ALONE.share(rows), rows)
+    assert ALONE.everyones(rows, [7]) is rows
+    assert ALONE.numbers(1.5, 2.0) == (1.5, 2.0)
+    assert ALONE.made([lambda: rows], rows)[0] is rows
+    assert ALONE.device("cuda:3") == "cuda:3"
+
+
+@pytest.mark.parametrize(("n", "count"), [(7, 2), (2, 3), (0, 4), (1000, 7)])
+def test_every_row_belongs_to_one_process(n, count):
+    rows = torch.randperm(n)
+    shares = [Ranks(index, count).share(rows) for index in range(count)]
+    assert torch.equal(torch.cat(shares), rows)
+    sizes = [len(share) for share in shares]
+    assert sizes == Ranks(0, count).sizes(n)
+    assert max(sizes) - min(sizes) <= 1
