@@ -193,8 +193,7 @@ def load_observations(
     counts = torch.bincount(group[heard], minlength=len(power)).clamp(min=1)
     source: Source = store if held else disk
     rows, noise = torch.arange(n, dtype=torch.int32), power / counts[:, None]
-    place = _place(particles)
-    return ImageSet(plane, source, noise, group, torch.ones(n), rows, ranks, n, place)
+    return ImageSet(plane, source, noise, group, torch.ones(n), rows, ranks, n, _place(particles))
 
 
 def _place(particles: Particles) -> Tensor | None:
