@@ -222,7 +222,8 @@ def _run(words: list[str]) -> int:
 
 
 def _interrupted() -> int:
-    error_console.print("Interrupted.", style="bold red")
+    if is_first():
+        error_console.print("Interrupted.", style="bold red")
     return 3
 
 
