@@ -16,6 +16,7 @@ def timed(
     limit_s: float | None = None,
     *,
     env: dict[str, str] | None = None,
+    cwd: Path | None = None,
     may_fail: bool = False,
 ) -> dict:
     """Wall and CPU seconds and peak memory of a command with its children.
@@ -30,7 +31,9 @@ def timed(
     record.parent.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     with open(record.with_suffix(".log"), "w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=env)
+        process = subprocess.Popen(
+            command, stdout=log, stderr=log, start_new_session=True, env=env, cwd=cwd
+        )
         stops = [
             threading.Timer((limit_s or 1e6) + later, _stop, (process.pid, how))
             for later, how in ((0, signal.SIGTERM), (10, signal.SIGKILL))

@@ -52,7 +52,9 @@ def run_row(run: Run, name: str, limit_s: float | None) -> dict:
             shutil.rmtree(step.folder / step.name, ignore_errors=True)
             (step.folder / step.name).mkdir(parents=True)
         env = environment_of(run.threads, program.peer)
-        cost = timed(step.command, step.record, limit_s, env=env, may_fail=True)
+        # Some peers write their own logs where they are called.
+        where = {"cwd": step.folder, "env": env}
+        cost = timed(step.command, step.record, limit_s, may_fail=True, **where)
         costs.append(cost)
         if not cost["finished"]:
             break

@@ -5,8 +5,9 @@
 
 Runs inside ASPIRE's own environment. Images are downsampled to --box, phase-flipped, normalised and
 whitened; class averages of the first --classes images and their neighbours are oriented by
-synchronised common lines (CLSync3N) and back-projected. OUT gets map.mrc and poses.star, which has
-one row a class: the pose of its average, under the name of the image that it was built around.
+synchronised common lines (CLSyncVoting, 72 angles) and back-projected. OUT gets map.mrc and
+poses.star, which has one row a class: the pose of its average, under the name of the image that it
+was built around.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from aspire.abinitio import CLSync3N
+from aspire.abinitio import CLSyncVoting
 from aspire.classification import RIRClass2D
 from aspire.denoising import DebugClassAvgSource
 from aspire.reconstruction import MeanEstimator
@@ -62,7 +63,7 @@ def main() -> None:
     classifier = RIRClass2D(source, n_nbor=args.neighbours, seed=args.seed)
     averages = DebugClassAvgSource(source, classifier=classifier)[: args.classes].cache()
     tell(f"{averages.n} class averages of {args.neighbours} images")
-    oriented = OrientedSource(averages, CLSync3N(averages, seed=args.seed))
+    oriented = OrientedSource(averages, CLSyncVoting(averages, n_theta=72))
     angles = np.rad2deg(Rotation(oriented.rotations).angles)
     write_poses(args.output / "poses.star", image_names(args.star)[: args.classes], angles)
     tell("oriented")

@@ -149,11 +149,11 @@ class Relion:
         return "RELION " + "".join(re.findall(r"version: (\S+)", told))
 
     def steps(self, run: Run) -> Iterator[Step]:
-        small = run.diameter_angst < 150
-        shift = SHIFTS_PX[run.case.shifts]
-        # RELION's own 35 to 15 A and +-6 px tell nothing apart on a molecule of 70 A: 3.3 s an
-        # image, a day a run. It is helped there.
-        helped = {"resolutions_angst": (25, 8), "offset_range_px": 4 if shift else 2}
+        # RELION's own offsets of +-6 px take a CPU minutes an iteration, 300 of them; 35 to 15 A
+        # tell nothing apart on a molecule of 70 A. It is helped in both.
+        helped = {"offset_range_px": 4 if SHIFTS_PX[run.case.shifts] else 2}
+        if run.diameter_angst < 150:
+            helped["resolutions_angst"] = (25, 8)
         home = run.folder.parent.parent / "relion" / run.folder.name
         words = initial_model(
             run.star,
@@ -161,7 +161,7 @@ class Relion:
             run.diameter_angst,
             threads=run.threads,
             seed=run.seed,
-            **(helped if small else {}),
+            **helped,
         )
         yield Step("initial", home, words)
         if self.refined:
