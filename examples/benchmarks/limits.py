@@ -1,6 +1,6 @@
 """The two limits of a simulated set: how good can a map, and how good can poses be?
 
-    python examples/benchmarks/limits.py STACK [--diameter 61]
+    python examples/benchmarks/limits.py STACK [--diameter 61] [--threads 1]
 
 STACK holds particles.star with the true poses, particles.mrcs and the true map.mrc, as `cryorecon
 simulate` writes them. The map's limit is the FSC of the engine's own final map (noise spectra,
@@ -73,7 +73,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("stack", type=Path)
     parser.add_argument("--diameter", type=float, help="angstrom; default 0.8 of the box")
+    parser.add_argument("--threads", type=int)
     args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
     particles, truth, rotations, offsets = read_truth(args.stack)
     pixel, box = particles.pixel_size_angst, particles.box
     config = RmfnConfig(diameter=(args.diameter or 0.8 * box * pixel) / (box * pixel))

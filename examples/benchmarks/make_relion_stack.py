@@ -1,9 +1,10 @@
 """Make a benchmark stack whose images RELION itself projects.
 
     python examples/benchmarks/make_relion_stack.py OUT [--n 2000] [--snr 0.1] [--shift-px 3]
-        [--box 64]
+        [--box 64] [--model FILE --pixel-size 6.5]
 
-The map is 4AKE in a box 76.8 A wide, 64 px at 1.2 A by default, B = 20 A^2.
+The map is that of an atomic model, by default 4AKE in a box 76.8 A wide, 64 px at 1.2 A; B = 20
+A^2.
 ``relion_project --ctf`` writes the clean images from Haar-random poses; white noise is added to
 reach the SNR (variance of the CTF-modulated signal over the whole box / variance of the noise).
 Needs RELION 3.1 on the PATH. OUT/particles.star holds the true poses, OUT/blind.star no pose
@@ -28,11 +29,13 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--n", type=int, default=2000)
     parser.add_argument("--box", type=int, default=64, help="pixels")
+    parser.add_argument("--model", type=Path, help="PDB or mmCIF; default 4AKE")
+    parser.add_argument("--pixel-size", type=float, help="angstrom; default 76.8 over the box")
     parser.add_argument("--snr", type=float, default=0.1)
     parser.add_argument("--shift-px", type=float, default=0.0, help="uniform within +- this")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    pixel = 76.8 / args.box
+    pixel = args.pixel_size or 76.8 / args.box
     config = SimulateConfig(
         n_particles=args.n,
         box=args.box,
@@ -42,7 +45,7 @@ def main() -> None:
         b_factor_angst2=20.0,
         seed=args.seed,
     )
-    model = files("cryorecon") / "data" / "4ake_chain_a_heavy.pdb"
+    model = args.model or files("cryorecon") / "data" / "4ake_chain_a_heavy.pdb"
     simulate(str(model), args.output, config)
     # relion_project reads poses, origins and CTF from the STAR file and writes clean.mrcs.
     clean = args.output / "clean"
