@@ -1,4 +1,4 @@
-"""``cryorecon moments``: first and second moments of a particle stack."""
+"""``cryorecon moments``: first, second and third moments of a particle stack."""
 
 from __future__ import annotations
 
@@ -98,6 +98,10 @@ def estimate_command(
             hidden=True,
         ),
     ] = None,
+    third: Annotated[
+        int,
+        option(COMPUTE, "Third moments as well, of radii to N; 0: none.", metavar="N", min=0),
+    ] = 0,
     noise_std: NoiseStd = None,
     ctf: Annotated[bool, option(INPUT, "Correct for the CTF.")] = True,
     contrast: Contrast = "auto",
@@ -133,6 +137,7 @@ def estimate_command(
         max_radius=max_radius,
         resolution_angst=resolution,
         max_order=max_order,
+        third_radius=third,
         noise_std=noise_std,
         ctf=ctf,
         contrast=contrast,
