@@ -100,7 +100,9 @@ def estimate_command(
     ] = None,
     third: Annotated[
         int,
-        option(COMPUTE, "Third moments as well, of radii to N; 0: none.", metavar="N", min=0),
+        option(
+            COMPUTE, "Third moments as well, of radii to N; 0: none.", metavar="N", min=0, max=8
+        ),
     ] = 0,
     noise_std: NoiseStd = None,
     ctf: Annotated[bool, option(INPUT, "Correct for the CTF.")] = True,
@@ -117,7 +119,7 @@ def estimate_command(
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Average first and second moments of the images: noise and CTF out, errors beside.
+    """Average first and second moments of the images, or third too: noise and CTF out.
 
     One pass in file order; memory does not grow with the stack. Angles of the STAR file are not
     read; origins are, where it has them, and images are centred by them.

@@ -92,6 +92,7 @@ class MomentFitConfig:
     radius: int = 8
     model_error: float = 0.003
     third: ThirdUse = "early"
+    third_radius: int = 8
 
     def __post_init__(self) -> None:
         counts = (self.beads, self.width, self.iterations, self.first_iterations)
@@ -209,7 +210,10 @@ class Fitter:
             return Fitter(config, plane, nodes, share, device)
         if config.third == "off":
             moments = replace(moments, third=None, third_error=None)
-        circles = [Target.of(moments, end, config.model_error).to(device) for end in ends]
+        circles = [
+            Target.of(moments, end, config.model_error, config.third_radius).to(device)
+            for end in ends
+        ]
         views = [Views.of(t.grid, size, degree, device, fixed, t.third) for t in circles]
         return Fitter(config, circles, views, share, device)
 

@@ -37,8 +37,13 @@ class Target:
     third: ThirdTarget | None = field(default=None, kw_only=True)
 
     @staticmethod
-    def of(moments: SteerableMoments, radius: int, model_error: float) -> Target:
-        """Moments of radii 1 to `radius`, of the angular orders that they hold."""
+    def of(
+        moments: SteerableMoments, radius: int, model_error: float, third_radius: int = 0
+    ) -> Target:
+        """Moments of radii 1 to `radius`, of the angular orders that they hold.
+
+        Third moments, if there are any, of radii to `third_radius`.
+        """
         whole, k = moments.geometry, radius
         order = min(whole.order_at(k), whole.max_order)
         grid = replace(whole, max_radius=k, max_order=order).map_grid()
@@ -52,8 +57,8 @@ class Target:
         floor = model_error**2
         by_first = 1 / (moments.first_error[:k] ** 2 + floor * power)
         by_second = twice / (error**2 + floor * power[:, None] * power)
-        third, reach = None, min(k, whole.third_radius)
-        if moments.third is not None and moments.third_error is not None:
+        third, reach = None, min(k, whole.third_radius, third_radius)
+        if reach and moments.third is not None and moments.third_error is not None:
             orders = [min(whole.order_at(r), order) for r in range(1, reach + 1)]
             args = (moments.third, moments.third_error, power[:reach], orders, model_error)
             third = ThirdTarget.of(*args)
