@@ -207,7 +207,7 @@ CONFIG = MomentFitConfig(beads=5, iterations=80, density_degree=2, radius=3)
 def test_third_moments_fix_more_of_the_map(exact):
     fitter = Fitter.of(exact, CONFIG, 3)
     fit = fitter.fit(torch.Generator().manual_seed(0))
-    two = Fitter.of(exact, replace(CONFIG, third="off"), 3)
+    two = Fitter.of(exact, replace(CONFIG, third_radius=0), 3)
     for share in (expected_fsc, free_map_share):
         with_third, without = share(fitter, fit), share(two, fit)
         assert bool((with_third > without - 1e-3).all())
@@ -217,10 +217,10 @@ def test_third_moments_fix_more_of_the_map(exact):
 def test_a_wrong_third_moment_is_not_fitted_and_can_be_left_out(exact):
     wrong = replace(exact, third=-exact.third)
     misfits = [
-        Fitter.of(moments, replace(CONFIG, iterations=40, third=use), 3)
+        Fitter.of(moments, replace(CONFIG, iterations=40, third_radius=use), 3)
         .fit(torch.Generator().manual_seed(0))
         .misfit
-        for moments, use in ((wrong, "early"), (wrong, "off"), (exact, "off"))
+        for moments, use in ((wrong, 3), (wrong, 0), (exact, 0))
     ]
     assert misfits[0] > 20 * misfits[1]
     assert misfits[1] == misfits[2]

@@ -37,7 +37,7 @@ from cryorecon.engines.moment_target import Target
 from cryorecon.engines.moments import FullMoments, Moments
 from cryorecon.networks.moment_encoders import FieldEncoderConfig
 
-ThirdUse = Literal["early", "late", "off"]
+ThirdUse = Literal["early", "late"]
 
 # Radii of the coarse stages; the last stage has all.
 _STAGES = (3, 4, 6, 9, 13, 19, 28)
@@ -75,8 +75,10 @@ class MomentFitConfig:
         Largest radius used, in cycles per particle box.
     model_error : float
         Expected misfit of an entry beside its standard error, relative to the power of its radii.
-    third : "early", "late" or "off"
-        Third moments, where there are any: in all stages with second moments, in the last, or not.
+    third : "early" or "late"
+        Third moments, where there are any: in all stages with second moments, or in the last.
+    third_radius : int
+        Largest radius of the third moments used; 0 for none.
     """
 
     volume: VolumeKind = "beads"
@@ -92,7 +94,7 @@ class MomentFitConfig:
     radius: int = 8
     model_error: float = 0.003
     third: ThirdUse = "early"
-    third_radius: int = 8
+    third_radius: int = 4
 
     def __post_init__(self) -> None:
         counts = (self.beads, self.width, self.iterations, self.first_iterations)
@@ -100,8 +102,8 @@ class MomentFitConfig:
             raise ValueError("beads, width, iterations and degree must be positive")
         if self.starts < 0 or self.starts == 1 or self.radius < 3:
             raise ValueError("needs two starts to compare, and radius 3 or more")
-        if self.in_plane_order < 0:
-            raise ValueError("the in-plane order must not be negative")
+        if self.in_plane_order < 0 or self.third_radius < 0:
+            raise ValueError("in-plane order and radius of third moments must not be negative")
         if not (0 < self.rate < 1e30 and 0 < self.model_error < 1e30):
             raise ValueError("rate and model error must be positive")
 
@@ -208,8 +210,6 @@ class Fitter:
                 FullViews.over(t, size, degree, config.in_plane_order, device, fixed) for t in plane
             ]
             return Fitter(config, plane, nodes, share, device)
-        if config.third == "off":
-            moments = replace(moments, third=None, third_error=None)
         circles = [
             Target.of(moments, end, config.model_error, config.third_radius).to(device)
             for end in ends
