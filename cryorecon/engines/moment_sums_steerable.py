@@ -115,8 +115,7 @@ class SteerableSums:
         z = self._grid.harmonics(samples * gain).to(torch.complex128)
         self._add_signal(z)
         power = batch.noise_power.to(self._device, torch.float64)
-        plain, squared = (self._even_harmonics(g).expand(-1, count, -1) for g in (gain, gain**2))
-        self._add_weights(plain, squared, power)
+        plain, squared = self._add_weights(gain, power)
         if self.geometry.third_radius:
             add_third(self.arrays, self.geometry, z, squared[0].real, plain[0].real, power)
         self.n_images += count
@@ -130,14 +129,18 @@ class SteerableSums:
         power = by_order.abs().square()
         sums["second_square"] += power @ power.mT
 
-    def _add_weights(self, plain: Tensor, squared: Tensor, noise_power: Tensor) -> None:
+    def _add_weights(self, gain: Tensor, noise_power: Tensor) -> tuple[Tensor, Tensor]:
+        """The weights; gives the even harmonics of the CTF and of its square, (H, b, K)."""
         sums = self.arrays
+        squared = self._even_harmonics(gain**2).expand(-1, len(noise_power), -1)
+        plain = self._even_harmonics(gain).expand(-1, len(noise_power), -1)
         sums["first_weight"] += squared[0].real.sum(0)
         sums["weight"] += squared.mT @ squared.conj()
         pairs = plain[..., :, None] * plain[..., None, :].conj()
         power = noise_power.to(pairs.dtype).T.contiguous()
         sums["spread"] += (power @ pairs.flatten(2)).view(sums["spread"].shape)
         sums["noise_power"] += noise_power.sum(0)
+        return plain, squared
 
     def _even_harmonics(self, values: Tensor) -> Tensor:
         """Harmonics 0, 2, ... of real functions of period pi: (b, K, t) to (H, b, K)."""
