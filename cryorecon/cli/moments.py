@@ -1,4 +1,4 @@
-"""``cryorecon moments``: first and second moments of a particle stack."""
+"""``cryorecon moments``: first, second and third moments of a particle stack."""
 
 from __future__ import annotations
 
@@ -98,6 +98,12 @@ def estimate_command(
             hidden=True,
         ),
     ] = None,
+    third: Annotated[
+        int,
+        option(
+            COMPUTE, "Third moments as well, of radii to N; 0: none.", metavar="N", min=0, max=8
+        ),
+    ] = 0,
     noise_std: NoiseStd = None,
     ctf: Annotated[bool, option(INPUT, "Correct for the CTF.")] = True,
     contrast: Contrast = "auto",
@@ -113,7 +119,7 @@ def estimate_command(
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Average first and second moments of the images: noise and CTF out, errors beside.
+    """Average first and second moments of the images, or third too: noise and CTF out.
 
     One pass in file order; memory does not grow with the stack. Angles of the STAR file are not
     read; origins are, where it has them, and images are centred by them.
@@ -133,6 +139,7 @@ def estimate_command(
         max_radius=max_radius,
         resolution_angst=resolution,
         max_order=max_order,
+        third_radius=third,
         noise_std=noise_std,
         ctf=ctf,
         contrast=contrast,

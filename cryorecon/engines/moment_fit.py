@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -36,6 +36,8 @@ from cryorecon.engines.moment_models import (
 from cryorecon.engines.moment_target import Target
 from cryorecon.engines.moments import FullMoments, Moments
 from cryorecon.networks.moment_encoders import FieldEncoderConfig
+
+ThirdUse = Literal["early", "late"]
 
 # Radii of the coarse stages; the last stage has all.
 _STAGES = (3, 4, 6, 9, 13, 19, 28)
@@ -73,6 +75,10 @@ class MomentFitConfig:
         Largest radius used, in cycles per particle box.
     model_error : float
         Expected misfit of an entry beside its standard error, relative to the power of its radii.
+    third : "early" or "late"
+        Third moments, where there are any: in all stages with second moments, or in the last.
+    third_radius : int
+        Largest radius of the third moments used; 0 for none.
     """
 
     volume: VolumeKind = "beads"
@@ -87,6 +93,8 @@ class MomentFitConfig:
     rate: float = 0.05
     radius: int = 8
     model_error: float = 0.003
+    third: ThirdUse = "early"
+    third_radius: int = 4
 
     def __post_init__(self) -> None:
         counts = (self.beads, self.width, self.iterations, self.first_iterations)
@@ -94,8 +102,8 @@ class MomentFitConfig:
             raise ValueError("beads, width, iterations and degree must be positive")
         if self.starts < 0 or self.starts == 1 or self.radius < 3:
             raise ValueError("needs two starts to compare, and radius 3 or more")
-        if self.in_plane_order < 0:
-            raise ValueError("the in-plane order must not be negative")
+        if self.in_plane_order < 0 or self.third_radius < 0:
+            raise ValueError("in-plane order and radius of third moments must not be negative")
         if not (0 < self.rate < 1e30 and 0 < self.model_error < 1e30):
             raise ValueError("rate and model error must be positive")
 
@@ -202,8 +210,11 @@ class Fitter:
                 FullViews.over(t, size, degree, config.in_plane_order, device, fixed) for t in plane
             ]
             return Fitter(config, plane, nodes, share, device)
-        circles = [Target.of(moments, end, config.model_error).to(device) for end in ends]
-        views = [Views.of(t.grid, size, degree, device, fixed) for t in circles]
+        circles = [
+            Target.of(moments, end, config.model_error, config.third_radius).to(device)
+            for end in ends
+        ]
+        views = [Views.of(t.grid, size, degree, device, fixed, t.third) for t in circles]
         return Fitter(config, circles, views, share, device)
 
     @property
@@ -282,6 +293,11 @@ class Fitter:
         last = stage == len(self.targets) - 1
         return self.config.iterations if last else self.config.iterations // 2
 
+    @property
+    def _third_from(self) -> int:
+        """First stage with third moments, where there are any."""
+        return len(self.targets) - 1 if self.config.third == "late" else 0
+
     def _stage(
         self,
         stage: int,
@@ -292,6 +308,8 @@ class Fitter:
         target, views = self.targets[max(stage, 0)], self.views[max(stage, 0)]
         if stage < 0:
             target = replace(target, second_weight=torch.zeros_like(target.second_weight))
+        if stage < self._third_from and isinstance(target, Target) and isinstance(views, Views):
+            target, views = replace(target, third=None), replace(views, third=None)
         last = stage == len(self.targets) - 1
         if last and isinstance(density, ViewDensity) and self.config.density == "free":
             density.free(views)
@@ -335,8 +353,7 @@ class Fitter:
         )
         for _ in range(count):
             moments = views.moments(volume.harmonics(views), *density.probabilities(views))
-            one, two = target.misfit(*moments)
-            loss = (one + two) / target.count + volume.penalty()
+            loss = target.misfit(*moments) / target.count + volume.penalty()
             if not bool(loss.isfinite()):
                 raise FloatingPointError(f"misfit {float(loss.detach())}")
             optimizer.zero_grad()
@@ -351,6 +368,6 @@ class Fitter:
         target, views = self.targets[-1], self.views[-1]
         with torch.no_grad():
             found = views.moments(volume.harmonics(views), *density.probabilities(views))
-            one, two = target.misfit(*found)
+            misfit = target.misfit(*found) / target.count
         white, frobenius = (target.relative(*found, white=w) for w in (True, False))
-        return MomentFit(volume, density, float(one + two) / target.count, white, frobenius)
+        return MomentFit(volume, density, float(misfit), white, frobenius)

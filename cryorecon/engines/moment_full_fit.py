@@ -95,11 +95,11 @@ class FullTarget:
         ]
         return FullTarget(self.grid, self.ring.to(device), self.angle, self.pixel, *single)
 
-    def misfit(self, first: Tensor, second: Tensor, pseudo: Tensor) -> tuple[Tensor, Tensor]:
-        """Weighted squares of what is left of either moment."""
+    def misfit(self, first: Tensor, second: Tensor, pseudo: Tensor) -> Tensor:
+        """Weighted squares of what is left of the moments."""
         one = (self.first_weight * (first - self.first).abs().square()).sum()
         left = (second - self.second).abs().square() + (pseudo - self.pseudo).abs().square()
-        return one, (self.second_weight * left).sum()
+        return one + (self.second_weight * left).sum()
 
     def whitened(self, first: Tensor, second: Tensor, pseudo: Tensor) -> Tensor:
         """Both moments in units of their standard errors, real and imaginary parts; float64."""

@@ -28,7 +28,7 @@ from cryorecon.physics.masks import Support
 
 # Standard deviations of the prior: centres in box sides; logarithms of masses, width and density.
 _PRIOR_CENTRE, _PRIOR_LOG = 0.1, 1.0
-_STEP = 2e-3
+_STEP, _THIRD_STEP = 2e-3, 0.1
 # A free map has no voxels where the support is below this.
 _OUTSIDE = 0.01
 
@@ -187,16 +187,20 @@ def _turned(spectrum: Tensor) -> Tensor:
 
 
 def _free_slopes(fitter: Fitter, fit: MomentFit, free: _FreeMap) -> Tensor:
-    """Weighted moments by unknown; moments are quadratic, so that differences are exact."""
+    """Weighted moments by unknown; second moments are quadratic: their differences are exact."""
     target, views = fitter.targets[-1], fitter.views[-1]
     weights = fit.density.probabilities(views)
     at = fit.volume.harmonics(views)
+    # Third moments are cubic: small steps, at the price of digits of single precision.
+    size = 1.0 if views.third is None else _THIRD_STEP
     columns = []
     for number in range(free.whitened.shape[1]):
         moved = resample_sums(free.map_of(number), views.size)
         step = views.slices.harmonics(moved.to(at.real.dtype))
-        ends = [target.whitened(*views.moments(at + sign * step, *weights)) for sign in (1, -1)]
-        columns.append((ends[0] - ends[1]) / 2)
+        ends = [
+            target.whitened(*views.moments(at + sign * size * step, *weights)) for sign in (1, -1)
+        ]
+        columns.append((ends[0] - ends[1]) / (2 * size))
     return torch.stack(columns, -1)
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from cryorecon.engines.decoders import new_decoder
+from cryorecon.engines.moment_third import ThirdTarget
 from cryorecon.engines.moments import steerable_moments
 from cryorecon.networks.mfn import smallest_grid
 from cryorecon.networks.siren import HermitianField, fourier_network
@@ -48,6 +49,8 @@ class Views:
         Of the quadrature: all directions, then all antipodes.
     harmonics : Tensor, shape (2 q, (P + 1)^2 - 1)
         Real spherical harmonics without the constant.
+    third : ThirdTarget, optional
+        Which third moments are computed as well.
     """
 
     grid: PolarGrid
@@ -56,6 +59,7 @@ class Views:
     slices: PolarSlices
     log_weights: Tensor
     harmonics: Tensor
+    third: ThirdTarget | None = field(default=None, kw_only=True)
 
     @staticmethod
     def of(
@@ -64,6 +68,7 @@ class Views:
         density_degree: int,
         device: str = "cpu",
         max_order: int | None = None,
+        third: ThirdTarget | None = None,
     ) -> Views:
         """Directions that sum the second moment of these circles to about half a percent.
 
@@ -75,7 +80,7 @@ class Views:
         both = torch.cat([rule.directions, -rule.directions])
         harmonics = real_harmonics(density_degree, both)[:, 1:].float().to(device)
         weights = torch.log(rule.weights.float() / 2).repeat(2).to(device)
-        return Views(grid, size, rotations.to(device), slices, weights, harmonics)
+        return Views(grid, size, rotations.to(device), slices, weights, harmonics, third=third)
 
     @property
     def directions(self) -> Tensor:
@@ -83,8 +88,9 @@ class Views:
         return torch.cat([self.rotations[:, 2], -self.rotations[:, 2]])
 
     def moments(self, harmonics: Tensor, one: Tensor, other: Tensor) -> tuple[Tensor, ...]:
-        """First and second moment of slices under probabilities of their directions."""
-        return steerable_moments(harmonics, one, other)
+        """Moments of slices under probabilities of their directions, with the third if wanted."""
+        moments = steerable_moments(harmonics, one, other)
+        return moments if self.third is None else (*moments, self.third.seen(harmonics, one, other))
 
 
 def directions_for(max_order: int, density_degree: int) -> SphereRule:

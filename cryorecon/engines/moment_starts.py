@@ -169,8 +169,7 @@ def _fit_density(
     optimizer = torch.optim.Adam([{"params": [scale], "lr": rate}, *density.rates(2 * rate)])
     for _ in range(_DENSITY_STEPS):
         found = views.moments(harmonics * scale.exp(), *density.probabilities(views))
-        one, two = target.misfit(*found)
-        _step((one + two) / target.count, optimizer)
+        _step(target.misfit(*found) / target.count, optimizer)
         if progress is not None:
             progress(1)
     with torch.no_grad():

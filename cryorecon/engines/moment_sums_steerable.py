@@ -25,6 +25,12 @@ from cryorecon.engines.moment_sums import (
     shifted,
     standard_error,
 )
+from cryorecon.engines.moment_sums_third import (
+    ThirdNoise,
+    add_third,
+    finished_third,
+    third_shapes,
+)
 from cryorecon.engines.moments import MomentsGeometry, SteerableMoments
 from cryorecon.physics.fourier import half_plane
 from cryorecon.physics.masks import soft_ball
@@ -35,6 +41,7 @@ from cryorecon.physics.polar import PolarTransform, noise_by_shell
 _CTF_HARMONICS = 5
 # Pivots below this share of the diagonal are not trusted.
 _LEAST_PIVOT = 1e-3
+_COMPLEX = ("second", "weight", "spread", "third")
 # Of the polar transform, as a share of the root mean square sample at a radius.
 _INTERPOLATION_ERROR = 3e-6
 
@@ -54,6 +61,8 @@ class SteerableSums:
     spread           (H, S, K, K)       sum c_l(k) c_l(k')* P(s)
     noise_power      (S,)               sum P(s)
     ================ ================== ==========================================
+
+    With third moments besides those of :mod:`cryorecon.engines.moment_sums_third`.
     """
 
     def __init__(
@@ -76,11 +85,12 @@ class SteerableSums:
             "weight": (H, K, K),
             "spread": (H, n_shells, K, K),
             "noise_power": (n_shells,),
+            **third_shapes(geometry, n_shells),
         }
         self.arrays: dict[str, Tensor] = {
             name: torch.zeros(
                 shape,
-                dtype=torch.complex128 if name in ("second", "weight", "spread") else torch.float64,
+                dtype=torch.complex128 if name in _COMPLEX else torch.float64,
                 device=device,
             )
             for name, shape in shapes.items()
@@ -104,7 +114,10 @@ class SteerableSums:
             gain = batch.ctf.to(self._device, self._dtype).view(shape)
         z = self._grid.harmonics(samples * gain).to(torch.complex128)
         self._add_signal(z)
-        self._add_weights(gain, batch.noise_power.to(self._device, torch.float64))
+        power = batch.noise_power.to(self._device, torch.float64)
+        plain, squared = self._add_weights(gain, power)
+        if self.geometry.third_radius:
+            add_third(self.arrays, self.geometry, z, squared[0].real, plain[0].real, power)
         self.n_images += count
 
     def _add_signal(self, z: Tensor) -> None:
@@ -116,7 +129,8 @@ class SteerableSums:
         power = by_order.abs().square()
         sums["second_square"] += power @ power.mT
 
-    def _add_weights(self, gain: Tensor, noise_power: Tensor) -> None:
+    def _add_weights(self, gain: Tensor, noise_power: Tensor) -> tuple[Tensor, Tensor]:
+        """The weights; gives the even harmonics of the CTF and of its square, (H, b, K)."""
         sums = self.arrays
         squared = self._even_harmonics(gain**2).expand(-1, len(noise_power), -1)
         plain = self._even_harmonics(gain).expand(-1, len(noise_power), -1)
@@ -126,6 +140,7 @@ class SteerableSums:
         power = noise_power.to(pairs.dtype).T.contiguous()
         sums["spread"] += (power @ pairs.flatten(2)).view(sums["spread"].shape)
         sums["noise_power"] += noise_power.sum(0)
+        return plain, squared
 
     def _even_harmonics(self, values: Tensor) -> Tensor:
         """Harmonics 0, 2, ... of real functions of period pi: (b, K, t) to (H, b, K)."""
@@ -145,7 +160,7 @@ class SteerableSums:
             Called with (shells of the noise done, shells in all): what takes long.
         """
         sums = {name: array.cpu() for name, array in self.arrays.items()}
-        bias = self._noise(sums["spread"], progress)
+        bias, met = self._noise(sums, progress)
         weight = sums["weight"][0].real
         measured = is_measured(weight)
         both = torch.stack([sums["second"] - bias, bias])
@@ -160,16 +175,23 @@ class SteerableSums:
         second_error = torch.hypot(second_error, self._floor(sums["second"], weight))
         geometry = self.geometry
         score = contrast_of(geometry, geometry.radii_per_angst, first, first_error)
+        sign = first_sign(geometry, score)
+        third = third_error = None
+        if met is not None:
+            third, third_error = finished_third(sums, met, first, self.n_images)
+            third = sign * third
         return SteerableMoments(
             geometry,
             self.n_images,
-            first * first_sign(geometry, score),
+            first * sign,
             second,
             first_error,
             second_error,
             noise,
             measured,
             weight.min(1).values / weight.max(1).values.clamp(min=1e-300),
+            third,
+            third_error,
         )
 
     def _floor(self, second: Tensor, weight: Tensor) -> Tensor:
@@ -182,9 +204,12 @@ class SteerableSums:
         measured = is_measured(weight).expand_as(level)
         return divided(level, weight.expand_as(level), measured)
 
-    def _noise(self, spread: Tensor, progress: Callable[[int, int], None] | None = None) -> Tensor:
-        """What the noise adds to ``second``, shape (M + 1, K, K)."""
+    def _noise(
+        self, sums: dict[str, Tensor], progress: Callable[[int, int], None] | None = None
+    ) -> tuple[Tensor, ThirdNoise | None]:
+        """What the noise adds to ``second``, shape (M + 1, K, K), and what the third needs."""
         geometry, orders = self.geometry, self.geometry.max_order + 1
+        spread, met = sums["spread"], ThirdNoise(geometry) if geometry.third_radius else None
         box = geometry.box
         level = None
         if geometry.normalised:
@@ -201,9 +226,11 @@ class SteerableSums:
                 if abs(2 * index) <= reach and bool(coupling.any()):
                     low = middle - 2 * index
                     bias += coupling * covariance[low : low + orders]
+            if met is not None:
+                met.add(sums["third_spread"][shell], covariance[middle:])
             if progress is not None:
                 progress(shell + 1, spread.shape[1])
-        return bias
+        return bias, met
 
 
 def _untangled(values: Tensor, weight: Tensor, measured: Tensor) -> Tensor:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from cryorecon.engines.moment_third import ThirdTarget
 from cryorecon.engines.moments import SteerableMoments
 from cryorecon.physics.polar import PolarGrid
 
@@ -24,6 +25,7 @@ class Target:
         Inverse variances; orders above 0 count twice.
     power : Tensor, shape (K,)
         Of each radius, over all orders.
+    third : ThirdTarget, optional
     """
 
     grid: PolarGrid
@@ -32,10 +34,16 @@ class Target:
     first_weight: Tensor
     second_weight: Tensor
     power: Tensor
+    third: ThirdTarget | None = field(default=None, kw_only=True)
 
     @staticmethod
-    def of(moments: SteerableMoments, radius: int, model_error: float) -> Target:
-        """Moments of radii 1 to `radius`, of the angular orders that they hold."""
+    def of(
+        moments: SteerableMoments, radius: int, model_error: float, third_radius: int = 0
+    ) -> Target:
+        """Moments of radii 1 to `radius`, of the angular orders that they hold.
+
+        Third moments, if there are any, of radii to `third_radius`.
+        """
         whole, k = moments.geometry, radius
         order = min(whole.order_at(k), whole.max_order)
         grid = replace(whole, max_radius=k, max_order=order).map_grid()
@@ -49,28 +57,40 @@ class Target:
         floor = model_error**2
         by_first = 1 / (moments.first_error[:k] ** 2 + floor * power)
         by_second = twice / (error**2 + floor * power[:, None] * power)
-        return Target(grid, moments.first[:k], second, by_first, by_second, power)
+        third, reach = None, min(k, whole.third_radius, third_radius)
+        if reach and moments.third is not None and moments.third_error is not None:
+            orders = [min(whole.order_at(r), order) for r in range(1, reach + 1)]
+            args = (moments.third, moments.third_error, power[:reach], orders, model_error)
+            third = ThirdTarget.of(*args)
+        return Target(grid, moments.first[:k], second, by_first, by_second, power, third=third)
 
     def to(self, device: str) -> Target:
         """Single precision on a device."""
         parts = (self.first, self.second, self.first_weight, self.second_weight, self.power)
         single = [p.to(device, torch.complex64 if p.is_complex() else torch.float32) for p in parts]
-        return Target(self.grid, *single)
+        moved = Target(self.grid, *single)
+        return moved if self.third is None else replace(moved, third=self.third.to(device))
 
-    def misfit(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-        """Weighted squares of what is left of either moment."""
+    def misfit(self, first: Tensor, second: Tensor, third: Tensor | None = None) -> Tensor:
+        """Weighted squares of what is left of the moments."""
         one = (self.first_weight * (first - self.first) ** 2).sum()
         two = (self.second_weight * (second - self.second).abs().square()).sum()
-        return one, two
+        if self.third is None or third is None:
+            return one + two
+        # The second's entries off the diagonal stand there twice.
+        return one + two + 2 * self.third.misfit(third)
 
-    def whitened(self, first: Tensor, second: Tensor) -> Tensor:
-        """Both moments in units of their standard errors, real and imaginary parts; float64."""
+    def whitened(self, first: Tensor, second: Tensor, third: Tensor | None = None) -> Tensor:
+        """The moments in units of their standard errors, real and imaginary parts; float64."""
         # Orders -m and the other triangle say the same again: half weight, but for k = k', m = 0.
         share = torch.full_like(self.second_weight, 0.5)
         share[0].fill_diagonal_(1.0)
         root = (share * self.second_weight).sqrt()
         parts = (self.first_weight.sqrt() * first, root * second.real, root * second.imag)
-        return torch.cat([part.double().flatten() for part in parts])
+        flat = [part.double().flatten() for part in parts]
+        if self.third is not None and third is not None:
+            flat.append(self.third.whitened(third))
+        return torch.cat(flat)
 
     def total(self, second: Tensor) -> Tensor:
         """Power that a map's amplitude is first set by."""
@@ -88,10 +108,13 @@ class Target:
     @property
     def count(self) -> float:
         """Real and imaginary parts of all measured entries: the scale of a misfit."""
-        return len(self.first) + 2 * float((self.second_weight > 0).sum())
+        third = 2 * self.third.count if self.third is not None else 0.0
+        return len(self.first) + 2 * float((self.second_weight > 0).sum()) + third
 
-    def relative(self, first: Tensor, second: Tensor, *, white: bool) -> tuple[float, float]:
-        """Relative Frobenius errors of both moments, every radius of equal power or by area."""
+    def relative(
+        self, first: Tensor, second: Tensor, *_: Tensor, white: bool
+    ) -> tuple[float, float]:
+        """Relative Frobenius errors of the first two, every radius of equal power or by area."""
         radii = self.grid.radii.to(self.power)
         by = 1 / self.power.sqrt() if white else radii.sqrt()
         pair = (self.second_weight > 0) * (by[:, None] * by) ** 2

@@ -62,6 +62,8 @@ class MomentsGeometry:
         Whether the CTF was divided out, as weighted least squares.
     contrast : "auto", "white" or "black"
         How the sign of the first moment is settled.
+    third_radius : int
+        R: third moments are those of radii 1 to R; 0 for none.
     """
 
     form: Form
@@ -75,6 +77,12 @@ class MomentsGeometry:
     noise_std: float = 0.0
     ctf: bool = True
     contrast: Contrast = "auto"
+    third_radius: int = 0
+
+    @property
+    def third_order(self) -> int:
+        """Largest angular order of the third moments."""
+        return min(self.order_at(self.third_radius), self.max_order)
 
     @property
     def image_side_angst(self) -> float:
@@ -128,8 +136,12 @@ class MomentsGeometry:
 
     @staticmethod
     def from_attributes(values: dict[str, str | int | float | bool]) -> MomentsGeometry:
-        """From what :meth:`attributes` gave; other entries are ignored."""
-        return MomentsGeometry(**{f.name: values[f.name] for f in fields(MomentsGeometry)})  # type: ignore[arg-type]
+        """From what :meth:`attributes` gave; other entries are ignored.
+
+        Files without third moments need not say so.
+        """
+        given = {"third_radius": 0} | values
+        return MomentsGeometry(**{f.name: given[f.name] for f in fields(MomentsGeometry)})  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -155,6 +167,10 @@ class SteerableMoments:
         False where no image has CTF at both radii.
     conditioning : Tensor, shape (K,), float64
         Smallest over largest weight ``sum CTF^2 CTF'^2`` in each row.
+    third : Tensor, shape (pairs, R, R, R), complex128, optional
+        M3 as :mod:`cryorecon.engines.moment_third` says.
+    third_error : Tensor, shape (pairs, R, R, R), float64, optional
+        Root mean square modulus of each entry's error.
     """
 
     geometry: MomentsGeometry
@@ -166,6 +182,8 @@ class SteerableMoments:
     noise: Tensor
     measured: Tensor
     conditioning: Tensor
+    third: Tensor | None = None
+    third_error: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -220,6 +220,9 @@ def _radius(path: Path, moments: Moments, config: MomentFitConfig, job: Job) -> 
     why = "as asked" if radius == config.radius else why
     source = f"{moments.n_images} images" if moments.n_images else "exact moments"
     job.say(f"{source}; radii to {radius}, {side / radius:.1f} A ({why})")
+    low = min(inside.third_radius, radius, config.third_radius)
+    if low:
+        job.say(f"third moments of radii to {low}, {side / low:.1f} A")
     return radius
 
 

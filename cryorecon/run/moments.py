@@ -50,6 +50,8 @@ class MomentsOptions:
         Sets `max_radius` where that is not given; default radius 16, or what the images hold.
     max_order : int, optional
         Largest angular order; default what a particle of this diameter has.
+    third_radius : int
+        Third moments too, of radii up to this one; 0 for none.
     noise_std : float, optional
         Standard deviation of white noise, in the units of the file; images are then not
         normalised. Default: spectra from outside the particle, image by image.
@@ -68,6 +70,7 @@ class MomentsOptions:
     max_radius: int | None = None
     resolution_angst: float | None = None
     max_order: int | None = None
+    third_radius: int = 0
     noise_std: float | None = None
     ctf: bool = True
     contrast: Contrast = "auto"
@@ -103,6 +106,12 @@ def resolve_geometry(options: MomentsOptions, box: int, pixel_size_angst: float)
             f"1 to {largest} cycles per {side:.0f} A",
             f"Give --resolution between {side / largest:.1f} and {side:.0f}, or --max-radius",
         )
+    if options.third_radius > (radius if steerable else 0):
+        raise CryoreconError(
+            f"Third moments to radius {options.third_radius} are not among the {options.form} "
+            f"moments to radius {radius}",
+            "Give --third at most --max-radius, and --form steerable",
+        )
     order = int(np.pi * radius * diameter / side) + 2
     order = (order if options.max_order is None else options.max_order) if steerable else 0
     return MomentsGeometry(
@@ -117,6 +126,7 @@ def resolve_geometry(options: MomentsOptions, box: int, pixel_size_angst: float)
         noise_std=options.noise_std or 0.0,
         ctf=options.ctf,
         contrast=options.contrast,
+        third_radius=options.third_radius,
     )
 
 

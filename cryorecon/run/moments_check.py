@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cryorecon.engines.moment_third import n_pairs
 from cryorecon.engines.moments import FullMoments, MomentsGeometry, SteerableMoments
 from cryorecon.errors import CryoreconError
 from cryorecon.io.moments_file import Attribute, MomentsData
@@ -29,15 +30,16 @@ def geometry_of(path: Path, data: MomentsData) -> MomentsGeometry:
     CryoreconError
         If an attribute is missing, of another kind, or does not fit the others or the sums.
     """
+    attributes = {"third_radius": 0} | dict(data.attributes)
     for field in fields(MomentsGeometry):
-        if field.name not in data.attributes:
+        if field.name not in attributes:
             raise CryoreconError(
                 f"{path} lacks the attribute {field.name} of a moments file", _REMEDY
             )
-        value = data.attributes[field.name]
+        value = attributes[field.name]
         if not _is_kind(value, str(field.type), field.name):
             raise CryoreconError(f"{path}: its attribute {field.name} cannot be {value!r}", _REMEDY)
-    geometry = MomentsGeometry.from_attributes(dict(data.attributes))
+    geometry = MomentsGeometry.from_attributes(attributes)
     for name in ("noise_power", "aa" if geometry.form == "full" else "second"):
         stored = data.arrays.get(f"sums/{name}")
         if stored is None or stored.ndim == 0:
@@ -61,6 +63,8 @@ def _fits(geometry: MomentsGeometry) -> bool:
     sizes = (geometry.box, geometry.max_radius, geometry.pixel_size_angst, geometry.side_angst)
     if min(sizes) <= 0 or not 0 < geometry.diameter_angst <= geometry.image_side_angst:
         return False
+    if geometry.third_radius > (geometry.max_radius if geometry.form == "steerable" else 0):
+        return False
     # Radii within the images' band.
     return 2 * geometry.max_radius * geometry.pixel_size_angst <= geometry.side_angst * (1 + 1e-6)
 
@@ -72,6 +76,11 @@ def _is_of(geometry: MomentsGeometry, data: MomentsData) -> bool:
         return False
     if geometry.form == "full":
         return sums["aa"].ndim == 2 and len(sums["aa"]) > radii**2
+    if geometry.third_radius:
+        R = geometry.third_radius
+        third = sums.get("third")
+        if third is None or third.shape != (n_pairs(geometry.third_order), R, R, R):
+            return False
     return sums["second"].shape == (geometry.max_order + 1, radii, radii)
 
 
@@ -126,6 +135,9 @@ def moments_like(geometry: MomentsGeometry) -> dict[str, Tensor]:
         shapes = {"first": (real, (radii,)), "second": (compl, pairs), "noise": (compl, pairs)}
         shapes |= {"first_error": (real, (radii,)), "second_error": (real, pairs)}
         shapes |= {"measured": (torch.bool, (radii, radii)), "conditioning": (real, (radii,))}
+        if geometry.third_radius:
+            entries = (n_pairs(geometry.third_order), *(geometry.third_radius,) * 3)
+            shapes |= {"third": (compl, entries), "third_error": (real, entries)}
     else:
         plane = geometry.plane()
         n = len(plane)

@@ -23,6 +23,8 @@ _ABOUT = {
     "pseudo": "E Y(q) Y(q'), squared units of M1",
     "first_error": "standard error of M1",
     "second_error": "root mean square modulus of the error of M2",
+    "third": "M3, cubed units of M1; pair of orders, radius, radius, radius",
+    "third_error": "root mean square modulus of the error of M3",
     "noise": "noise subtracted from M2, in its units",
     "measured": "entries that images measure",
     "conditioning": "smallest over largest weight by radius",

@@ -1,7 +1,8 @@
 """Maps from moments of whole molecules: what the moments hold and what random starts find.
 
     python examples/reproduce/moments_molecules.py MOLECULE... -o OUT
-        [--cases exact noisy ctf uniform] [--radius 6] [--starts 3] [--n 20000] [--set ...]
+        [--cases exact noisy ctf uniform] [--radius 6] [--starts 3] [--n 20000] [--third 4]
+        [--set ...]
 
 MOLECULE: atomic models (PDB, mmCIF), `4ake` for the one that comes with the package, `gaussians`
 for four Gaussians. The table of docs/reproduction.md was made of files in the source package of
@@ -12,7 +13,7 @@ Each is put into a box of 63 px (the Gaussians: 30 px of 1 A). Views: eight von 
 clusters, in-plane rotations uniform. `exact`: moments by quadrature. `noisy`: 20,000 images of
 SNR 0.1, no CTF. `ctf`: the same with defocus 1 to 2 um in boxes half as wide again. `uniform`:
 exact moments, all views alike. Every case is fitted from random starts and, to tell moments from
-search, from the true map (`--start-map`).
+search, from the true map (`--start-map`); `--third N`: with third moments of the radii to N.
 """
 
 import argparse
@@ -27,6 +28,7 @@ import torch
 from moments import four_gaussians
 
 from cryorecon.engines.moment_sums_steerable import SteerableSums
+from cryorecon.engines.moment_third import third_moment
 from cryorecon.engines.moments import MomentsGeometry, SteerableMoments, steerable_moments
 from cryorecon.io.mrc import read_map
 from cryorecon.io.star import read_star
@@ -49,30 +51,36 @@ def cryorecon(*words: object) -> int:
     return subprocess.run(command, check=False, stdout=sys.stderr).returncode
 
 
-def write_exact(path: Path, truth: Path, radius: int, concentration: float) -> None:
+def write_exact(path: Path, truth: Path, radius: int, concentration: float, low: int) -> None:
     """Moments of a map without noise, by quadrature; concentration 0: uniform views."""
     given = read_map(truth)
     box, pixel = len(given.data), given.pixel_size_angst
     side, order = box * pixel, int(math.pi * radius * SHARE) + 2
-    geometry = MomentsGeometry("steerable", box, pixel, SHARE * side, side, radius, order)
+    geometry = MomentsGeometry("steerable", box, pixel, SHARE * side, side, radius, order,
+                               third_radius=low)  # fmt: skip
     random = torch.Generator().manual_seed(0)
     poles = torch.randn(8, 3, generator=random, dtype=torch.float64)
     poles = torch.nn.functional.normalize(poles, dim=-1)
-    rule = lebedev(2 * order + 15).hemisphere()
+    rule = lebedev(2 * order + 15 + geometry.third_order * (low > 0)).hemisphere()
     both = torch.cat([rule.directions, -rule.directions])
     density = torch.exp(concentration * (both @ poles.T - 1)).sum(-1)
     weights = (rule.weights / 2).repeat(2) * density
     slices = PolarSlices(box, geometry.map_grid(), frames(rule.directions), torch.float64)
     harmonics = slices.harmonics(torch.from_numpy(given.data).double())
-    first, second = steerable_moments(harmonics, *(weights / weights.sum()).chunk(2))
+    one, other = (weights / weights.sum()).chunk(2)
+    first, second = steerable_moments(harmonics, one, other)
+    third = third_moment(harmonics[:, :low, : geometry.third_order + 1], one, other)
+    parts = (third, 1e-12 * third.abs().max() + 0 * third.real) if low else ()
     tiny, none = 1e-9 * float(second.abs().max()), torch.zeros_like(second)
     kept, even = torch.ones(radius, radius, dtype=torch.bool), torch.ones(radius)
     moments = SteerableMoments(geometry, 0, first, second, tiny + 0 * first, tiny + none.real, none,
-                               kept, even)  # fmt: skip
+                               kept, even, *parts)  # fmt: skip
     save_progress(path, Progress(SteerableSums(geometry), 1, 1, ("exact",)), moments)
 
 
-def prepare(case: str, model: Path, folder: Path, n: int, radius: int) -> tuple[Path, Path]:
+def prepare(
+    case: str, model: Path, folder: Path, n: int, radius: int, low: int
+) -> tuple[Path, Path]:
     """The moments file of a case and its true map; made once."""
     moments, truth = folder / "moments.h5", folder / "stack" / "map.mrc"
     if moments.exists():
@@ -87,12 +95,12 @@ def prepare(case: str, model: Path, folder: Path, n: int, radius: int) -> tuple[
         words += ["--box", small, *NO_OPTICS]
     cryorecon(*words)
     if known:
-        write_exact(moments, truth, radius, 10.0 if case == "exact" else 0.0)
+        write_exact(moments, truth, radius, 10.0 if case == "exact" else 0.0, low)
         return moments, truth
     given = read_map(truth)
     diameter = SHARE * small * given.pixel_size_angst
     cryorecon("moments", "estimate", folder / "stack" / "particles.star", "-o", moments,
-              "--diameter", diameter, "--max-radius", radius)  # fmt: skip
+              "--diameter", diameter, "--max-radius", radius, "--third", low)  # fmt: skip
     (folder / "stack" / "particles.mrcs").unlink()
     return moments, truth
 
@@ -159,6 +167,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=20_000)
     parser.add_argument("--radius", type=int, default=6)
     parser.add_argument("--starts", type=int, default=3)
+    parser.add_argument("--third", type=int, default=0)
     parser.add_argument("--set", nargs="*", default=[], help="Of `moments reconstruct`.")
     args = parser.parse_args()
     print("| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|", flush=True)
@@ -168,7 +177,7 @@ def main() -> None:
         for case in args.cases:
             folder = args.output / short / case
             folder.mkdir(parents=True, exist_ok=True)
-            moments, truth = prepare(case, model, folder, args.n, args.radius)
+            moments, truth = prepare(case, model, folder, args.n, args.radius, args.third)
             cryorecon("moments", "reconstruct", moments, "-o", folder / "job", "--overwrite",
                       "--max-radius", args.radius, "--starts", args.starts, "--start-map", truth,
                       "--allow-ambiguous", *(f"--set={pair}" for pair in args.set))  # fmt: skip
