@@ -8,7 +8,7 @@ own map, at a band that follows the half maps' agreement. Finish: the same again
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -38,9 +38,12 @@ class RmfnConfig(RefineConfig):
         Images that the search uses; the others join at the assignment.
     search_batch : int
     temperatures : tuple of float
-        One epoch each.
+        One epoch each. What softens the poses at first is above all the map's own error, see
+        :class:`Search`.
     memory : float
         Share of the running normal equations kept at each batch.
+    excess_memory : float
+        The same of the residuals' power.
     search_prior, prior_floor
         Wiener prior of the search relative to the mean weight of a shell.
     n_starts : int
@@ -55,8 +58,9 @@ class RmfnConfig(RefineConfig):
 
     search_images: int = 1000
     search_batch: int = 100
-    temperatures: tuple[float, ...] = (10.0, 7.0, 5.0, 3.5, 2.5, 1.8, 1.3, 1.0)
+    temperatures: tuple[float, ...] = (1.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
     memory: float = 0.9
+    excess_memory: float = 0.8
     search_prior: float = 0.05
     n_starts: int = 2
     volume: Literal["rmfn", "grid"] = "rmfn"
@@ -97,14 +101,22 @@ def new_map(
 class Search:
     """One start of the global search; :meth:`step` sees one mini-batch.
 
+    The noise that images are judged by is, shell by shell, the power of what the map leaves
+    unexplained: all of the images' power at first. A temperature alone would soften all shells
+    alike; where the lowest are far above the noise, as with a ribosome, they would settle every
+    pose by the outline before the others are heard, and both hands end up in one map.
+
     Attributes
     ----------
+    excess : Tensor, shape (n_shells,)
+        That power over the noise's, at least 1.
     mask : Tensor, shape (N, N, N), optional
         As in :func:`new_map`.
     ranks : Ranks
         Processes that share each mini-batch; all hold all observations.
     log_evidence : float
-        Mean over the images of the last epoch: what starts are compared by.
+        Mean over the images of the last epoch, and once the search is judged over all its images
+        at their true noise: what starts are compared by.
     held_out_evidence, held_out_error : float
         Mean over images that the search did not see, and its standard error. Without a signal
         it is negative: the likelihood ratio then has mean 1, its logarithm less than 0.
@@ -116,6 +128,7 @@ class Search:
     mask: Tensor | None = None
     ranks: Ranks = ALONE
     network: NetworkMap | GridMap = field(init=False)
+    excess: Tensor = field(init=False)
     sums: NormalEquations | None = None
     log_evidence: float = -torch.inf
     held_out_evidence: float = -torch.inf
@@ -130,6 +143,7 @@ class Search:
         self.network = new_map(config, box, self.generator, self.mask, device)
         self.grid = so3_grid(config.search_nside, torch.float32)[0].to(device)
         self.offsets = offsets_for(config, box, self.band).to(device)
+        self.excess = excess_power(self.observations)
         self._start_from_random_poses()
 
     def _start_from_random_poses(self) -> None:
@@ -166,6 +180,7 @@ class Search:
         turn = random_rotations(1, self.generator, torch.float32)[0]
         rotations = self.grid @ turn.to(self.grid.device)
         batch = self.observations.select(self.ranks.share(rows))
+        batch = replace(batch, noise_power=batch.noise_power * self.excess)
         with torch.no_grad():
             volume = self.network.volume(0)
             self.ranks.same(volume)
@@ -175,7 +190,13 @@ class Search:
                 batch, templates, self.offsets, temperature
             )
             new = accumulate_grid(signal, weight, rotations, batch.plane)
-            self.ranks.add_up(new.signal, new.weight)
+            explained = (2 * (signal.conj() * templates).real - weight * templates.abs() ** 2).sum(
+                0
+            )
+            left = excess_power(batch, explained) * len(batch)
+            self.ranks.add_up(new.signal, new.weight, left)
+        kept = self.config.excess_memory
+        self.excess = (self.excess * (kept + (1 - kept) * left / len(rows))).clamp(min=1)
         found = self.ranks.everyones(posterior.log_evidence, self.ranks.sizes(len(rows)))
         old = self.sums
         self.sums = new if old is None else old.scaled(self.config.memory).plus(new)
@@ -195,15 +216,13 @@ class Search:
         self._epoch.clear()
 
     def judge(self, held_out: Observations) -> None:
-        """Evidence of images that took no part in the search."""
+        """Evidence of images that took no part in the search, and of those that did."""
         with torch.no_grad():
-            found = evidence(
-                held_out.within(self.band),
-                self.network.volume(0),
-                self.grid,
-                self.offsets,
-            )
+            volume = self.network.volume(0)
+            found = evidence(held_out.within(self.band), volume, self.grid, self.offsets)
+            seen = evidence(self.observations, volume, self.grid, self.offsets)
         self.held_out_evidence, self.held_out_error = self.ranks.numbers(*found)
+        (self.log_evidence,) = self.ranks.numbers(seen[0])
 
     def state(self) -> dict[str, Any]:
         """Between two epochs: all that the search has changed, by reference."""
@@ -211,6 +230,7 @@ class Search:
         return {
             "network": self.network.state(),
             "sums": None if sums is None else [sums.signal, sums.weight],
+            "excess": self.excess,
             "log_evidence": self.log_evidence,
             "held_out_evidence": self.held_out_evidence,
             "held_out_error": self.held_out_error,
@@ -223,9 +243,32 @@ class Search:
             signal, weight = state["sums"]
             device = self.observations.device
             self.sums = NormalEquations(signal.to(device), weight.to(device), 2)
+        self.excess = state["excess"].to(self.observations.device)
         self.log_evidence = state["log_evidence"]
         self.held_out_evidence = state["held_out_evidence"]
         self.held_out_error = state["held_out_error"]
+
+
+def excess_power(batch: Observations, explained: Tensor | float = 0.0) -> Tensor:
+    """Power that a map leaves unexplained, by shell, in units of the noise's.
+
+    Parameters
+    ----------
+    explained : Tensor, shape (m,)
+        Sum over the images of what the map takes off each coefficient's squared residual, times
+        :meth:`Observations.precision`; none: the images' whole power.
+
+    Returns
+    -------
+    Tensor, shape (n_shells,), real
+        Mean over the images; of pure noise 1.
+    """
+    plane = batch.plane
+    seen = (batch.coefficients.abs().square() * batch.precision()).sum(0)
+    shells = torch.zeros(2, plane.n_shells).to(seen)
+    pure = len(batch) * plane.multiplicity.to(seen) / 2
+    shells.index_add_(1, plane.shell, torch.stack([seen - explained, pure]))
+    return shells[0] / shells[1].clamp(min=1e-30)
 
 
 def scaled_to_images(volume: Tensor, images: ImageSet, config: RmfnConfig) -> Tensor:
