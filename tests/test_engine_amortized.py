@@ -245,7 +245,8 @@ def test_projections_of_the_map_look_like_the_images(images_24, stack_24):
 def test_poses_are_read_from_nothing(tmp_path, stack_24):
     """A small case of the benchmark: no search, no true pose, in half a minute of one core.
 
-    Seeds 0 to 5 read 13, 48, 12, 14, 23 and 12 degrees (chance: 127); all but seed 1 end at 1.7 to 1.9.
+    Seeds 0 to 5 read 13, 48, 12, 14, 23 and 12 degrees (chance: 127); all but seed 1 end at
+    1.7 to 1.9.
     """
     options = AbinitioOptions(engine=AmortizedConfig(images_seen=16_000, half_rounds=5), seed=2)
     abinitio(stack_24 / "particles.star", tmp_path / "job", options, QUIET)

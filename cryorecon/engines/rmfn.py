@@ -37,6 +37,7 @@ class RmfnConfig(RefineConfig):
     search_images : int
         Images that the search uses; the others join at the assignment.
     search_batch : int
+        Images of a mini-batch; fewer where an epoch would have less than ten.
     temperatures : tuple of float
         One epoch each. What softens the poses at first is above all the map's own error, see
         :class:`Search`.
@@ -161,7 +162,7 @@ class Search:
     def batches(self) -> list[Tensor]:
         """Rows of an epoch's mini-batches, in random order."""
         n = len(self.observations)
-        batch = max(1, min(self.config.search_batch, n // 4))
+        batch = max(1, min(self.config.search_batch, n // 10))
         return list(torch.randperm(n, generator=self.generator).split(batch))
 
     def step(self, rows: Tensor, temperature: float) -> float:
