@@ -54,14 +54,12 @@ def write_moments(path: str | Path, data: MomentsData) -> None:
         If it cannot be written.
     """
     with replacing(path) as temporary, h5py.File(temporary, "w") as file:
-        file.attrs["format"] = FORMAT
-        file.attrs["version"] = VERSION
-        file.attrs["program"] = f"cryorecon {__version__}"
-        for key, value in data.attributes.items():
-            file.attrs[key] = value
+        about = {"format": FORMAT, "version": VERSION, "program": f"cryorecon {__version__}"}
+        for key, value in {**about, **data.attributes}.items():
+            file.attrs[key] = _fixed(value)
         for name, array in data.arrays.items():
             dataset = file.create_dataset(name, data=array)
-            dataset.attrs["about"] = data.about.get(name, name)
+            dataset.attrs["about"] = _fixed(data.about.get(name, name))
 
 
 def read_moments_data(path: str | Path) -> MomentsData:
@@ -114,6 +112,11 @@ def _require_inside(path: Path, name: str, item: h5py.Dataset) -> None:
             f"{path}: {name} is no array of numbers within the file",
             "Give a file that `cryorecon moments estimate` wrote, as it is",
         )
+
+
+def _fixed(value: Attribute) -> Any:
+    """Text of fixed length: in a damaged heap of other texts the library goes round in circles."""
+    return np.bytes_(value.encode() or b"\0") if isinstance(value, str) else value
 
 
 def _text(value: Any) -> str:
