@@ -81,8 +81,12 @@ def test_grid_scores_are_log_likelihoods(scene):
     assert torch.allclose(posterior.log_evidence, expected)
     best = scores.argmax(-1)
     rotation, offset = search.best_grid_pose(band, templates, offsets[:2], chunk_elements=13)
-    assert torch.equal(rotation, best % 3)
-    assert torch.equal(offset, best // 3)
+    assert torch.equal(rotation[:, 0], best % 3)
+    assert torch.equal(offset[:, 0], best // 3)
+    rotation, offset = search.best_grid_pose(band, templates, offsets[:2], count=3)
+    by_rotation = scores.view(-1, 2, 3).amax(1)
+    assert torch.equal(rotation, by_rotation.sort(descending=True).indices)
+    assert torch.equal(offset[:, 0], best // 3)
 
 
 def test_chunks_do_not_change_the_grid_sums(scene):

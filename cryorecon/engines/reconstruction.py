@@ -132,8 +132,16 @@ def best_grid_poses(
     nside: int,
     generator: torch.Generator,
     progress: Progress | None,
+    count: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """Likeliest rotation and offset of each image on a randomly turned grid, on the CPU."""
+    """The likeliest poses of each image on a randomly turned grid, on the CPU.
+
+    Returns
+    -------
+    rotations : Tensor, shape (n, count, 3, 3)
+        The likeliest first.
+    offsets_px : Tensor, shape (n, count, 2)
+    """
     plane, device = images.plane, images.device
     band = float(plane.radius[-1])
     found = []
@@ -148,12 +156,13 @@ def best_grid_poses(
         rows = images.mine(block)
         if len(rows) > 0:
             templates = extract_slices(transform, turned, plane)
-            rotation, offset = best_grid_pose(images.select(rows), templates, shifts)
+            batch = images.select(rows)
+            rotation, offset = best_grid_pose(batch, templates, shifts, count=count)
             found.append((turned[rotation], shifts[offset]))
         if progress is not None:
             progress(min(len(images), number * _TURNED_TOGETHER))
     # To the CPU at the end: each copy would wait for the device.
-    parts = found or [(torch.zeros(0, 3, 3), torch.zeros(0, 2))]
+    parts = found or [(torch.zeros(0, count, 3, 3), torch.zeros(0, count, 2))]
     mine = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
     back = torch.argsort(everyone)
     rotations, offsets = (part[back] for part in images.everyones(everyone, *mine))
@@ -181,8 +190,9 @@ def assign(
     """
     box = images.plane.box
     band = config.assign_band(box)
-    rotations, offsets = best_grid_poses(
+    found = best_grid_poses(
         images.within(band), volume, config, config.search_nside + 1, generator, progress
     )
+    rotations, offsets = (table[:, 0] for table in found)
     reference = resample_sums(volume, box)
     return Reconstruction(rotations, offsets, half, [reference, reference], float(band), support)

@@ -25,6 +25,7 @@ from cryorecon.engines.refine import (
     Poses,
     derivatives,
     image_scales,
+    likeliest,
     predictions,
     refine_poses,
     residual_power,
@@ -39,6 +40,8 @@ from cryorecon.ranks import Ranks
 # Conjugate-gradient steps of joint maps. Poses come out the same with references from signal over
 # weight (0.83 degrees both), at a tenth less time.
 _STEPS = 5
+# Poses of the coarse grid that are refined, at a finer band, before one of them is believed.
+_CANDIDATES = 8
 # Images at once on the CPU; memory of a coefficient in a pose step, bytes; and most points of the
 # map's transform, eight a coefficient, that are read at once.
 _IMAGES, _BYTES, _MOST_POINTS = 250, 500.0, 2**30
@@ -63,8 +66,9 @@ def reassign(
     box = images.plane.box
     band = config.assign_band(box)
     joint = _without_solvent((state.maps[0] + state.maps[1]) / 2, config)
+    near, nside = images.within(band), config.search_nside + 1
     rotations, offsets = best_grid_poses(
-        images.within(band), joint, config, config.search_nside + 1, generator, progress
+        near, joint, config, nside, generator, progress, _CANDIDATES
     )
     fine = min(1.6 * band, max_band(box))
     model = derivatives(joint, 2, fine)
@@ -78,7 +82,10 @@ def reassign(
         tables = (state.rotations, state.offsets_px, rotations, offsets)
         held, held_px, found, found_px = (table[own].to(device) for table in tables)
         old = refine_poses(batch, model, held, held_px, 1)
-        new = refine_poses(batch, model, found, found_px, 5)
+        tried = [
+            refine_poses(batch, model, found[:, k], found_px[:, k], 5) for k in range(_CANDIDATES)
+        ]
+        new = likeliest(tried)
         better = new.log_likelihood > old.log_likelihood + 1.0
         far = geodesic_distance_deg(old.rotations, new.rotations) > 20
         return better & far, new.rotations, new.offsets_px

@@ -73,8 +73,9 @@ def best_grid_pose(
     templates: Tensor,
     offsets_px: Tensor,
     chunk_elements: int | None = None,
+    count: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """Index of the likeliest rotation and offset of each image, shape (n,) each, int64.
+    """The likeliest rotations of each image, each with its best offset; indices (n, count), int64.
 
     Parameters
     ----------
@@ -83,15 +84,24 @@ def best_grid_pose(
     offsets_px : Tensor, shape (s, 2)
     chunk_elements : int, optional
         Scores that are held at a time; default what the device is good at.
+    count : int
+        How many rotations, the likeliest first.
     """
     grid, r = _Grid.of(templates, offsets_px), len(templates)
 
-    def best(part: slice) -> Tensor:
-        return grid.scores(observations.select(part))[0].flatten(1).argmax(-1)
+    def best(part: slice) -> tuple[Tensor, Tensor]:
+        score = grid.scores(observations.select(part))[0]
+        if count == 1:
+            found = score.flatten(1).argmax(-1, keepdim=True)
+            return found % r, found // r
+        at_best, offset = score.max(1)
+        rotation = at_best.topk(count, -1).indices
+        return rotation, offset.gather(1, rotation)
 
     parts = _parts(chunk_elements or _scores_at_once(_BEST, templates), r * len(offsets_px))
-    found = torch.cat([index for _, index in parts.over(len(observations), best)])
-    return found % r, found // r
+    found = [indices for _, indices in parts.over(len(observations), best)]
+    rotations, offsets = (torch.cat(part) for part in zip(*found, strict=True))
+    return rotations, offsets
 
 
 def _scores_at_once(on_cpu: int, templates: Tensor) -> int:

@@ -174,7 +174,9 @@ class Stages(Parts):
         joint = (state.maps[0] + state.maps[1]) / 2
         nside = config.search_nside + 1
         with self.job.bar("Assigning", len(images)) as bar:
-            return best_grid_poses(images.within(band), joint, config, nside, self.generator, bar)
+            near = images.within(band)
+            found = best_grid_poses(near, joint, config, nside, self.generator, bar)
+        return found[0][:, 0], found[1][:, 0]
 
     def search_again(self, state: Reconstruction, images: ImageSet) -> float:
         """Every image against the better map; the share that found a better pose."""
