@@ -54,8 +54,9 @@ def write_moments(path: str | Path, data: MomentsData) -> None:
         If it cannot be written.
     """
     with replacing(path) as temporary, h5py.File(temporary, "w") as file:
-        about = {"format": FORMAT, "version": VERSION, "program": f"cryorecon {__version__}"}
-        for key, value in {**about, **data.attributes}.items():
+        program = f"cryorecon {__version__}"
+        own: dict[str, Attribute] = {"format": FORMAT, "version": VERSION, "program": program}
+        for key, value in {**own, **data.attributes}.items():
             file.attrs[key] = _fixed(value)
         for name, array in data.arrays.items():
             dataset = file.create_dataset(name, data=array)
