@@ -30,6 +30,7 @@ UNITS = {
 }  # fmt: skip
 # Numbers without a unit: counts, ratios, seeds.
 PURE = {
+    "third",
     "n", "snr", "view_clusters", "view_concentration", "amplitude_contrast", "seed", "threads",
     "starts", "subset", "heads", "images_seen", "wiener", "padding", "max_order", "noise_std",
     "checkpoint", "iterations", "learning_rate", "gaussians", "points", "pairs", "epochs", "batch",

@@ -151,7 +151,7 @@ def test_the_file_describes_itself_and_comes_back(tmp_path, stack_32):
     assert back.geometry == found.geometry
     assert torch.equal(back.second, found.second)
     with h5py.File(tmp_path / "m.h5") as file:
-        assert file.attrs["format"] == "cryorecon-moments"
+        assert file.attrs["format"] == b"cryorecon-moments"
         assert file.attrs["pixel_size_angst"] == pytest.approx(2.4)
         for name in ("first", "second", "second_error", "radii_per_angst"):
             assert len(file[f"moments/{name}"].attrs["about"]) > 10

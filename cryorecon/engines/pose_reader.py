@@ -67,7 +67,7 @@ class PoseReader:
         self.encoder, self.pixel_size_angst = encoder, pixel_size_angst
         self.symmetric, self.reweighted = symmetric, reweighted
         size = encoder.config.input_size
-        device = next(encoder.parameters()).device
+        device = next((p.device for p in encoder.parameters()), torch.device("cpu"))
         self.plane = half_plane(size).to(device)
         self.disc = soft_ball(size, diameter / 2 * size, 0.07 * size, 2, device=device)
 

@@ -106,12 +106,7 @@ def resolve_geometry(options: MomentsOptions, box: int, pixel_size_angst: float)
             f"1 to {largest} cycles per {side:.0f} A",
             f"Give --resolution between {side / largest:.1f} and {side:.0f}, or --max-radius",
         )
-    if options.third_radius > (radius if steerable else 0):
-        raise CryoreconError(
-            f"Third moments to radius {options.third_radius} are not among the {options.form} "
-            f"moments to radius {radius}",
-            "Give --third at most --max-radius, and --form steerable",
-        )
+    _refuse_third(options, radius if steerable else 0)
     order = int(np.pi * radius * diameter / side) + 2
     order = (order if options.max_order is None else options.max_order) if steerable else 0
     return MomentsGeometry(
@@ -128,6 +123,15 @@ def resolve_geometry(options: MomentsOptions, box: int, pixel_size_angst: float)
         contrast=options.contrast,
         third_radius=options.third_radius,
     )
+
+
+def _refuse_third(options: MomentsOptions, radius: int) -> None:
+    if options.third_radius > radius:
+        raise CryoreconError(
+            f"Third moments to radius {options.third_radius} are not among the {options.form} "
+            f"moments to radius {radius}",
+            "Give --third at most --max-radius, and --form steerable",
+        )
 
 
 @dataclass(frozen=True)
