@@ -127,10 +127,20 @@ def invoke(*arguments):
     return result
 
 
+def simulated(folder, n_particles, box, snr, *, model=MODEL, seed=4):
+    """The folder with a stack of a molecule in it; a box spans 76.8 A."""
+    pixel_size_angst = round(76.8 / box, 2)
+    simulate(
+        model,
+        folder,
+        SimulateConfig(
+            n_particles=n_particles, box=box, pixel_size_angst=pixel_size_angst, snr=snr, seed=seed
+        ),
+    )
+    return folder
+
+
 @pytest.fixture(scope="session")
 def few(tmp_path_factory):
     """80 particles, 24 px at 3.2 A, SNR 2."""
-    folder = tmp_path_factory.mktemp("few")
-    config = SimulateConfig(n_particles=80, box=24, pixel_size_angst=3.2, snr=2.0, seed=4)
-    simulate(MODEL, folder, config)
-    return folder / "particles.star"
+    return simulated(tmp_path_factory.mktemp("few"), 80, 24, 2.0) / "particles.star"

@@ -8,7 +8,7 @@ import re
 
 import pytest
 import torch
-from conftest import MODEL
+from conftest import MODEL, simulated
 from rich.console import Console
 
 from cryorecon.conventions import euler_to_matrix
@@ -64,19 +64,13 @@ def rewritten(folder, change):
 @pytest.fixture(scope="module")
 def bright(tmp_path_factory):
     """300 particles, 24 px at 3.2 A, SNR 1."""
-    folder = tmp_path_factory.mktemp("bright")
-    config = SimulateConfig(n_particles=300, box=24, pixel_size_angst=3.2, snr=1.0, seed=4)
-    simulate(MODEL, folder, config)
-    return folder
+    return simulated(tmp_path_factory.mktemp("bright"), 300, 24, 1.0)
 
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
     """500 particles, 32 px at 2.4 A, SNR 0.5: enough to find the molecule from random poses."""
-    folder = tmp_path_factory.mktemp("large")
-    config = SimulateConfig(n_particles=500, box=32, pixel_size_angst=2.4, snr=0.5, seed=4)
-    simulate(MODEL, folder, config)
-    return folder
+    return simulated(tmp_path_factory.mktemp("large"), 500, 32, 0.5)
 
 
 @pytest.fixture(scope="module")
@@ -184,10 +178,7 @@ def test_any_box_runs(box, tmp_path):
 @pytest.fixture(scope="module")
 def few(tmp_path_factory):
     """80 particles, 24 px at 3.2 A, SNR 2."""
-    folder = tmp_path_factory.mktemp("few")
-    config = SimulateConfig(n_particles=80, box=24, pixel_size_angst=3.2, snr=2.0, seed=4)
-    simulate(MODEL, folder, config)
-    return folder
+    return simulated(tmp_path_factory.mktemp("few"), 80, 24, 2.0)
 
 
 def test_images_read_again_give_the_same_map(few, tmp_path):
@@ -271,9 +262,7 @@ def trimer(tmp_path_factory):
     waves = [torch.exp(-((axis - places[:, i, None]) ** 2) / 2.5) for i in range(3)]
     volume = torch.einsum("px,py,pz->zyx", *waves)
     write_map(folder / "trimer.mrc", volume.float().numpy(), 3.2)
-    config = SimulateConfig(n_particles=300, box=24, pixel_size_angst=3.2, snr=1.0, seed=6)
-    simulate(folder / "trimer.mrc", folder, config)
-    return folder
+    return simulated(folder, 300, 24, 1.0, model=folder / "trimer.mrc", seed=6)
 
 
 def test_symmetry_makes_half_maps_from_poses_before_the_joint_rounds(trimer, tmp_path, monkeypatch):

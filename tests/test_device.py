@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import MODEL, cryorecon
+from conftest import cryorecon, simulated
 from pretended_device import DEVICE, OnDevice, pretended_device
 from rich.console import Console
 
@@ -31,8 +31,6 @@ from cryorecon.run.load import load_observations
 from cryorecon.run.moment_reconstruct import MomentReconstructOptions, abinitio_moments
 from cryorecon.run.moments import MomentsOptions
 from cryorecon.run.reconstruct import reconstruct
-from cryorecon.run.simulate import simulate
-from cryorecon.run.simulate_config import SimulateConfig
 
 QUIET = Console(quiet=True)
 TINY = RmfnConfig(
@@ -51,11 +49,8 @@ SHORT = AmortizedConfig(images_seen=192, search_nside=1, half_rounds=2, joint_ro
 
 @pytest.fixture(scope="module")
 def few(tmp_path_factory):
-    """60 particles, 20 px at 4 A, SNR 2."""
-    folder = tmp_path_factory.mktemp("few")
-    config = SimulateConfig(n_particles=60, box=20, pixel_size_angst=4.0, snr=2.0, seed=4)
-    simulate(MODEL, folder, config)
-    return folder / "particles.star"
+    """60 particles, 20 px at 3.84 A, SNR 2."""
+    return simulated(tmp_path_factory.mktemp("few"), 60, 20, 2.0) / "particles.star"
 
 
 def test_the_pretended_device_refuses_what_a_gpu_refuses():

@@ -9,7 +9,7 @@ import h5py
 import pytest
 import torch
 from test_moment_fit import GEOMETRY, RADIUS, run, three_gaussians
-from test_moments import SMALL, _density, _sample_and_truth
+from test_moments import SMALL, _density, _sample_and_truth, pure_noise
 
 from cryorecon.engines.moment_fit import Fitter, MomentFitConfig
 from cryorecon.engines.moment_information import expected_fsc, free_map_share
@@ -24,15 +24,11 @@ from cryorecon.engines.moment_third import (
 from cryorecon.engines.moments import SteerableMoments, steerable_moments
 from cryorecon.errors import CryoreconError
 from cryorecon.io.mrc import read_map
-from cryorecon.physics.fourier import half_plane, max_band
-from cryorecon.physics.imaging import noise_powers_outside, noise_unmixing
-from cryorecon.physics.masks import soft_ball
+from cryorecon.physics.fourier import max_band
 from cryorecon.physics.polar import PolarSlices
 from cryorecon.physics.sphere import frames, lebedev
-from cryorecon.run.load import normalised
 from cryorecon.run.moments import MomentsOptions
 from cryorecon.run.moments_store import read_moments
-from cryorecon.run.simulate import noise_gain
 
 THIRD = replace(SMALL, third_radius=3)
 
@@ -93,20 +89,10 @@ def test_entries_that_say_the_same_share_their_weight(generator):
 def test_pure_noise_vanishes_with_the_square_root_of_the_images(box, noise, generator):
     geometry = replace(SMALL, box=box, diameter_angst=24.0, side_angst=box * 4.0,
                        normalised=True, third_radius=3)  # fmt: skip
-    radius_px = geometry.diameter / 2 * box
-    outside = 1 - soft_ball(box, radius_px, 2.0, 2)
-    gain = noise_gain(box, 4.0, 6.0)
     sums, norms = SteerableSums(geometry), []
-    plane = half_plane(box)
-    unmixing = noise_unmixing(radius_px, plane)
     for count in (500, 5500):
-        for _ in range(count // 500):
-            images = torch.randn(500, box, box, generator=generator) * 3 + 1
-            if noise == "coloured":
-                images = torch.fft.irfft2(torch.fft.rfft2(images) * gain, s=(box, box))
-            images = normalised(images, outside)
-            power = noise_powers_outside(images, radius_px, plane, unmixing)
-            sums.add(MomentBatch(images, None, None, power))
+        for batch in pure_noise(count, geometry, noise, generator):
+            sums.add(batch)
         found = sums.finalise()
         beyond = (found.third.abs() / found.third_error)[:, 1:, 1:, 1:] ** 2
         assert beyond.mean() < 1.6

@@ -47,28 +47,32 @@ def _optics(n, astigmatism, generator):
     )  # fmt: skip
 
 
+def pure_noise(n, geometry, noise, generator):
+    """Batches of 500 images without particles, white or coloured, their noise as estimated."""
+    box, radius_px = geometry.box, geometry.diameter / 2 * geometry.box
+    plane, outside = half_plane(box), 1 - soft_ball(box, radius_px, 2.0, 2)
+    gain, unmixing = noise_gain(box, 4.0, 6.0), noise_unmixing(radius_px, plane)
+    for _ in range(n // 500):
+        images = torch.randn(500, box, box, generator=generator) * 3 + 1
+        if noise == "coloured":
+            images = torch.fft.irfft2(torch.fft.rfft2(images) * gain, s=(box, box))
+        images = normalised(images, outside)
+        power = noise_powers_outside(images, radius_px, plane, unmixing)
+        yield MomentBatch(images, None, None, power)
+
+
 @pytest.mark.parametrize("box", [16, 17])
 @pytest.mark.parametrize("noise", ["white", "coloured"])
 def test_pure_noise_leaves_nothing_but_its_standard_error(box, noise, generator):
     """Both moments vanish as the square root of the number of images, for any form."""
     steerable = MomentsGeometry("steerable", box, 4.0, 24.0, box * 4.0, 5, 9)
     full = replace(steerable, form="full", max_order=0)
-    plane = half_plane(box)
-    outside = 1 - soft_ball(box, steerable.diameter / 2 * box, 2.0, 2)
-    gain = noise_gain(box, 4.0, 6.0)
-    radius_px = steerable.diameter / 2 * box
-    unmixing = noise_unmixing(radius_px, plane)
     norms = []
     for n in (500, 8000):
         sums = [SteerableSums(steerable), FullSums(full)]
-        for _ in range(n // 500):
-            images = torch.randn(500, box, box, generator=generator) * 3 + 1
-            if noise == "coloured":
-                images = torch.fft.irfft2(torch.fft.rfft2(images) * gain, s=(box, box))
-            images = normalised(images, outside)
-            power = noise_powers_outside(images, radius_px, plane, unmixing)
+        for batch in pure_noise(n, steerable, noise, generator):
             for part in sums:
-                part.add(MomentBatch(images, None, None, power))
+                part.add(batch)
         found = [part.finalise() for part in sums]
         for moments in found:
             chi2 = (moments.second[..., 1:, 1:].abs() / moments.second_error[..., 1:, 1:]) ** 2

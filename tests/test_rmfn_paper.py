@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import MODEL
+from conftest import simulated
 from rich.console import Console
 
 from cryorecon.conventions import euler_to_matrix
@@ -17,16 +17,11 @@ from cryorecon.physics.fourier import half_plane, max_band
 from cryorecon.physics.rotations import geodesic_distance_deg, random_rotations
 from cryorecon.run.load import load_observations
 from cryorecon.run.paper_protocol import PaperOptions, abinitio_perturbed
-from cryorecon.run.simulate import simulate
-from cryorecon.run.simulate_config import SimulateConfig
 
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("stack")
-    config = SimulateConfig(n_particles=400, box=24, pixel_size_angst=3.2, snr=1.0, seed=2)
-    simulate(MODEL, folder, config)
-    return folder
+    return simulated(tmp_path_factory.mktemp("stack"), 400, 24, 1.0, seed=2)
 
 
 def test_poses_are_turned_by_the_angles_asked_for(generator):
