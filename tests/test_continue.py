@@ -465,5 +465,7 @@ def test_jobs_killed_at_random_moments_end_alike(tmp_path):
     done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line.split("\t") for line in done.stdout.splitlines()]
-    assert sum(row[1] != "end" for row in rows) >= 20
-    assert [row[-1] for row in rows if row[1] == "end"] == ["EQUAL"] * 4
+    assert sum(row[1] != "end" for row in rows) == 24
+    ends = [row[-1] for row in rows if row[1] == "end"]
+    assert len(ends) >= 4
+    assert set(ends) == {"EQUAL"}

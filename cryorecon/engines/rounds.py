@@ -17,7 +17,6 @@ from cryorecon.engines.reconstruction import (
     Progress,
     Reconstruction,
     RefineConfig,
-    best_grid_poses,
     shell_prior,
 )
 from cryorecon.engines.refine import (
@@ -25,7 +24,6 @@ from cryorecon.engines.refine import (
     Poses,
     derivatives,
     image_scales,
-    likeliest,
     predictions,
     refine_poses,
     residual_power,
@@ -40,68 +38,12 @@ from cryorecon.ranks import Ranks
 # Conjugate-gradient steps of joint maps. Poses come out the same with references from signal over
 # weight (0.83 degrees both), at a tenth less time.
 _STEPS = 5
-# Poses of the coarse grid that are refined, at a finer band, before one of them is believed.
-_CANDIDATES = 8
 # Images at once on the CPU; memory of a coefficient in a pose step, bytes; and most points of the
 # map's transform, eight a coefficient, that are read at once.
 _IMAGES, _BYTES, _MOST_POINTS = 250, 500.0, 2**30
 
 
-def reassign(
-    state: Reconstruction,
-    images: ImageSet,
-    config: RefineConfig,
-    generator: torch.Generator,
-    progress: Progress | None = None,
-) -> float:
-    """Search every image's pose anew against the better map; keep it where it is likelier.
-
-    Frees images that the first map put into a wrong maximum.
-
-    Returns
-    -------
-    float
-        Share of the images whose pose changed by more than 20 degrees.
-    """
-    box = images.plane.box
-    band = config.assign_band(box)
-    joint = _without_solvent((state.maps[0] + state.maps[1]) / 2, config)
-    near, nside = images.within(band), config.search_nside + 1
-    rotations, offsets = best_grid_poses(
-        near, joint, config, nside, generator, progress, _CANDIDATES
-    )
-    fine = min(1.6 * band, max_band(box))
-    model = derivatives(joint, 2, fine)
-    everyone = images.in_file_order(torch.arange(len(images)))
-    device = images.device
-    rows = images.mine(everyone)
-
-    def search(span: slice) -> tuple[Tensor, Tensor, Tensor]:
-        own = rows[span]
-        batch = images.select(own, fine)
-        tables = (state.rotations, state.offsets_px, rotations, offsets)
-        held, held_px, found, found_px = (table[own].to(device) for table in tables)
-        old = refine_poses(batch, model, held, held_px, 1)
-        tried = [
-            refine_poses(batch, model, found[:, k], found_px[:, k], 5) for k in range(_CANDIDATES)
-        ]
-        new = likeliest(tried)
-        better = new.log_likelihood > old.log_likelihood + 1.0
-        far = geodesic_distance_deg(old.rotations, new.rotations) > 20
-        return better & far, new.rotations, new.offsets_px
-
-    batches = _batches(images.plane.within(fine), device)
-    none = torch.zeros(0, dtype=torch.bool), torch.zeros(0, 3, 3), torch.zeros(0, 2)
-    searched = [result for _, result in batches.over(len(rows), search)] or [none]
-    mine = [torch.cat(parts).cpu() for parts in zip(*searched, strict=True)]
-    mine[0] = mine[0].to(torch.uint8)
-    moved, turned, shifted = images.everyones(everyone, *mine)
-    better, chosen = moved > 0, everyone[moved > 0]
-    state.rotations[chosen], state.offsets_px[chosen] = turned[better], shifted[better]
-    return len(chosen) / len(images)
-
-
-def _batches(plane: HalfPlane, device: torch.device) -> ShrinkingBatch:
+def image_batches(plane: HalfPlane, device: torch.device) -> ShrinkingBatch:
     """Images at once in pose steps, as many as the device holds."""
     most = min(4096, max(1, _MOST_POINTS // (8 * len(plane))))
     return ShrinkingBatch(at_once(_IMAGES, _BYTES * len(plane), device, most))
@@ -156,7 +98,7 @@ def refine_round(
     """
     before, before_offsets = state.rotations.clone(), state.offsets_px.clone()
     references = [(state.maps[0] + state.maps[1]) / 2] * 2 if joint else state.maps
-    references = [_without_solvent(reference, config) for reference in references]
+    references = [without_solvent(reference, config) for reference in references]
     learned, done = _Learned(images, config), 0
 
     def tell(count: int) -> None:
@@ -230,7 +172,7 @@ def _refined(
         poses = refine_poses(batch, model, *start, n_steps=n_steps)
         return loaded, poses, learned.seen(batch, predictions(batch, model, poses))
 
-    return _batches(images.plane, images.device).over(len(rows), refine)
+    return image_batches(images.plane, images.device).over(len(rows), refine)
 
 
 class _Learned:
@@ -267,7 +209,7 @@ class _Learned:
             images.gain.mul_(self.scales / (images.gain * self.scales).abs().mean())
 
 
-def _without_solvent(volume: Tensor, config: RefineConfig) -> Tensor:
+def without_solvent(volume: Tensor, config: RefineConfig) -> Tensor:
     """A map free of the noise around the molecule, which would pull poses to itself."""
     band = min(config.mask_cycles / config.diameter, max_band(volume.shape[-1]))
     return volume * molecule_mask(volume, band)

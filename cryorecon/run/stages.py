@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 
 from cryorecon.conventions import shell_to_angst
+from cryorecon.engines.new_search import reassign
 from cryorecon.engines.observations import ImageSet
 from cryorecon.engines.reconstruction import Reconstruction, best_grid_poses
-from cryorecon.engines.rounds import RoundReport, agreement_band, reassign, refine_round
+from cryorecon.engines.rounds import RoundReport, agreement_band, refine_round
 from cryorecon.errors import CryoreconError
 from cryorecon.maps.align import align_maps
 from cryorecon.maps.chance import beyond_chance, chance_fsc

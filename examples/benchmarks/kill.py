@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -105,19 +106,31 @@ def last_line(job: Path) -> str:
     return lines[-1][11:70] if lines else "before the log"
 
 
+def compared(name: str, whole: Path, job: Path, length: float, hits: int) -> str:
+    """The row of a job that has ended."""
+    one, other = (read_map(path / "initial_model.mrc").data for path in (whole, job))
+    same = np.array_equal(one.view(np.int32), other.view(np.int32))
+    return f"{name}\tend\t{length:.1f}\t{hits} kills\t{'EQUAL' if same else 'DIFFERENT'}"
+
+
 def torture(name: str, stack: Path, folder: Path, kills: int, chance: random.Random) -> list[str]:
-    """One job undisturbed and one that is killed; a row for each kill, and for the end."""
+    """One job undisturbed, one that is killed, anew if it ends first; a row a kill and an end."""
     command, *options = JOBS[name]
     slug = name.replace(",", "").replace(" ", "_")
     whole, job, log = (folder / f"{slug}{end}" for end in ("_whole", "_killed", ".log"))
     length = finished([command, str(stack), "-o", str(whole), *options], log)
     rows, hits = [], 0
-    again = [command, str(stack), "-o", str(job), *options]
+    afresh = [command, str(stack), "-o", str(job), *options]
+    again = afresh
     while hits < kills:
         # Short enough to hit every stage on the way, long enough to get on.
         delay = chance.uniform(0.02, 2.2) * length / (kills + 1)
         if not killed(again, log, delay):
-            break
+            rows.append(compared(name, whole, job, length, hits))
+            print(rows[-1], flush=True)
+            shutil.rmtree(job)
+            again = afresh
+            continue
         hits += 1
         if (job / "job.yaml").exists():
             again = ["abinitio", "--continue", str(job)]
@@ -125,9 +138,7 @@ def torture(name: str, stack: Path, folder: Path, kills: int, chance: random.Ran
         rows.append(f"{name}\t{hits}\t{delay:.1f}\t{last_line(job)}\t{kept}")
         print(rows[-1], flush=True)
     finished(["abinitio", "--continue", str(job)], log)
-    one, other = (read_map(path / "initial_model.mrc").data for path in (whole, job))
-    same = np.array_equal(one.view(np.int32), other.view(np.int32))
-    rows.append(f"{name}\tend\t{length:.1f}\t{hits} kills\t{'EQUAL' if same else 'DIFFERENT'}")
+    rows.append(compared(name, whole, job, length, hits))
     print(rows[-1], flush=True)
     return rows
 

@@ -1,0 +1,64 @@
+"""Images in wrong poses are freed by a new search against the other half set's map."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import simulated
+
+from cryorecon.conventions import euler_to_matrix
+from cryorecon.engines.new_search import reassign
+from cryorecon.engines.reconstruction import Reconstruction, RefineConfig
+from cryorecon.engines.rounds import refine_round
+from cryorecon.io.particles import read_particles
+from cryorecon.maps.fsc import fsc_curve
+from cryorecon.physics.masks import Support
+from cryorecon.physics.rotations import geodesic_distance_deg, random_rotations
+from cryorecon.run.load import load_observations
+
+CONFIG = RefineConfig(search_nside=2)
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory):
+    return simulated(tmp_path_factory.mktemp("stack"), 300, 24, 1.0)
+
+
+@pytest.fixture
+def case(stack):
+    """Images, a state of true poses with its maps, and these poses."""
+    particles = read_particles(stack / "particles.star")
+    images = load_observations(particles, CONFIG.diameter)
+    rotations = euler_to_matrix(torch.from_numpy(particles.euler_deg())).float()
+    offsets = torch.from_numpy(particles.origins_angst() / particles.pixel_size_angst).float()
+    blank, half = torch.zeros(24, 24, 24), torch.arange(300) % 2
+    state = Reconstruction(
+        rotations.clone(), offsets, half, [blank, blank], 11.0, Support(CONFIG.diameter / 2)
+    )
+    refine_round(state, images, CONFIG, fsc_curve, joint=False, n_steps=0)
+    return images, state, rotations
+
+
+def test_wrong_poses_are_found_again_and_right_ones_stay(case, generator):
+    images, state, truth = case
+    wrong = torch.arange(300) % 5 == 0
+    state.rotations[wrong] = random_rotations(60, generator, torch.float32)
+    share, counts = reassign(state, images, CONFIG, generator, (seen := []).append), seen
+    error = geodesic_distance_deg(state.rotations, truth)
+    assert (error[wrong] < 6).float().mean() > 0.9
+    assert (state.rotations[~wrong] == truth[~wrong]).all((1, 2)).float().mean() > 0.97
+    assert 0.17 < share < 0.22
+    assert counts == sorted(counts)
+    assert counts[-1] == 300
+
+
+def test_a_half_set_is_searched_in_the_other_ones_map(case, generator):
+    """Its own map holds each image's noise, at the pose that it has."""
+    images, state, truth = case
+    state.maps[1] = torch.zeros_like(state.maps[1])
+    state.rotations = random_rotations(300, generator, torch.float32)
+    before = state.rotations.clone()
+    reassign(state, images, CONFIG, generator)
+    first = state.half == 0
+    assert torch.equal(state.rotations[first], before[first])
+    assert (geodesic_distance_deg(state.rotations, truth)[~first] < 6).float().mean() > 0.9
