@@ -170,7 +170,7 @@ def test_densities_of_views_are_probabilities(generator):
 
 def test_stages_rise_to_the_radius():
     assert stages(3) == [3]
-    assert stages(8) == [3, 4, 6, 8]
+    assert stages(8) == [4, 6, 8]
 
 
 def test_radii_in_the_noise_are_left_out(exact):
@@ -227,11 +227,11 @@ def test_moments_that_no_start_explains_give_no_map(tmp_path, stack_32, coarse_a
 
 def test_starts_that_disagree_are_told(exact):
     fitter = Fitter.of(exact, MomentFitConfig(beads=2, iterations=2, first_iterations=1), RADIUS)
-    best = replace(fitter.fit(torch.Generator().manual_seed(0)), misfit=0.5)
+    best = replace(fitter.fit(torch.Generator().manual_seed(0)), misfit=0.5, lower=0.5)
     assert _doubt(best, [None, 4.0, None, 4.0], GEOMETRY, RADIUS) is None
     assert "agree to 10 A, not to the 6 A" in _doubt(best, [None, 4.0, 2.4], GEOMETRY, RADIUS)
     assert "cannot be checked" in _doubt(best, [None, None], GEOMETRY, RADIUS)
-    assert "misfit 3" in _doubt(replace(best, misfit=3.0), [None, 4.0], GEOMETRY, RADIUS)
+    assert "misfit 3" in _doubt(replace(best, lower=3.0), [None, 4.0], GEOMETRY, RADIUS)
 
 
 def test_noise_has_no_signal(tmp_path, generator):
@@ -272,7 +272,7 @@ def test_bad_options_are_told(tmp_path, exact, monkeypatch, words, match):
 @pytest.mark.parametrize(("box", "pixel"), [(50, 1.0), (51, 0.9), (64, 1.7)])
 def test_the_map_on_the_images_grid_has_the_projections_of_the_fit(box, pixel):
     """Wherever the images' pixels lie: same centre, same mass, same size in angstrom."""
-    fit = MomentFit(Beads(3, 0.4, torch.Generator().manual_seed(2)), ViewDensity(2), 0, (), ())
+    fit = MomentFit(Beads(3, 0.4, torch.Generator().manual_seed(2)), ViewDensity(2), 0, (), (), 0.1)
     geometry = replace(GEOMETRY, box=box, pixel_size_angst=pixel)
     volume = on_images(fit.volume, geometry, 8)
     mass = fit.volume.log_mass.detach().exp()

@@ -104,7 +104,7 @@ def test_a_free_map_is_fixed_the_less_the_larger_its_support_and_the_errors(exac
     density = ViewDensity(2)
     with torch.no_grad():
         density.coefficients.copy_(torch.randn(8, generator=torch.Generator().manual_seed(2)))
-    fit = MomentFit(volume, density, 0.1, (), ())
+    fit = MomentFit(volume, density, 0.1, (), (), 0.1)
     shares = [
         free_map_share(Fitter.of(exact, replace(config, model_error=error), 3), fit, Support(ball))
         for error, ball in ((1e-3, 0.2), (1e-3, 0.4), (1e-1, 0.4))
@@ -216,7 +216,7 @@ def test_without_random_starts_there_is_no_result_but_the_comparison(files):
 def test_moments_and_search_are_told_apart(misfit, reached, word):
     ones = torch.ones(5, dtype=torch.float64)
     nothing = torch.zeros(1)
-    fit = MomentFit(None, ViewDensity(1), 0.2, (), ())
+    fit = MomentFit(None, ViewDensity(1), 0.2, (), (), 0.1)
     near = NearFit("x", nothing, fit, ones, ones, ones, ones)
     random = torch.where(torch.arange(5) <= reached, ones, 0 * ones)
     assert word in _verdict(near, misfit, random, GEOMETRY)

@@ -99,11 +99,16 @@ def estimate_command(
         ),
     ] = None,
     third: Annotated[
-        int,
+        int | None,
         option(
-            COMPUTE, "Third moments as well, of radii to N; 0: none.", metavar="N", min=0, max=8
+            COMPUTE,
+            "Third moments as well, of radii to N; 0: none.",
+            metavar="N",
+            min=0,
+            max=8,
+            default="4; 0 with --form full",
         ),
-    ] = 0,
+    ] = None,
     noise_std: NoiseStd = None,
     ctf: Annotated[bool, option(INPUT, "Correct for the CTF.")] = True,
     contrast: Contrast = "auto",

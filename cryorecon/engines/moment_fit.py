@@ -39,8 +39,9 @@ from cryorecon.networks.moment_encoders import FieldEncoderConfig
 
 ThirdUse = Literal["early", "late"]
 
-# Radii of the coarse stages; the last stage has all.
-_STAGES = (3, 4, 6, 9, 13, 19, 28)
+# Radii of the coarse stages; the last has all. Fits that begin at radius 3 end further from the
+# map.
+_STAGES = (4, 6, 9, 13, 19, 28)
 # A radius is used if its power is this many standard errors above 0.
 _VISIBLE = 3.0
 
@@ -69,6 +70,8 @@ class MomentFitConfig:
         Adam steps on the first moment alone, before all others.
     iterations : int
         Adam steps of the last stage; earlier ones take half as many.
+    annealing : tuple of float
+        Model errors that the first stage goes through, half as many steps each, before its own.
     rate : float
         Of Adam; falls to a hundredth in each stage.
     radius : int
@@ -90,6 +93,7 @@ class MomentFitConfig:
     starts: int = 6
     first_iterations: int = 50
     iterations: int = 500
+    annealing: tuple[float, ...] = (0.1, 0.03, 0.01)
     rate: float = 0.05
     radius: int = 8
     model_error: float = 0.003
@@ -104,8 +108,8 @@ class MomentFitConfig:
             raise ValueError("needs two starts to compare, and radius 3 or more")
         if self.in_plane_order < 0 or self.third_radius < 0:
             raise ValueError("in-plane order and radius of third moments must not be negative")
-        if not (0 < self.rate < 1e30 and 0 < self.model_error < 1e30):
-            raise ValueError("rate and model error must be positive")
+        if not all(0 < v < 1e30 for v in (self.rate, self.model_error, *self.annealing)):
+            raise ValueError("rate and model errors must be positive")
 
 
 @dataclass(frozen=True)
@@ -121,6 +125,8 @@ class MomentFit:
     white, frobenius : tuple of two float
         Relative errors of the first and the second moment: radii of equal power, or weighing by
         their circles as in the paper's loss.
+    lower : float
+        Misfit of the first two moments alone: noisy third ones are many, and fit anything.
     """
 
     volume: VolumeModel
@@ -128,6 +134,7 @@ class MomentFit:
     misfit: float
     white: tuple[float, float]
     frobenius: tuple[float, float]
+    lower: float
 
     def state(self) -> dict[str, Any]:
         """Everything, as :meth:`Fitter.restored` takes it."""
@@ -137,6 +144,7 @@ class MomentFit:
             "misfit": self.misfit,
             "white": self.white,
             "frobenius": self.frobenius,
+            "lower": self.lower,
         }
 
 
@@ -169,6 +177,13 @@ def stages(radius: int) -> list[int]:
     return [*(r for r in _STAGES if r < radius), radius]
 
 
+def stage_steps(config: MomentFitConfig, n_stages: int) -> list[int]:
+    """Steps of a start: first moment alone, each model error of the first stage, each stage."""
+    half = config.iterations // 2
+    early = [half] * (len(config.annealing) + n_stages - 1)
+    return [config.first_iterations, *early, config.iterations]
+
+
 @dataclass(frozen=True)
 class Fitter:
     """Everything that the starts share.
@@ -178,6 +193,8 @@ class Fitter:
     config : MomentFitConfig
     targets : list of Target or FullTarget
         One a stage.
+    annealed : list of Target or FullTarget
+        The first stage's with larger model errors, in the order in which they are fitted.
     views : list of Views
     particle_radius : float
         In sides of the particle box.
@@ -189,6 +206,7 @@ class Fitter:
     views: Sequence[Views]
     particle_radius: float
     device: str = "cpu"
+    annealed: Sequence[Target | FullTarget] = ()
 
     @staticmethod
     def of(moments: Moments, config: MomentFitConfig, radius: int, device: str = "cpu") -> Fitter:
@@ -204,18 +222,20 @@ class Fitter:
         share = inside.diameter_angst / inside.side_angst / 2
         # An encoder has an output for each node: all stages have those of the last.
         fixed = inside.order_at(radius) if config.density == "encoder" else None
+        wanted = [(ends[0], error) for error in config.annealing]
+        wanted += [(end, config.model_error) for end in ends]
+        early = len(config.annealing)
         if isinstance(moments, FullMoments):
-            plane = [FullTarget.of(moments, end, config.model_error).to(device) for end in ends]
+            plane = [FullTarget.of(moments, *each).to(device) for each in wanted]
             nodes = [
-                FullViews.over(t, size, degree, config.in_plane_order, device, fixed) for t in plane
+                FullViews.over(t, size, degree, config.in_plane_order, device, fixed)
+                for t in plane[early:]
             ]
-            return Fitter(config, plane, nodes, share, device)
-        circles = [
-            Target.of(moments, end, config.model_error, config.third_radius).to(device)
-            for end in ends
-        ]
-        views = [Views.of(t.grid, size, degree, device, fixed, t.third) for t in circles]
-        return Fitter(config, circles, views, share, device)
+            return Fitter(config, plane[early:], nodes, share, device, plane[:early])
+        third = config.third_radius
+        circles = [Target.of(moments, *each, third).to(device) for each in wanted]
+        views = [Views.of(t.grid, size, degree, device, fixed, t.third) for t in circles[early:]]
+        return Fitter(config, circles[early:], views, share, device, circles[:early])
 
     @property
     def reach(self) -> int:
@@ -225,8 +245,7 @@ class Fitter:
     @property
     def steps(self) -> int:
         """Of one start."""
-        early = (len(self.targets) - 1) * (self.config.iterations // 2)
-        return self.config.first_iterations + early + self.config.iterations
+        return sum(stage_steps(self.config, len(self.targets)))
 
     def fit(
         self,
@@ -254,7 +273,7 @@ class Fitter:
             If the misfit is not finite.
         """
         volume, density = self._fresh(generator)
-        done = -1
+        done, counts = 0, stage_steps(self.config, len(self.targets))
         if saved is None:
             self.match_power(volume)
         else:
@@ -262,9 +281,9 @@ class Fitter:
             density.load_state_dict(saved["density"])
             done = saved["stage"]
             if progress is not None:
-                progress(sum(self._count(stage) for stage in range(-1, done)))
-        for stage in range(done, len(self.targets)):
-            self._stage(stage, volume, density, progress)
+                progress(sum(counts[:done]))
+        for stage in range(done, len(counts)):
+            self._stage(stage, volume, density, counts[stage], progress)
             if keep is not None:
                 keep(partial(_going, stage + 1, volume, density))
         return self.judged(volume, density)
@@ -277,7 +296,8 @@ class Fitter:
             density.free(self.views[-1])
         volume.load_state_dict(state["volume"])
         density.load_state_dict(state["density"])
-        return MomentFit(volume, density, state["misfit"], state["white"], state["frobenius"])
+        numbers = (state[name] for name in ("misfit", "white", "frobenius", "lower"))
+        return MomentFit(volume, density, *numbers)
 
     def _fresh(self, generator: torch.Generator) -> tuple[VolumeModel, Density]:
         config = self.config
@@ -286,34 +306,26 @@ class Fitter:
         )
         return volume.to(self.device), self.new_density(generator)
 
-    def _count(self, stage: int) -> int:
-        """Steps of a stage; -1 is that of the first moment alone."""
-        if stage < 0:
-            return self.config.first_iterations
-        last = stage == len(self.targets) - 1
-        return self.config.iterations if last else self.config.iterations // 2
-
-    @property
-    def _third_from(self) -> int:
-        """First stage with third moments, where there are any."""
-        return len(self.targets) - 1 if self.config.third == "late" else 0
-
     def _stage(
         self,
         stage: int,
         volume: VolumeModel,
         density: Density,
+        count: int,
         progress: Callable[[int], None] | None,
     ) -> None:
-        target, views = self.targets[max(stage, 0)], self.views[max(stage, 0)]
-        if stage < 0:
+        """The first moment alone, the first stage annealed, then all stages."""
+        radius = max(0, stage - 1 - len(self.annealed))
+        target, views = [self.targets[0], *self.annealed, *self.targets][stage], self.views[radius]
+        if stage == 0:
             target = replace(target, second_weight=torch.zeros_like(target.second_weight))
-        if stage < self._third_from and isinstance(target, Target) and isinstance(views, Views):
+        last = radius == len(self.targets) - 1 and stage > len(self.annealed)
+        late = self.config.third == "late" and not last
+        if (late or stage == 0) and isinstance(target, Target) and isinstance(views, Views):
             target, views = replace(target, third=None), replace(views, third=None)
-        last = stage == len(self.targets) - 1
         if last and isinstance(density, ViewDensity) and self.config.density == "free":
             density.free(views)
-        self.descend(volume, density, target, views, self._count(stage), progress)
+        self.descend(volume, density, target, views, count, progress)
 
     def new_density(self, generator: torch.Generator) -> Density:
         """A density of views to begin with: uniform, or what a fresh encoder says."""
@@ -369,5 +381,9 @@ class Fitter:
         with torch.no_grad():
             found = views.moments(volume.harmonics(views), *density.probabilities(views))
             misfit = target.misfit(*found) / target.count
+            lower = misfit
+            if isinstance(target, Target) and target.third is not None:
+                two = replace(target, third=None)
+                lower = two.misfit(*found) / two.count
         white, frobenius = (target.relative(*found, white=w) for w in (True, False))
-        return MomentFit(volume, density, float(misfit), white, frobenius)
+        return MomentFit(volume, density, float(misfit), white, frobenius, float(lower))

@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass
 
 from cryorecon.engines.amortized import AmortizedConfig
-from cryorecon.engines.moment_fit import MomentFitConfig, stages
+from cryorecon.engines.moment_fit import MomentFitConfig, stage_steps, stages
 from cryorecon.engines.moments import MomentsGeometry
 from cryorecon.engines.reconstruction import RefineConfig
 from cryorecon.engines.rmfn import RmfnConfig
@@ -111,8 +111,7 @@ def moments_cost(geometry: MomentsGeometry, n: int) -> Cost:
 
 def moment_fit_cost(config: MomentFitConfig) -> Cost:
     """Of all starts of a fit to moments."""
-    early = (len(stages(config.radius)) - 1) * (config.iterations // 2)
-    steps = config.starts * (config.first_iterations + early + config.iterations)
+    steps = config.starts * sum(stage_steps(config, len(stages(config.radius))))
     size = (config.radius / 8) ** 3
     return Cost(_FIXED + steps * _FIT_STEP * size + _INFORMED * size, _PROGRAM + 600e6 * size)
 

@@ -286,8 +286,9 @@ def _doubt(
     best: MomentFit, agreement: list[float | None], geometry: MomentsGeometry, radius: int
 ) -> str | None:
     """Why the map cannot be trusted at every radius that was fitted, if so."""
-    if best.misfit > _EXPLAINED:
-        return f"No start explains the moments: misfit {best.misfit:.3g}, 1 within their errors"
+    worst = max(best.misfit, best.lower)
+    if worst > _EXPLAINED:
+        return f"No start explains the moments: misfit {worst:.3g}, 1 within their errors"
     known = [a for a in agreement[1:] if a is not None]
     if not known:
         return "No second start fits the moments as well as the best: it cannot be checked"

@@ -31,6 +31,7 @@ from cryorecon.run.stopping import Stop, StoppedError, listening
 
 _BLOCK = 128
 _DEFAULT_RADIUS = 16
+_DEFAULT_THIRD = 4
 # Beyond this radius the moments take seconds to solve for once all images are summed.
 _LONG_FINISH = 32
 
@@ -51,7 +52,7 @@ class MomentsOptions:
     max_order : int, optional
         Largest angular order; default what a particle of this diameter has.
     third_radius : int
-        Third moments too, of radii up to this one; 0 for none.
+        Third moments too, of radii up to this one, 4 unless told (0 in the full form); 0 for none.
     noise_std : float, optional
         Standard deviation of white noise, in the units of the file; images are then not
         normalised. Default: spectra from outside the particle, image by image.
@@ -70,7 +71,7 @@ class MomentsOptions:
     max_radius: int | None = None
     resolution_angst: float | None = None
     max_order: int | None = None
-    third_radius: int = 0
+    third_radius: int | None = None
     noise_std: float | None = None
     ctf: bool = True
     contrast: Contrast = "auto"
@@ -106,7 +107,6 @@ def resolve_geometry(options: MomentsOptions, box: int, pixel_size_angst: float)
             f"1 to {largest} cycles per {side:.0f} A",
             f"Give --resolution between {side / largest:.1f} and {side:.0f}, or --max-radius",
         )
-    _refuse_third(options, radius if steerable else 0)
     order = int(np.pi * radius * diameter / side) + 2
     order = (order if options.max_order is None else options.max_order) if steerable else 0
     return MomentsGeometry(
@@ -121,17 +121,21 @@ def resolve_geometry(options: MomentsOptions, box: int, pixel_size_angst: float)
         noise_std=options.noise_std or 0.0,
         ctf=options.ctf,
         contrast=options.contrast,
-        third_radius=options.third_radius,
+        third_radius=_third_radius(options, radius if steerable else 0),
     )
 
 
-def _refuse_third(options: MomentsOptions, radius: int) -> None:
+def _third_radius(options: MomentsOptions, radius: int) -> int:
+    """Largest radius of third moments, when those of both lower ones reach to a radius."""
+    if options.third_radius is None:
+        return min(_DEFAULT_THIRD, radius)
     if options.third_radius > radius:
         raise CryoreconError(
             f"Third moments to radius {options.third_radius} are not among the {options.form} "
             f"moments to radius {radius}",
             "Give --third at most --max-radius, and --form steerable",
         )
+    return options.third_radius
 
 
 @dataclass(frozen=True)
