@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -36,8 +36,6 @@ from cryorecon.engines.moment_models import (
 from cryorecon.engines.moment_target import Target
 from cryorecon.engines.moments import FullMoments, Moments
 from cryorecon.networks.moment_encoders import FieldEncoderConfig
-
-ThirdUse = Literal["early", "late"]
 
 # Radii of the coarse stages; the last has all. Fits that begin at radius 3 end further from the
 # map.
@@ -78,8 +76,6 @@ class MomentFitConfig:
         Largest radius used, in cycles per particle box.
     model_error : float
         Expected misfit of an entry beside its standard error, relative to the power of its radii.
-    third : "early" or "late"
-        Third moments, where there are any: in all stages with second moments, or in the last.
     third_radius : int
         Largest radius of the third moments used; 0 for none.
     """
@@ -97,7 +93,6 @@ class MomentFitConfig:
     rate: float = 0.05
     radius: int = 8
     model_error: float = 0.003
-    third: ThirdUse = "early"
     third_radius: int = 4
 
     def __post_init__(self) -> None:
@@ -319,10 +314,9 @@ class Fitter:
         target, views = [self.targets[0], *self.annealed, *self.targets][stage], self.views[radius]
         if stage == 0:
             target = replace(target, second_weight=torch.zeros_like(target.second_weight))
+            if isinstance(target, Target) and isinstance(views, Views):
+                target, views = replace(target, third=None), replace(views, third=None)
         last = radius == len(self.targets) - 1 and stage > len(self.annealed)
-        late = self.config.third == "late" and not last
-        if (late or stage == 0) and isinstance(target, Target) and isinstance(views, Views):
-            target, views = replace(target, third=None), replace(views, third=None)
         if last and isinstance(density, ViewDensity) and self.config.density == "free":
             density.free(views)
         self.descend(volume, density, target, views, count, progress)
