@@ -26,6 +26,7 @@ from cryorecon.physics.sphere import lebedev
 from cryorecon.run import moments as moments_run
 from cryorecon.run.moment_maps import on_images
 from cryorecon.run.moment_reconstruct import _doubt
+from cryorecon.run.moments import MomentsOptions, resolve_geometry
 from cryorecon.run.moments_store import Progress, read_moments, save_progress
 
 RADIUS = 4
@@ -351,3 +352,23 @@ def test_engine_rmfn_takes_the_map_on(tmp_path, stack_32):
     assert result.exit_code == 0, result.output
     assert "starting from" in (tmp_path / "refined" / "run.log").read_text()
     assert (tmp_path / "refined" / "run_data.star").exists()
+
+
+def test_a_start_goes_through_all_model_errors_and_radii(exact):
+    config = MomentFitConfig(beads=4, iterations=4, first_iterations=3, annealing=(0.1, 0.01))
+    fitter, counts = Fitter.of(exact, config, RADIUS), []
+    assert [float(t.second_weight.max()) for t in fitter.annealed] == sorted(
+        float(t.second_weight.max()) for t in fitter.annealed
+    )
+    fitter.fit(torch.Generator().manual_seed(0), counts.append)
+    assert sum(counts) == fitter.steps == 3 + 2 + 2 + 4
+    plain = Fitter.of(exact, replace(config, annealing=()), RADIUS)
+    assert plain.steps == 3 + 4
+
+
+def test_third_moments_come_unasked_where_they_can():
+    options = MomentsOptions(max_radius=3)
+    assert resolve_geometry(options, 32, 2.4).third_radius == 3
+    assert resolve_geometry(replace(options, max_radius=8), 32, 2.4).third_radius == 4
+    assert resolve_geometry(replace(options, third_radius=0), 32, 2.4).third_radius == 0
+    assert resolve_geometry(replace(options, form="full"), 32, 2.4).third_radius == 0
