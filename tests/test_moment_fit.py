@@ -369,6 +369,6 @@ def test_a_start_goes_through_all_model_errors_and_radii(exact):
 def test_third_moments_come_unasked_where_they_can():
     options = MomentsOptions(max_radius=3)
     assert resolve_geometry(options, 32, 2.4).third_radius == 3
-    assert resolve_geometry(replace(options, max_radius=8), 32, 2.4).third_radius == 4
+    assert resolve_geometry(replace(options, max_radius=8), 32, 2.4).third_radius == 6
     assert resolve_geometry(replace(options, third_radius=0), 32, 2.4).third_radius == 0
     assert resolve_geometry(replace(options, form="full"), 32, 2.4).third_radius == 0

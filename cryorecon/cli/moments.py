@@ -106,7 +106,7 @@ def estimate_command(
             metavar="N",
             min=0,
             max=8,
-            default="4; 0 with --form full",
+            default="6; 0 with --form full",
         ),
     ] = None,
     noise_std: NoiseStd = None,

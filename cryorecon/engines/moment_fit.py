@@ -93,7 +93,7 @@ class MomentFitConfig:
     rate: float = 0.05
     radius: int = 8
     model_error: float = 0.003
-    third_radius: int = 4
+    third_radius: int = 6
 
     def __post_init__(self) -> None:
         counts = (self.beads, self.width, self.iterations, self.first_iterations)

@@ -31,7 +31,7 @@ from cryorecon.run.stopping import Stop, StoppedError, listening
 
 _BLOCK = 128
 _DEFAULT_RADIUS = 16
-_DEFAULT_THIRD = 4
+_DEFAULT_THIRD = 6
 # Beyond this radius the moments take seconds to solve for once all images are summed.
 _LONG_FINISH = 32
 
@@ -52,7 +52,7 @@ class MomentsOptions:
     max_order : int, optional
         Largest angular order; default what a particle of this diameter has.
     third_radius : int
-        Third moments too, of radii up to this one, 4 unless told (0 in the full form); 0 for none.
+        Third moments too, of radii up to this one, 6 unless told (0 in the full form); 0 for none.
     noise_std : float, optional
         Standard deviation of white noise, in the units of the file; images are then not
         normalised. Default: spectra from outside the particle, image by image.
