@@ -1,7 +1,7 @@
 """Maps from moments of whole molecules: what the moments hold and what random starts find.
 
     python examples/reproduce/moments_molecules.py MOLECULE... -o OUT
-        [--cases exact noisy ctf uniform] [--radius 6] [--starts 3] [--n 20000] [--third 4]
+        [--cases exact noisy ctf uniform] [--radius 6] [--starts 3] [--n 20000] [--third 6]
         [--set ...]
 
 MOLECULE: atomic models (PDB, mmCIF), `4ake` for the one that comes with the package, `gaussians`
@@ -13,7 +13,8 @@ Each is put into a box of 63 px (the Gaussians: 30 px of 1 A). Views: eight von 
 clusters, in-plane rotations uniform. `exact`: moments by quadrature. `noisy`: 20,000 images of
 SNR 0.1, no CTF. `ctf`: the same with defocus 1 to 2 um in boxes half as wide again. `uniform`:
 exact moments, all views alike. Every case is fitted from random starts and, to tell moments from
-search, from the true map (`--start-map`); `--third N`: with third moments of the radii to N.
+search, from the true map (`--start-map`); third moments
+of the radii to 6, or `--third N`.
 """
 
 import argparse
@@ -167,7 +168,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=20_000)
     parser.add_argument("--radius", type=int, default=6)
     parser.add_argument("--starts", type=int, default=3)
-    parser.add_argument("--third", type=int, default=0)
+    parser.add_argument("--third", type=int, default=6)
     parser.add_argument("--set", nargs="*", default=[], help="Of `moments reconstruct`.")
     args = parser.parse_args()
     print("| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|", flush=True)
@@ -177,7 +178,9 @@ def main() -> None:
         for case in args.cases:
             folder = args.output / short / case
             folder.mkdir(parents=True, exist_ok=True)
-            moments, truth = prepare(case, model, folder, args.n, args.radius, args.third)
+            moments, truth = prepare(
+                case, model, folder, args.n, args.radius, min(args.third, args.radius)
+            )
             cryorecon("moments", "reconstruct", moments, "-o", folder / "job", "--overwrite",
                       "--max-radius", args.radius, "--starts", args.starts, "--start-map", truth,
                       "--allow-ambiguous", *(f"--set={pair}" for pair in args.set))  # fmt: skip
