@@ -124,7 +124,7 @@ def estimate_command(
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Average first and second moments of the images, or third too: noise and CTF out.
+    """Average first, second and third moments of the images: noise and CTF out.
 
     One pass in file order; memory does not grow with the stack. Angles of the STAR file are not
     read; origins are, where it has them, and images are centred by them.
