@@ -31,7 +31,7 @@ quick: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadscope -m 'not slow'
 
 test: quick docs
-	$(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadscope -m slow
 
 clean:
 	rm -rf $(VENV) demo build dist
