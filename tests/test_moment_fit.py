@@ -22,10 +22,11 @@ from cryorecon.io.mrc import read_map, write_map
 from cryorecon.io.star import read_star
 from cryorecon.maps.align import align_maps, apply_alignment
 from cryorecon.maps.fsc import fsc_curve
+from cryorecon.physics.fourier import fft_centred, radius_grid
 from cryorecon.physics.sphere import lebedev
 from cryorecon.run import moments as moments_run
 from cryorecon.run.moment_maps import on_images
-from cryorecon.run.moment_reconstruct import _doubt
+from cryorecon.run.moment_trust import Trust
 from cryorecon.run.moments import MomentsOptions, resolve_geometry
 from cryorecon.run.moments_store import Progress, read_moments, save_progress
 
@@ -229,10 +230,41 @@ def test_moments_that_no_start_explains_give_no_map(tmp_path, stack_32, coarse_a
 def test_starts_that_disagree_are_told(exact):
     fitter = Fitter.of(exact, MomentFitConfig(beads=2, iterations=2, first_iterations=1), RADIUS)
     best = replace(fitter.fit(torch.Generator().manual_seed(0)), misfit=0.5, lower=0.5)
-    assert _doubt(best, [None, 4.0, None, 4.0], GEOMETRY, RADIUS) is None
-    assert "agree to 10 A, not to the 6 A" in _doubt(best, [None, 4.0, 2.4], GEOMETRY, RADIUS)
-    assert "cannot be checked" in _doubt(best, [None, None], GEOMETRY, RADIUS)
-    assert "misfit 3" in _doubt(replace(best, lower=3.0), [None, 4.0], GEOMETRY, RADIUS)
+
+    def trust(agreement, **changed):
+        return Trust.of(replace(best, **changed), agreement, GEOMETRY, RADIUS)
+
+    assert trust([None, 4.0, None, 4.0]) == Trust(4.0, "")
+    assert trust([None, 4.0, 3.2]).radius == 3.2
+    assert (
+        "in part: starts that fit them equally well agree to 8 A, not to the 6 A"
+        in trust([None, 4.0, 3.2]).said
+    )
+    for agreement, changed, said in (
+        ([None, 4.0, 2.4], {}, "do not determine the map: starts"),
+        ([None, 0.0], {}, "agree to no resolution"),
+        ([None, None], {}, "cannot be checked"),
+        ([None, 4.0], {"lower": 3.0}, "misfit 3"),
+    ):
+        assert trust(agreement, **changed).radius == 0
+        assert said in trust(agreement, **changed).said
+
+
+def test_a_map_ends_where_starts_cease_to_agree(tmp_path, stack_32, monkeypatch):
+    moments, job = _file(tmp_path / "m.h5", stack_32), tmp_path / "job"
+    monkeypatch.setattr(Trust, "of", staticmethod(lambda *_: Trust(3.0, "In part")))
+    result = run("moments", "reconstruct", moments, "-o", job, *FEW)
+    assert result.exit_code == 0, result.output
+    whole, ends = (
+        fft_centred(torch.from_numpy(read_map(job / name).data), 3)
+        for name in ("initial_model_unfiltered.mrc", "initial_model.mrc")
+    )
+    geometry = read_moments(moments).geometry
+    shell = radius_grid(len(whole), 3) * (geometry.side_angst / geometry.image_side_angst)
+    near, far = shell < 3 - 1.5, shell > 3 + 1.5
+    assert torch.allclose(ends[near], whole[near], rtol=1e-4, atol=1e-4 * float(whole.abs().max()))
+    assert float(ends[far].abs().max()) < 1e-5 * float(whole.abs().max())
+    assert "In part. initial_model.mrc ends there" in (job / "run.log").read_text()
 
 
 def test_noise_has_no_signal(tmp_path, generator):

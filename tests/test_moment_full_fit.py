@@ -163,7 +163,8 @@ def test_a_start_finds_map_and_in_plane_angles(turned):
 
 @pytest.mark.slow
 def test_with_uniform_angles_both_forms_find_the_same_map():
-    config = MomentFitConfig(beads=12, iterations=160, density_degree=4, radius=RADIUS)
+    # With half as many steps, in-plane angles end 30 to 55 % from uniform, by the start.
+    config = MomentFitConfig(beads=12, iterations=320, density_degree=4, radius=RADIUS)
     given = exact(0.0)
     fitter = Fitter.of(given, config, RADIUS)
     _, full, seen = fitted(fitter)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import simulated
 
 from cryorecon.conventions import euler_to_matrix
+from cryorecon.engines import new_search
 from cryorecon.engines.new_search import reassign
 from cryorecon.engines.reconstruction import Reconstruction, RefineConfig
 from cryorecon.engines.rounds import refine_round
@@ -62,3 +65,16 @@ def test_a_half_set_is_searched_in_the_other_ones_map(case, generator):
     first = state.half == 0
     assert torch.equal(state.rotations[first], before[first])
     assert (geodesic_distance_deg(state.rotations, truth)[~first] < 6).float().mean() > 0.9
+
+
+def test_leaving_hopeless_candidates_out_changes_nothing(case, generator, monkeypatch):
+    images, state, truth = case
+    wrong = torch.arange(300) % 5 == 0
+    state.rotations[wrong] = random_rotations(60, generator, torch.float32)
+    other = replace(state, rotations=state.rotations.clone(), offsets_px=state.offsets_px.clone())
+    seed = generator.get_state()
+    reassign(state, images, CONFIG, generator)
+    monkeypatch.setattr(new_search, "_HOPELESS", torch.inf)
+    reassign(other, images, CONFIG, generator.set_state(seed))
+    assert torch.equal(state.rotations, other.rotations)
+    assert not torch.equal(state.rotations[wrong], truth[wrong])

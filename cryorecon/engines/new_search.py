@@ -14,17 +14,20 @@ from cryorecon.engines.reconstruction import (
     RefineConfig,
     best_grid_poses,
 )
-from cryorecon.engines.refine import Derivatives, Poses, derivatives, likeliest, refine_poses
+from cryorecon.engines.refine import Derivatives, derivatives, refine_poses
 from cryorecon.engines.rounds import agreement_band, image_batches, without_solvent
 from cryorecon.physics.fourier import max_band
 from cryorecon.physics.rotations import geodesic_distance_deg
 
-# Poses of the coarse grid that are refined a little; those of them that are refined at the finest
-# band; steps of each.
-_CANDIDATES, _FINALISTS = 24, 6
-_FIRST_STEPS, _LAST_STEPS = 2, 4
+# Poses of the coarse grid that are tried, and how many of them at each higher band; steps of each.
+_CANDIDATES, _STEPS = (24, 6, 3), (2, 2, 4)
 # A new pose is farther away than rounds of refinement go, and surely likelier.
 _FAR_DEG, _LIKELIER = 5.0, 1.0
+# Log-likelihood by which a candidate may lie behind the old pose and still go on.
+_HOPELESS = 15.0
+
+# Rotations and offsets.
+_Pairs = tuple[Tensor, Tensor]
 
 
 def reassign(
@@ -57,20 +60,27 @@ def reassign(
         ladder = _Ladder.of(reference, config, limit)
         own = images.apart(members)
         near, nside = own.within(config.assign_band(images.plane.box)), config.search_nside + 1
-        found = best_grid_poses(near, reference, config, nside, generator, tell, _CANDIDATES)
+        found = best_grid_poses(near, reference, config, nside, generator, tell, _CANDIDATES[0])
         n_moved += _move(state, own, members, ladder, found)
         n_before += len(members)
     return n_moved / len(images)
 
 
 @dataclass(frozen=True)
-class _Ladder:
-    """Candidates are refined at a low band; the likeliest of them go on to a higher one."""
+class _Rung:
+    """Candidates of an image that are refined up to a band: how many at most, and how far."""
 
-    low: Derivatives
-    low_band: float
-    high: Derivatives
-    high_band: float
+    model: Derivatives
+    band: float
+    most: int
+    n_steps: int
+
+
+@dataclass(frozen=True)
+class _Ladder:
+    """Candidates are refined band by band; only those that may yet win go on to the next."""
+
+    rungs: list[_Rung]
 
     @staticmethod
     def of(reference: Tensor, config: RefineConfig, limit: float) -> _Ladder:
@@ -78,27 +88,72 @@ class _Ladder:
         box = reference.shape[-1]
         low = min(2.0 * config.assign_band(box), max_band(box))
         high = min(max(low, limit), max_band(box))
-        return _Ladder(derivatives(reference, 2, low), low, derivatives(reference, 2, high), high)
-
-    def climb(self, batch: Observations, rotations: Tensor, offsets_px: Tensor) -> Poses:
-        """The likeliest pose of each image, of those near its candidates (b, c, ...)."""
-        near = batch.within(self.low_band)
-        tried = [
-            refine_poses(near, self.low, rotations[:, k], offsets_px[:, k], _FIRST_STEPS)
-            for k in range(rotations.shape[1])
+        bands = [low, (low + high) / 2, high]
+        rungs = [
+            _Rung(derivatives(reference, 2, band), band, most, n_steps)
+            for band, most, n_steps in zip(bands, _CANDIDATES, _STEPS, strict=True)
         ]
-        likelihood = torch.stack([poses.log_likelihood for poses in tried])
-        best = likelihood.topk(_FINALISTS, 0).indices
-        rows = torch.arange(len(batch), device=best.device)
-        turned = torch.stack([poses.rotations for poses in tried])
-        shifted = torch.stack([poses.offsets_px for poses in tried])
-        return likeliest(
-            [self.settle(batch, turned[k, rows], shifted[k, rows]) for k in best.unbind()]
-        )
+        return _Ladder(rungs)
 
-    def settle(self, batch: Observations, rotations: Tensor, offsets_px: Tensor) -> Poses:
-        """Poses refined at the highest band."""
-        return refine_poses(batch, self.high, rotations, offsets_px, _LAST_STEPS)
+    @property
+    def band(self) -> float:
+        """The highest."""
+        return self.rungs[-1].band
+
+    def climb(
+        self, batch: Observations, held: _Pairs, found: _Pairs
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """By how much another pose is likelier than an image's own, and that pose.
+
+        Parameters
+        ----------
+        held : tuple of Tensor
+            Every image's own pose.
+        found : tuple of Tensor
+            Candidates, c an image.
+
+        Returns
+        -------
+        gain : Tensor, shape (b,)
+            Of the log-likelihood; -inf where no candidate is left, and then the pose is any.
+        rotations : Tensor, shape (b, 3, 3)
+        offsets_px : Tensor, shape (b, 2)
+        """
+        gain = torch.zeros_like(found[0][..., 0, 0])
+        for rung in self.rungs:
+            near = batch.within(rung.band)
+            # Many candidates come back to the pose that is held.
+            going = gain.isfinite() & _away(found[0], held[0])
+            going &= gain >= gain.where(going, -torch.inf).topk(rung.most).values[:, -1:]
+            found, likelihood = _refined_where(going, near, rung, found)
+            alone = (held[0][:, None], held[1][:, None])
+            own = _refined_where(going.any(1, keepdim=True), near, rung, alone)[1]
+            gain = (likelihood - own).where(going, -torch.inf)
+            gain = gain.where(gain > -_HOPELESS, -torch.inf)
+        gain, best = gain.where(_away(found[0], held[0]), -torch.inf).max(1)
+        rows = torch.arange(len(batch), device=batch.device)
+        return gain, found[0][rows, best], found[1][rows, best]
+
+
+def _away(rotations: Tensor, held: Tensor) -> Tensor:
+    """Which of several poses an image are other ones than its own."""
+    return geodesic_distance_deg(rotations, held[:, None]) > _FAR_DEG
+
+
+def _refined_where(
+    chosen: Tensor, batch: Observations, rung: _Rung, poses: _Pairs
+) -> tuple[_Pairs, Tensor]:
+    """Chosen ones (b, c) of several poses an image, refined; the others' likelihood is -inf."""
+    image, candidate = torch.nonzero(chosen, as_tuple=True)
+    rotations, offsets_px = (table.clone() for table in poses)
+    likelihood = torch.full_like(rotations[..., 0, 0], -torch.inf)
+    for some in torch.arange(len(image), device=image.device).split(len(batch)):
+        at = image[some], candidate[some]
+        start = rotations[at], offsets_px[at]
+        refined = refine_poses(batch.select(at[0]), rung.model, *start, rung.n_steps)
+        rotations[at], offsets_px[at] = refined.rotations, refined.offsets_px
+        likelihood[at] = refined.log_likelihood
+    return (rotations, offsets_px), likelihood
 
 
 def _move(
@@ -115,15 +170,13 @@ def _move(
 
     def search(span: slice) -> tuple[Tensor, Tensor, Tensor]:
         mine = rows[span]
-        batch = own.select(mine, ladder.high_band)
-        old = ladder.settle(batch, *(table[mine].to(device) for table in held))
-        new = ladder.climb(batch, *(table[mine].to(device) for table in found))
-        likelier = new.log_likelihood > old.log_likelihood + _LIKELIER
-        far = geodesic_distance_deg(old.rotations, new.rotations) > _FAR_DEG
-        return (likelier & far).to(torch.uint8), new.rotations, new.offsets_px
+        batch = own.select(mine, ladder.band)
+        known, tried = ((r[mine].to(device), o[mine].to(device)) for r, o in (held, found))
+        gain, rotations, offsets_px = ladder.climb(batch, known, tried)
+        return (gain > _LIKELIER).to(torch.uint8), rotations, offsets_px
 
     none = torch.zeros(0, dtype=torch.uint8), torch.zeros(0, 3, 3), torch.zeros(0, 2)
-    batches = image_batches(own.plane.within(ladder.high_band), device)
+    batches = image_batches(own.plane.within(ladder.band), device)
     searched = [result for _, result in batches.over(len(rows), search)] or [none]
     # To the CPU at the end: each copy would wait for the device.
     mine = [torch.cat(parts).cpu() for parts in zip(*searched, strict=True)]

@@ -128,18 +128,6 @@ class Poses:
     log_likelihood: Tensor
 
 
-def likeliest(tried: list[Poses]) -> Poses:
-    """The best of several poses of each image."""
-    likelihood = torch.stack([poses.log_likelihood for poses in tried])
-    best = likelihood.argmax(0)
-    rows = torch.arange(likelihood.shape[1], device=best.device)
-    return Poses(
-        torch.stack([poses.rotations for poses in tried])[best, rows],
-        torch.stack([poses.offsets_px for poses in tried])[best, rows],
-        likelihood[best, rows],
-    )
-
-
 class _Objective:
     """Log-likelihood of each image with its gradient and expected curvature in the pose.
 

