@@ -25,16 +25,18 @@ _COEFFICIENTS = 1600
 _FIXED = 10.0
 # Search: an epoch of the network's steps, and an image in it.
 _EPOCH, _SEARCHED = 0.5, 2.5e-3
-# An image against all poses of the finer grid, as in the assignment.
-_ASSIGNED, _ASSIGNMENTS = 1.5e-3, 3
+# An image against all poses of the finer grid, as in the assignment; new searches, in which some of
+# these are refined besides.
+_ASSIGNED, _NEW_SEARCHES, _TRIED = 1.5e-3, 2, 5e-3
 # Rounds until poses settle; an image's pose steps in one; solving for maps, by padded voxel.
 _HALF_ROUNDS, _REFINED, _SOLVED = 8, 1.4e-3, 2.5e-7
 # An image seen in training at 32 to 64 px by the dense encoder; others take as many times more.
 _TRAINED, _READ = 1.4e-3, 3.3e-4
 _ENCODERS = {"dense": 1.0, "small": 4.0, "paper": 100.0}
 _NETWORK_DECODER = 4.0
-# An image of 64 px averaged to radius 16; a step of the fit at radius 8; a matrix of information.
-_AVERAGED, _FIT_STEP, _INFORMED = 5e-4, 3e-2, 10.0
+# An image of 64 px averaged to radius 16; a step of the fit at radius 8, more with third moments; a
+# matrix of information.
+_AVERAGED, _FIT_STEP, _THIRD, _INFORMED = 5e-4, 2.3e-2, 2.0, 10.0
 _BACKPROJECTED = 3e-4
 
 # Bytes: the libraries; tables of a search; by voxel of the box: transforms, gradients, sums.
@@ -80,7 +82,8 @@ def abinitio_cost(
     begin = _search(config, n // times) if isinstance(config, RmfnConfig) else _training(config)
     rounds = min(config.half_rounds, _HALF_ROUNDS) + config.joint_rounds
     finish = not isinstance(config, AmortizedConfig) or config.finish
-    moved = rounds * _REFINED * _size(box) + (_ASSIGNMENTS - 1) * _ASSIGNED if finish else 0.0
+    searched = _NEW_SEARCHES * (_ASSIGNED + _TRIED * _size(box))
+    moved = rounds * _REFINED * _size(box) + searched if finish else 0.0
     solved = times * rounds * _SOLVED * (2 * box) ** 3
     joined = others * (_ASSIGNED + moved)
     seconds = _FIXED + times * begin.cpu_s + n * moved + solved + joined
@@ -113,7 +116,8 @@ def moment_fit_cost(config: MomentFitConfig) -> Cost:
     """Of all starts of a fit to moments."""
     steps = config.starts * sum(stage_steps(config, len(stages(config.radius))))
     size = (config.radius / 8) ** 3
-    return Cost(_FIXED + steps * _FIT_STEP * size + _INFORMED * size, _PROGRAM + 600e6 * size)
+    step = _FIT_STEP * (_THIRD if config.third_radius else 1.0)
+    return Cost(_FIXED + steps * step * size + _INFORMED * size, _PROGRAM + 600e6 * size)
 
 
 def backprojection_cost(n: int, box: int) -> Cost:

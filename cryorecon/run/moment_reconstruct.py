@@ -198,7 +198,7 @@ def _fit_and_write(
         )
     trusted = _trusted(job, maps[0], geometry, trust)
     _write_result(job, trusted, best.density, geometry, trust)
-    _compare_two_best(job, maps, geometry, trust)
+    _compare_starts(job, maps, agreement, geometry, trust)
     write_output_nodes(job.folder, {"initial_model.mrc": 6})
     job.say(f"{job.path('initial_model.mrc')}  refine it: abinitio-rmfn --init-map")
     if reference is not None:
@@ -315,12 +315,19 @@ def _write_result(
     write_star(job.path("view_density.star"), {"view_density": table})
 
 
-def _compare_two_best(
-    job: Job, maps: list[Tensor], geometry: MomentsGeometry, trust: Trust
+def _compare_starts(
+    job: Job,
+    maps: list[Tensor],
+    agreement: list[float | None],
+    geometry: MomentsGeometry,
+    trust: Trust,
 ) -> None:
+    """FSC of the best start and the one, of those that fit as well, that is least like it."""
     if len(maps) > 1:
-        values = fsc_curve(maps[1], maps[0])
-        what = f"{_label(trust)}the two best starts, no half maps"
+        as_good = {k: agreed for k, agreed in enumerate(agreement) if k > 0 and agreed is not None}
+        other = min(as_good, key=lambda k: as_good[k]) if as_good else 1
+        values = fsc_curve(maps[other], maps[0])
+        what = f"{_label(trust)}the two least alike of the best starts, no half maps"
         curve = FscCurve(values, geometry.box, geometry.pixel_size_angst, what, aligned=True)
         write_fsc_star(job.path("fsc.star"), curve, 0.5)
         save_figure(fsc_figure({what: curve}, [0.5]), job.path("fsc.png"))
