@@ -46,7 +46,8 @@ def test_wrong_poses_are_found_again_and_right_ones_stay(case, generator):
     images, state, truth = case
     wrong = torch.arange(300) % 5 == 0
     state.rotations[wrong] = random_rotations(60, generator, torch.float32)
-    share, counts = reassign(state, images, CONFIG, generator, (seen := []).append), seen
+    counts = []
+    share = reassign(state, images, CONFIG, generator, counts.append)
     error = geodesic_distance_deg(state.rotations, truth)
     assert (error[wrong] < 6).float().mean() > 0.9
     assert (state.rotations[~wrong] == truth[~wrong]).all((1, 2)).float().mean() > 0.97

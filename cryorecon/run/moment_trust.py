@@ -16,7 +16,7 @@ AS_GOOD = 2.0
 # Moments are explained up to this misfit; 1 is expected of standard errors.
 _EXPLAINED = 2.0
 # Below this radius, in cycles per particle box, starts agree on an outline only.
-_LEAST_RADIUS = 3.0
+_LEAST_TRUSTED = 3.0
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Trust:
         reach = f"{geometry.side_angst / least:.0f} A" if least > 0 else "no resolution"
         fitted = f"starts that fit them equally well agree to {reach}, not to the "
         fitted += f"{geometry.side_angst / radius:.0f} A that were fitted"
-        if least < _LEAST_RADIUS:
+        if least < _LEAST_TRUSTED:
             return Trust(0.0, f"The moments do not determine the map: {fitted}")
         return Trust(least, f"The moments determine the map in part: {fitted}")
 

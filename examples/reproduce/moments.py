@@ -100,7 +100,8 @@ def row(case: str, job: Path, moments: Path, truth: Path, *fit: object) -> None:
     moved = apply_alignment(volume, align_maps(volume, target, given.pixel_size_angst))
     curve = fsc_curve(moved, target)
     angst = resolution_at(curve, 0.5, len(target), given.pixel_size_angst)
-    says = "ambiguous" if code else "map"
+    whole = job / "initial_model_unfiltered.mrc"
+    says = "ambiguous" if code else "map in part" if whole.exists() else "map"
     print(
         f"| {case} | {starts['cryoreconMisfit'].iloc[0]:.3g} | {errors.iloc[0]:.4f} | "
         f"{errors.iloc[1]:.4f} | {least:.1f} | {says} | {angst:.2f} | {spent:.0f} |",

@@ -129,12 +129,15 @@ def row(name: str, case: str, job: Path, truth: Path) -> str:
         sign = "<= " if reached >= radius else ""
         return f"{sign}{side / reached / pixel:.1f}" if reached > 0 else "none"
 
-    found = torch.from_numpy(read_map(job / "initial_model.mrc").data)
+    whole = job / "initial_model_unfiltered.mrc"
+    source = whole if whole.exists() else job / "initial_model.mrc"
+    found = torch.from_numpy(read_map(source).data)
     moved = apply_alignment(found, align_maps(found, target, pixel))
     shell = crossing_shell(fsc_curve(moved, target), 0.5) * side / (len(target) * pixel)
     agreed = starts["cryoreconAgreementRadius"]
     least = agreed[agreed >= 0][1:].min() if (agreed >= 0).sum() > 1 else math.nan
-    says = "ambiguous" if "AMBIGUOUS" in log else "map"
+    says = f"map to {show(least)} px" if whole.exists() else "map"
+    says = "ambiguous" if "AMBIGUOUS" in log else says
     says = "no fit" if "No start explains" in log else says
     misfit = re.search(r"fitted from there, misfit (\S+),", log)
     blame = next((w for w in ("MOMENTS", "SEARCH") if f"{w}:" in log), "-").lower()
