@@ -235,6 +235,7 @@ def test_starts_that_disagree_are_told(exact):
         return Trust.of(replace(best, **changed), agreement, GEOMETRY, RADIUS)
 
     assert trust([None, 4.0, None, 4.0]) == Trust(4.0, "")
+    assert trust([None, 4.0]) == Trust(4.0, "")
     assert trust([None, 4.0, 3.2]).radius == 3.2
     assert (
         "in part: starts that fit them equally well agree to 8 A, not to the 6 A"
@@ -242,6 +243,7 @@ def test_starts_that_disagree_are_told(exact):
     )
     for agreement, changed, said in (
         ([None, 4.0, 2.4], {}, "do not determine the map: starts"),
+        ([None, 3.2, None], {}, "do not determine the map: starts"),
         ([None, 0.0], {}, "agree to no resolution"),
         ([None, None], {}, "cannot be checked"),
         ([None, 4.0], {"lower": 3.0}, "misfit 3"),

@@ -15,8 +15,9 @@ from cryorecon.run.moment_maps import aligned
 AS_GOOD = 2.0
 # Moments are explained up to this misfit; 1 is expected of standard errors.
 _EXPLAINED = 2.0
-# Below this radius, in cycles per particle box, starts agree on an outline only.
-_LEAST_TRUSTED = 3.0
+# Below this radius, in cycles per particle box, starts agree on an outline only; and two of them
+# that agree in part may both be wrong there.
+_LEAST_TRUSTED, _LEAST_OTHERS = 3.0, 2
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Trust:
         reach = f"{geometry.side_angst / least:.0f} A" if least > 0 else "no resolution"
         fitted = f"starts that fit them equally well agree to {reach}, not to the "
         fitted += f"{geometry.side_angst / radius:.0f} A that were fitted"
-        if least < _LEAST_TRUSTED:
+        if least < _LEAST_TRUSTED or len(known) < _LEAST_OTHERS:
             return Trust(0.0, f"The moments do not determine the map: {fitted}")
         return Trust(least, f"The moments determine the map in part: {fitted}")
 
