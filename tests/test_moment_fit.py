@@ -267,6 +267,10 @@ def test_a_map_ends_where_starts_cease_to_agree(tmp_path, stack_32, monkeypatch)
     assert torch.allclose(ends[near], whole[near], rtol=1e-4, atol=1e-4 * float(whole.abs().max()))
     assert float(ends[far].abs().max()) < 1e-5 * float(whole.abs().max())
     assert "In part. initial_model.mrc ends there" in (job / "run.log").read_text()
+    monkeypatch.undo()
+    with pytest.raises(CryoreconError, match="No start explains"):
+        run("moments", "reconstruct", moments, "-o", job, *FEW, "--overwrite")
+    assert not list(job.glob("*.mrc"))
 
 
 def test_noise_has_no_signal(tmp_path, generator):

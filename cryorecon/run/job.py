@@ -41,6 +41,7 @@ _OUTPUTS = (
     "initial_model.mrc",
     "initial_model_C1.mrc",
     "initial_model_aligned.mrc",
+    "initial_model_unfiltered.mrc",
     "run_half?_class001_unfil.mrc",
     "run_data.star",
     "encoder_data.star",
