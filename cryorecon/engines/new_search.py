@@ -70,7 +70,6 @@ def reassign(
 class _Rung:
     """Candidates of an image that are refined up to a band: how many at most, and how far."""
 
-    model: Derivatives
     band: float
     most: int
     n_steps: int
@@ -80,6 +79,7 @@ class _Rung:
 class _Ladder:
     """Candidates are refined band by band; only those that may yet win go on to the next."""
 
+    model: Derivatives
     rungs: list[_Rung]
 
     @staticmethod
@@ -89,11 +89,8 @@ class _Ladder:
         low = min(2.0 * config.assign_band(box), max_band(box))
         high = min(max(low, limit), max_band(box))
         bands = [low, (low + high) / 2, high]
-        rungs = [
-            _Rung(derivatives(reference, 2, band), band, most, n_steps)
-            for band, most, n_steps in zip(bands, _CANDIDATES, _STEPS, strict=True)
-        ]
-        return _Ladder(rungs)
+        rungs = [_Rung(*each) for each in zip(bands, _CANDIDATES, _STEPS, strict=True)]
+        return _Ladder(derivatives(reference, 2, high), rungs)
 
     @property
     def band(self) -> float:
@@ -125,35 +122,34 @@ class _Ladder:
             # Many candidates come back to the pose that is held.
             going = gain.isfinite() & _away(found[0], held[0])
             going &= gain >= gain.where(going, -torch.inf).topk(rung.most).values[:, -1:]
-            found, likelihood = _refined_where(going, near, rung, found)
+            found, likelihood = self._refined_where(going, near, rung.n_steps, found)
             alone = (held[0][:, None], held[1][:, None])
-            own = _refined_where(going.any(1, keepdim=True), near, rung, alone)[1]
+            own = self._refined_where(going.any(1, keepdim=True), near, rung.n_steps, alone)[1]
             gain = (likelihood - own).where(going, -torch.inf)
             gain = gain.where(gain > -_HOPELESS, -torch.inf)
         gain, best = gain.where(_away(found[0], held[0]), -torch.inf).max(1)
         rows = torch.arange(len(batch), device=batch.device)
         return gain, found[0][rows, best], found[1][rows, best]
 
+    def _refined_where(
+        self, chosen: Tensor, batch: Observations, n_steps: int, poses: _Pairs
+    ) -> tuple[_Pairs, Tensor]:
+        """Chosen ones (b, c) of several poses an image, refined; others' likelihood is -inf."""
+        image, candidate = torch.nonzero(chosen, as_tuple=True)
+        rotations, offsets_px = (table.clone() for table in poses)
+        likelihood = torch.full_like(rotations[..., 0, 0], -torch.inf)
+        for some in torch.arange(len(image), device=image.device).split(len(batch)):
+            at = image[some], candidate[some]
+            start = rotations[at], offsets_px[at]
+            refined = refine_poses(batch.select(at[0]), self.model, *start, n_steps)
+            rotations[at], offsets_px[at] = refined.rotations, refined.offsets_px
+            likelihood[at] = refined.log_likelihood
+        return (rotations, offsets_px), likelihood
+
 
 def _away(rotations: Tensor, held: Tensor) -> Tensor:
     """Which of several poses an image are other ones than its own."""
     return geodesic_distance_deg(rotations, held[:, None]) > _FAR_DEG
-
-
-def _refined_where(
-    chosen: Tensor, batch: Observations, rung: _Rung, poses: _Pairs
-) -> tuple[_Pairs, Tensor]:
-    """Chosen ones (b, c) of several poses an image, refined; the others' likelihood is -inf."""
-    image, candidate = torch.nonzero(chosen, as_tuple=True)
-    rotations, offsets_px = (table.clone() for table in poses)
-    likelihood = torch.full_like(rotations[..., 0, 0], -torch.inf)
-    for some in torch.arange(len(image), device=image.device).split(len(batch)):
-        at = image[some], candidate[some]
-        start = rotations[at], offsets_px[at]
-        refined = refine_poses(batch.select(at[0]), rung.model, *start, rung.n_steps)
-        rotations[at], offsets_px[at] = refined.rotations, refined.offsets_px
-        likelihood[at] = refined.log_likelihood
-    return (rotations, offsets_px), likelihood
 
 
 def _move(

@@ -19,6 +19,7 @@ _THRESHOLDS = (0.5, 0.143)
 _RESULTS = {
     "map": "initial_model.mrc",
     "map_c1": "initial_model_C1.mrc",
+    "map_unfiltered": "initial_model_unfiltered.mrc",
     "map_aligned": "initial_model_aligned.mrc",
     "half1": "run_half1_class001_unfil.mrc",
     "half2": "run_half2_class001_unfil.mrc",

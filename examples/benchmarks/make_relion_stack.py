@@ -17,9 +17,9 @@ from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
+from blind import write_blind
 
 from cryorecon.io.mrc import open_stack, stack_writer
-from cryorecon.io.star import read_star, write_star
 from cryorecon.run.simulate import simulate
 from cryorecon.run.simulate_config import SimulateConfig
 
@@ -62,10 +62,7 @@ def main() -> None:
             stack.append((block + noise_std * noise) / noise_std)
     for path in (Path(f"{clean}.mrcs"), Path(f"{clean}.star")):
         path.unlink(missing_ok=True)
-    tables = read_star(args.output / "particles.star")
-    poses = [c for c in tables["particles"] if c.startswith(("rlnAngle", "rlnOrigin"))]
-    tables["particles"] = tables["particles"].drop(columns=poses)
-    write_star(args.output / "blind.star", tables)
+    write_blind(args.output / "particles.star", args.output / "blind.star")
     print(f"{args.output}: {len(images)} particles, SNR {args.snr}, noise std {noise_std:.4g}")
 
 

@@ -1,6 +1,6 @@
 """Symmetric particles from random poses: are the axes found, and what do they buy?
 
-    python examples/benchmarks/symmetric.py OUT [--groups C3 D2 T O I] [--n 500] [--snr 0.1]
+    python examples/benchmarks/symmetric.py OUT [--groups C3 D2 T O I] [--n 1000] [--snr 0.1]
 
 Adenylate kinase, turned by a point group about a centre outside itself, in a box of 48 px that it
 fills to 0.7; `cryorecon abinitio --symmetry GROUP --diameter ...` from a STAR file without poses.
@@ -16,12 +16,12 @@ from importlib.resources import files
 from pathlib import Path
 
 import torch
+from blind import write_blind
 from measure import timed
 
 from cryorecon.conventions import euler_to_matrix
 from cryorecon.io.mrc import read_map, write_map
 from cryorecon.io.particles import read_particles
-from cryorecon.io.star import read_star, write_star
 from cryorecon.maps.align import Alignment, align_maps, apply_alignment, rotate_map
 from cryorecon.maps.fsc import fsc_curve, resolution_at
 from cryorecon.maps.poses import mirror_poses, rotate_poses
@@ -76,10 +76,7 @@ def row(name: str, folder: Path, n: int, snr: float) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     cryorecon("simulate", symmetric_map(group, folder), "-o", stack, "--n", n, "--snr", snr,
               "--overwrite")  # fmt: skip
-    blocks = read_star(stack / "particles.star")
-    known = [c for c in blocks["particles"] if c.startswith(("rlnAngle", "rlnOrigin"))]
-    blocks["particles"] = blocks["particles"].drop(columns=known)
-    write_star(stack / "blind.star", blocks)
+    write_blind(stack / "particles.star", stack / "blind.star")
     command = [sys.executable, "-m", "cryorecon", "abinitio", str(stack / "blind.star"), "-o",
                str(job), "--symmetry", name, "--diameter", str(diameter),
                "--overwrite"]  # fmt: skip
@@ -112,7 +109,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("output", type=Path)
     parser.add_argument("--groups", nargs="+", default=["C3", "D2", "T", "O", "I"])
-    parser.add_argument("--n", type=int, default=500)
+    parser.add_argument("--n", type=int, default=1000)
     parser.add_argument("--snr", type=float, default=SNR)
     args = parser.parse_args()
     columns = ("group", "copies", "turned copies correlate", "C1 map, FSC 0.5 (A)",
