@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from cryorecon.engines.network_map import NetworkMap
 from cryorecon.networks.mfn import (
     MfnConfig,
     ResidualMfn,
@@ -11,6 +12,7 @@ from cryorecon.networks.mfn import (
     smallest_grid,
 )
 from cryorecon.physics.fourier import centred_frequencies, crop_or_pad_centred, fft_centred
+from cryorecon.physics.masks import Support
 
 CONFIG = MfnConfig(bands=(2, 5, 9), width=24)
 
@@ -92,3 +94,27 @@ def test_paper_bands_grow_by_one_plus_lambdas():
 def test_impossible_bands_are_refused(bands):
     with pytest.raises(ValueError, match="bands"):
         MfnConfig(bands)
+
+
+def test_a_map_is_the_network_times_its_mask_evaluated_inside_alone(generator, monkeypatch):
+    mask = torch.ones(18, 18, 18)
+    mask[:, :, :7] = 0
+    network = NetworkMap(CONFIG, Support(0.3, mask), generator)
+    size, seen = network.grid_size(1), []
+    points = grid_points(size, 3, torch.float32, "cpu")
+    support = network.support.on(size)
+    whole = network.network(points, 2)[-1].view(size, size, size)
+    whole = whole * support * (network.grid_size(0) / size) ** 3
+
+    def spy(points, *args):
+        seen.append(len(points))
+        return type(network.network).forward(network.network, points, *args)
+
+    monkeypatch.setattr(network.network, "forward", spy)
+    error = 1e-5 * float(whole.detach().abs().max())
+    assert torch.allclose(network.volume(1), whole, atol=error)
+    assert seen == [int((support > 0).sum())]
+    monkeypatch.setattr("cryorecon.engines.network_map._POINTS_AT_ONCE", 100)
+    pieces = network.volume(1, size)
+    assert torch.allclose(pieces, whole, atol=error)
+    assert max(seen[1:]) == 100

@@ -61,8 +61,12 @@ def test_gradients_in_map_and_rotation(box, generator):
     def of_map(v):
         return torch.view_as_real(proj.project(v, start[:1], plane.within(2)))
 
+    def of_both(v, w):
+        return torch.view_as_real(proj.project(v, exp_map(w) @ start, plane.within(2)))
+
     assert torch.autograd.gradcheck(of_turn, (turn,))
     assert torch.autograd.gradcheck(of_map, (volume.requires_grad_(),))
+    assert torch.autograd.gradcheck(of_both, (volume, turn))
 
 
 @pytest.mark.parametrize(("padding", "bound"), [(2, 0.05), (4, 0.015)])

@@ -22,6 +22,8 @@ from cryorecon.physics.projection import Transform, gridded_transform, to_volume
 
 # Cycles per box that a scale's grid holds beyond its band.
 GRID_MARGIN = 2
+# Of a network that is evaluated once, whatever the box.
+_POINTS_AT_ONCE = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,15 @@ class FitConfig:
 
     learning_rate: float = 3e-2
     n_steps: int = 4
+
+
+@dataclass(frozen=True)
+class _Ball:
+    """Points of a grid where the map may have density, with the mask there and their rows."""
+
+    points: Tensor
+    weight: Tensor
+    rows: Tensor
 
 
 class NetworkMap:
@@ -70,6 +81,7 @@ class NetworkMap:
         self.support = support
         self.scale = 1.0
         self._fitted = False
+        self._balls: dict[int, _Ball] = {}
 
     @property
     def bands(self) -> tuple[int, ...]:
@@ -83,11 +95,20 @@ class NetworkMap:
     def volume(self, scale: int, box: int | None = None) -> Tensor:
         """The map of one scale on a grid of `box` points a side; sums over a voxel's share."""
         size = box or self.grid_size(scale)
+        ball = self._balls.get(size) or self._ball(size)
+        if box is None:  # Structure steps come again and again.
+            self._balls[size] = ball
+        parts = ball.points.split(len(ball.points) if box is None else _POINTS_AT_ONCE)
+        density = torch.cat([self.network(some, scale + 1)[-1][:, 0] for some in parts])
+        density = density * ball.weight * (self.scale * (self.grid_size(0) / size) ** 3)
+        return density.new_zeros(size**3).index_copy(0, ball.rows, density).view(size, size, size)
+
+    def _ball(self, size: int) -> _Ball:
         parameter = self.network.phases
         points = grid_points(size, 3, parameter.dtype, parameter.device)
-        density = self.network(points, scale + 1)[-1].reshape(size, size, size)
-        density = density * (self.scale * (self.grid_size(0) / size) ** 3)
-        return density * self.support.on(size, density.dtype, density.device)
+        weight = self.support.on(size, parameter.dtype, parameter.device).flatten()
+        rows = weight.nonzero()[:, 0]
+        return _Ball(points[rows], weight[rows], rows)
 
     def fit(
         self, sums: NormalEquations, prior: Tensor, scale: int, n_steps: int | None = None
