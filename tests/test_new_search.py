@@ -79,3 +79,26 @@ def test_leaving_hopeless_candidates_out_changes_nothing(case, generator, monkey
     reassign(other, images, CONFIG, generator.set_state(seed))
     assert torch.equal(state.rotations, other.rotations)
     assert not torch.equal(state.rotations[wrong], truth[wrong])
+
+
+def test_candidates_are_held_of_few_images_at_a_time(case, generator, monkeypatch):
+    images, state, _ = case
+    monkeypatch.setattr("cryorecon.engines.reconstruction._TURNED_TOGETHER", 30)
+    wrong = torch.arange(300) % 5 == 0
+    state.rotations[wrong] = random_rotations(60, generator, torch.float32)
+    other = replace(state, rotations=state.rotations.clone(), offsets_px=state.offsets_px.clone())
+    seed, seen = generator.get_state(), []
+    reassign(state, images, CONFIG, generator)
+
+    climb = new_search._Ladder.climb
+
+    def spy(ladder, batch, held, found):
+        seen.append(len(found[0]))
+        return climb(ladder, batch, held, found)
+
+    monkeypatch.setattr(new_search._Ladder, "climb", spy)
+    monkeypatch.setattr(new_search, "_BLOCKS", 1)
+    reassign(other, images, CONFIG, generator.set_state(seed))
+    assert seen == [30] * 10
+    apart = geodesic_distance_deg(state.rotations, other.rotations)
+    assert (apart < 0.05).float().mean() > 0.99

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -12,7 +15,7 @@ from cryorecon.engines.reconstruction import (
     Progress,
     Reconstruction,
     RefineConfig,
-    best_grid_poses,
+    grid_poses,
 )
 from cryorecon.engines.refine import Derivatives, derivatives, refine_poses
 from cryorecon.engines.rounds import agreement_band, image_batches, without_solvent
@@ -26,8 +29,12 @@ _FAR_DEG, _LIKELIER = 5.0, 1.0
 # Log-likelihood by which a candidate may lie behind the old pose and still go on.
 _HOPELESS = 15.0
 
-# Rotations and offsets.
+# Blocks of images whose candidates are held together.
+_BLOCKS = 8
+
+# Rotations and offsets; the same after rows, or after whether they are likelier.
 _Pairs = tuple[Tensor, Tensor]
+_Found = tuple[Tensor, Tensor, Tensor]
 
 
 def reassign(
@@ -60,8 +67,9 @@ def reassign(
         ladder = _Ladder.of(reference, config, limit)
         own = images.apart(members)
         near, nside = own.within(config.assign_band(images.plane.box)), config.search_nside + 1
-        found = best_grid_poses(near, reference, config, nside, generator, tell, _CANDIDATES[0])
-        n_moved += _move(state, own, members, ladder, found)
+        tried = grid_poses(near, reference, config, nside, generator, tell, _CANDIDATES[0])
+        held = state.rotations[members], state.offsets_px[members]
+        n_moved += _move(state, own, members, list(_climbed(own, ladder, held, tried)))
         n_before += len(members)
     return n_moved / len(images)
 
@@ -152,30 +160,36 @@ def _away(rotations: Tensor, held: Tensor) -> Tensor:
     return geodesic_distance_deg(rotations, held[:, None]) > _FAR_DEG
 
 
-def _move(
-    state: Reconstruction,
-    own: ImageSet,
-    members: Tensor,
-    ladder: _Ladder,
-    found: tuple[Tensor, Tensor],
-) -> int:
+def _climbed(
+    own: ImageSet, ladder: _Ladder, held: _Pairs, tried: Iterator[_Found]
+) -> Iterator[_Found]:
+    """Of this process's images: whether another pose is likelier (uint8), and that pose.
+
+    Candidates of few images are held at a time: they take a kilobyte each.
+    """
+    batches = image_batches(own.plane.within(ladder.band), own.device)
+    while some := list(islice(tried, _BLOCKS)):
+        rows, rotations, offsets_px = (torch.cat(parts) for parts in zip(*some, strict=True))
+        search = partial(_better, own, ladder, held, rows, (rotations, offsets_px))
+        yield from (result for _, result in batches.over(len(rows), search))
+
+
+def _better(
+    own: ImageSet, ladder: _Ladder, held: _Pairs, rows: Tensor, tried: _Pairs, span: slice
+) -> _Found:
+    mine = rows[span]
+    known = held[0][mine].to(own.device), held[1][mine].to(own.device)
+    some = tried[0][span], tried[1][span]
+    gain, *pose = ladder.climb(own.select(mine, ladder.band), known, some)
+    return (gain > _LIKELIER).to(torch.uint8), pose[0], pose[1]
+
+
+def _move(state: Reconstruction, own: ImageSet, members: Tensor, found: list[_Found]) -> int:
     """Put likelier poses of a half set's images into the table; how many."""
-    everyone, device = own.in_file_order(torch.arange(len(own))), own.device
-    rows = own.mine(everyone)
-    held = state.rotations[members], state.offsets_px[members]
-
-    def search(span: slice) -> tuple[Tensor, Tensor, Tensor]:
-        mine = rows[span]
-        batch = own.select(mine, ladder.band)
-        known, tried = ((r[mine].to(device), o[mine].to(device)) for r, o in (held, found))
-        gain, rotations, offsets_px = ladder.climb(batch, known, tried)
-        return (gain > _LIKELIER).to(torch.uint8), rotations, offsets_px
-
     none = torch.zeros(0, dtype=torch.uint8), torch.zeros(0, 3, 3), torch.zeros(0, 2)
-    batches = image_batches(own.plane.within(ladder.band), device)
-    searched = [result for _, result in batches.over(len(rows), search)] or [none]
     # To the CPU at the end: each copy would wait for the device.
-    mine = [torch.cat(parts).cpu() for parts in zip(*searched, strict=True)]
+    mine = [torch.cat(parts).cpu() for parts in zip(*(found or [none]), strict=True)]
+    everyone = own.in_file_order(torch.arange(len(own)))
     moved, turned, shifted = own.everyones(everyone, *mine)
     better = moved > 0
     chosen = members[everyone[better]]

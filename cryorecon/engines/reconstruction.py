@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -125,7 +125,7 @@ def shell_prior(sums: NormalEquations, strength: float, band: float) -> Tensor:
     return sums.shell_mean_weight()[: int(band) + 1] * strength
 
 
-def best_grid_poses(
+def grid_poses(
     images: ImageSet,
     volume: Tensor,
     config: RefineConfig,
@@ -133,18 +133,19 @@ def best_grid_poses(
     generator: torch.Generator,
     progress: Progress | None,
     count: int = 1,
-) -> tuple[Tensor, Tensor]:
-    """The likeliest poses of each image on a randomly turned grid, on the CPU.
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """The likeliest poses of each image on a randomly turned grid, some images at a time.
 
-    Returns
-    -------
-    rotations : Tensor, shape (n, count, 3, 3)
+    Yields
+    ------
+    rows : Tensor, shape (b,)
+        Of this process's images, in file order.
+    rotations : Tensor, shape (b, count, 3, 3)
         The likeliest first.
-    offsets_px : Tensor, shape (n, count, 2)
+    offsets_px : Tensor, shape (b, count, 2)
     """
     plane, device = images.plane, images.device
     band = float(plane.radius[-1])
-    found = []
     grid = so3_grid(nside, torch.float32)[0].to(device)
     shifts = offsets_for(config, plane.box, band).to(device)
     coarse = resample_sums(volume, min(plane.box, 2 * (int(band) + 5)))
@@ -158,12 +159,36 @@ def best_grid_poses(
             templates = extract_slices(transform, turned, plane)
             batch = images.select(rows)
             rotation, offset = best_grid_pose(batch, templates, shifts, count=count)
-            found.append((turned[rotation], shifts[offset]))
+            yield rows, turned[rotation], shifts[offset]
         if progress is not None:
             progress(min(len(images), number * _TURNED_TOGETHER))
+
+
+def best_grid_poses(
+    images: ImageSet,
+    volume: Tensor,
+    config: RefineConfig,
+    nside: int,
+    generator: torch.Generator,
+    progress: Progress | None,
+) -> tuple[Tensor, Tensor]:
+    """The likeliest pose of each image on a randomly turned grid, on the CPU.
+
+    Returns
+    -------
+    rotations : Tensor, shape (n, 3, 3)
+    offsets_px : Tensor, shape (n, 2)
+    """
+    found = [
+        (rotations[:, 0], offsets_px[:, 0])
+        for _, rotations, offsets_px in grid_poses(
+            images, volume, config, nside, generator, progress
+        )
+    ]
     # To the CPU at the end: each copy would wait for the device.
-    parts = found or [(torch.zeros(0, count, 3, 3), torch.zeros(0, count, 2))]
+    parts = found or [(torch.zeros(0, 3, 3), torch.zeros(0, 2))]
     mine = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
+    everyone = images.in_file_order(torch.arange(len(images)))
     back = torch.argsort(everyone)
     rotations, offsets = (part[back] for part in images.everyones(everyone, *mine))
     return rotations, offsets
@@ -190,9 +215,8 @@ def assign(
     """
     box = images.plane.box
     band = config.assign_band(box)
-    found = best_grid_poses(
+    rotations, offsets = best_grid_poses(
         images.within(band), volume, config, config.search_nside + 1, generator, progress
     )
-    rotations, offsets = (table[:, 0] for table in found)
     reference = resample_sums(volume, box)
     return Reconstruction(rotations, offsets, half, [reference, reference], float(band), support)

@@ -97,7 +97,7 @@ def refine_round(
         If an image's likelihood is not finite.
     """
     before, before_offsets = state.rotations.clone(), state.offsets_px.clone()
-    references = [(state.maps[0] + state.maps[1]) / 2] * 2 if joint else state.maps
+    references = [(state.maps[0] + state.maps[1]) / 2] if joint else state.maps
     references = [without_solvent(reference, config) for reference in references]
     learned, done = _Learned(images, config), 0
 
@@ -110,7 +110,8 @@ def refine_round(
 
     sums, likelihood = [], []
     for half in (0, 1):
-        model = derivatives(references[half], 2, state.band)
+        if half < len(references):
+            model = derivatives(references[half], 2, state.band)
         members = images.in_file_order(torch.nonzero(state.half == half)[:, 0])
         new, found = _refine_some(state, images, members, model, learned, n_steps, tell)
         sums.append(new)

@@ -176,8 +176,7 @@ class Stages(Parts):
         nside = config.search_nside + 1
         with self.job.bar("Assigning", len(images)) as bar:
             near = images.within(band)
-            found = best_grid_poses(near, joint, config, nside, self.generator, bar)
-        return found[0][:, 0], found[1][:, 0]
+            return best_grid_poses(near, joint, config, nside, self.generator, bar)
 
     def search_again(self, state: Reconstruction, images: ImageSet) -> float:
         """Every image against the better map; the share that found a better pose."""
