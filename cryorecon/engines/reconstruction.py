@@ -11,6 +11,7 @@ from torch import Tensor
 from cryorecon.engines.accumulate import NormalEquations
 from cryorecon.engines.observations import ImageSet
 from cryorecon.engines.search import best_grid_pose, offset_grid
+from cryorecon.image_table import image_table
 from cryorecon.physics.fourier import max_band, resample_sums
 from cryorecon.physics.masks import Support
 from cryorecon.physics.projection import extract_slices, padded_transform
@@ -78,7 +79,8 @@ class Reconstruction:
     Attributes
     ----------
     rotations : Tensor, shape (n, 3, 3)
-        On the CPU, as are all tables of images; maps lie on the images' device.
+        On the CPU, as are all tables of images (:mod:`cryorecon.image_table`); maps lie on the
+        images' device.
     offsets_px : Tensor, shape (n, 2)
     half : Tensor, shape (n,), int64
         Half set, 0 or 1.
@@ -189,8 +191,9 @@ def best_grid_poses(
     parts = found or [(torch.zeros(0, 3, 3), torch.zeros(0, 2))]
     mine = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
     everyone = images.in_file_order(torch.arange(len(images)))
-    back = torch.argsort(everyone)
-    rotations, offsets = (part[back] for part in images.everyones(everyone, *mine))
+    rotations, offsets = image_table(len(images), 3, 3), image_table(len(images), 2)
+    for table, part in zip((rotations, offsets), images.everyones(everyone, *mine), strict=True):
+        table[everyone] = part
     return rotations, offsets
 
 

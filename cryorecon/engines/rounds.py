@@ -29,6 +29,7 @@ from cryorecon.engines.refine import (
     residual_power,
 )
 from cryorecon.engines.shrinking import ShrinkingBatch, at_once
+from cryorecon.image_table import kept
 from cryorecon.physics.fourier import HalfPlane, max_band
 from cryorecon.physics.masks import molecule_mask
 from cryorecon.physics.projection import to_volume
@@ -41,6 +42,8 @@ _STEPS = 5
 # Images at once on the CPU; memory of a coefficient in a pose step, bytes; and most points of the
 # map's transform, eight a coefficient, that are read at once.
 _IMAGES, _BYTES, _MOST_POINTS = 250, 500.0, 2**30
+# Of a table of images that are gone through at a time.
+_ROWS = 1 << 17
 
 
 def image_batches(plane: HalfPlane, device: torch.device) -> ShrinkingBatch:
@@ -96,7 +99,7 @@ def refine_round(
     FloatingPointError
         If an image's likelihood is not finite.
     """
-    before, before_offsets = state.rotations.clone(), state.offsets_px.clone()
+    before, before_offsets = kept(state.rotations), kept(state.offsets_px)
     references = [(state.maps[0] + state.maps[1]) / 2] if joint else state.maps
     references = [without_solvent(reference, config) for reference in references]
     learned, done = _Learned(images, config), 0
@@ -124,11 +127,16 @@ def refine_round(
     state.band = float(min(max_band(images.plane.box), max(limit + 2, used), 1.6 * used + 1))
     return RoundReport(
         used,
-        float(geodesic_distance_deg(before, state.rotations).median()),
+        _median_turn_deg(before, state.rotations),
         float((before_offsets - state.offsets_px).norm(dim=-1).median()),
         float(torch.cat(likelihood).mean()),
         limit,
     )
+
+
+def _median_turn_deg(before: Tensor, after: Tensor) -> float:
+    pairs = zip(before.split(_ROWS), after.split(_ROWS), strict=True)
+    return float(torch.cat([geodesic_distance_deg(*pair) for pair in pairs]).median())
 
 
 _Seen = tuple[Tensor, Tensor, Tensor | None]

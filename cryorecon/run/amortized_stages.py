@@ -12,6 +12,7 @@ from cryorecon.engines.reconstruction import Reconstruction, offsets_for
 from cryorecon.engines.search import evidence
 from cryorecon.engines.shrinking import ShrinkingBatch
 from cryorecon.errors import CryoreconError
+from cryorecon.image_table import kept
 from cryorecon.physics.rotations import so3_grid
 from cryorecon.run.checkpoint import Entry
 from cryorecon.run.parts import Place
@@ -52,7 +53,7 @@ class AmortizedStages(Stages):
         self._train(self.trained, order)
         self._judge(self.trained, images, held)
         rotations, offsets = self.read_poses(images)
-        self.read = rotations.clone(), offsets.clone()
+        self.read = kept(rotations), kept(offsets)
         volume, band = self.trained.volume(), self.trained.band
         return Reconstruction(rotations, offsets, half, [volume, volume], band, self.support)
 
@@ -111,7 +112,7 @@ class AmortizedStages(Stages):
         mine = (torch.cat(part).cpu() for part in zip(*all_parts, strict=True))
         rotations, offsets = images.everyones(everyone, *mine)
         self.job.say(f"the encoder has read the poses of {len(images)} images")
-        return rotations, offsets
+        return kept(rotations), kept(offsets)
 
     def _train(self, run: Amortized, order: torch.Tensor) -> None:
         config, box = self.config, run.images.plane.box

@@ -11,6 +11,7 @@ import torch
 
 from cryorecon.engines.observations import ImageSet
 from cryorecon.engines.reconstruction import Reconstruction, RefineConfig
+from cryorecon.image_table import kept
 from cryorecon.physics.masks import Support
 from cryorecon.run.checkpoint import Entry
 from cryorecon.run.job import Job
@@ -134,6 +135,9 @@ class Parts(ABC):
         self.generator.set_state(saved["generator"])
         place = Place(**saved["place"])
         state = Reconstruction(**saved["state"], support=self.support)
+        state.rotations, state.offsets_px = kept(state.rotations), kept(state.offsets_px)
+        if state.half_poses is not None:
+            state.half_poses = kept(state.half_poses[0]), kept(state.half_poses[1])
         state.maps = [volume.to(images.device) for volume in state.maps]
         state.halves = [volume.to(images.device) for volume in state.halves]
         what = "done" if place.done else f"{place.number} rounds done"

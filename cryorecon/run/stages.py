@@ -14,6 +14,7 @@ from cryorecon.engines.observations import ImageSet
 from cryorecon.engines.reconstruction import Reconstruction, best_grid_poses
 from cryorecon.engines.rounds import RoundReport, agreement_band, refine_round
 from cryorecon.errors import CryoreconError
+from cryorecon.image_table import image_table, kept
 from cryorecon.maps.align import align_maps
 from cryorecon.maps.chance import beyond_chance, chance_fsc
 from cryorecon.maps.fsc import fsc_curve
@@ -102,7 +103,7 @@ class Stages(Parts):
     def finish(self, state: Reconstruction, images: ImageSet, place: Place) -> None:
         """Rounds against the map of all images."""
         if place.joint < 0:
-            state.half_poses = state.rotations.clone(), state.offsets_px.clone()
+            state.half_poses = kept(state.rotations), kept(state.offsets_px)
             place.joint = 0
         while place.joint < self.config.joint_rounds:
             place.joint += 1
@@ -111,7 +112,7 @@ class Stages(Parts):
 
     def keep(self, state: Reconstruction, images: ImageSet, *, halves: bool = True) -> None:
         """Maps from the poses as they are; half maps and their FSC too unless told otherwise."""
-        state.half_poses = state.rotations.clone(), state.offsets_px.clone()
+        state.half_poses = kept(state.rotations), kept(state.offsets_px)
         with self.job.bar("Averaging", len(images)) as bar:
             for joint in (False, True) if halves else (True,):
                 refine_round(
@@ -155,7 +156,7 @@ class Stages(Parts):
         others = torch.ones(len(images), dtype=torch.bool)
         others[rows] = False
         rest = torch.nonzero(others)[:, 0]
-        rotations, offsets = torch.empty(len(images), 3, 3), torch.empty(len(images), 2)
+        rotations, offsets = image_table(len(images), 3, 3), image_table(len(images), 2)
         rotations[rows], offsets[rows] = state.half_poses or (state.rotations, state.offsets_px)
         rotations[rest], offsets[rest] = self.read_poses(images.apart(rest), state)
         band = float(self.config.assign_band(images.plane.box))
@@ -244,7 +245,7 @@ class Stages(Parts):
         self._move_second(runs, images.ranks)
         n = len(images)
         maps, band = [run.maps[0] for run in runs], min(run.band for run in runs)
-        rotations, offsets = torch.empty(n, 3, 3), torch.empty(n, 2)
+        rotations, offsets = image_table(n, 3, 3), image_table(n, 2)
         state = Reconstruction(rotations, offsets, half, maps, band, self.support)
         for mine, run in zip(rows, runs, strict=True):
             state.rotations[mine], state.offsets_px[mine] = run.rotations, run.offsets_px
@@ -278,7 +279,7 @@ class Stages(Parts):
         runs = []
         for k, source in enumerate((0, ranks.count // 2)):
             n = len(rows[k])
-            blank = torch.empty(n, 3, 3), torch.empty(n, 2), torch.zeros(n, dtype=torch.int64)
+            blank = image_table(n, 3, 3), image_table(n, 2), torch.zeros(n, dtype=torch.int64)
             nothing = torch.empty(box, box, box, device=images.device)
             other = Reconstruction(*blank, [nothing] * 2, 0.0, self.support)
             found = run if k == number else other
@@ -350,7 +351,7 @@ class Stages(Parts):
         rotations, origins = state.half_poses or (state.rotations, state.offsets_px)
         poses = rotate_poses(rotations.double(), fit.rotation.cpu())
         offsets = shift_origins(origins.double(), poses, fit.shift_px.cpu())
-        state.rotations, state.offsets_px = poses.float(), offsets.float()
+        state.rotations, state.offsets_px = kept(poses), kept(offsets)
 
     def _move_second(self, runs: list[Reconstruction], ranks: Ranks) -> None:
         first, second = runs
