@@ -5,8 +5,9 @@
 Simulates particles of 4AKE (or MODEL), runs the published protocol coarse to fine and with all
 epochs at the full scale from scratch, and compares the poses with the truth. Small by default:
 1,000 images of 32 px, bands of 3, 7 and 15 cycles per box, the first of which is the paper's;
-`--n 2000 --box 64` takes the paper's box, `--full` its 50,000 images too. Poses of as many images
-move at a time as keep the paper's 83 turns an epoch. Histograms are OUT/*/pose_errors.png.
+`--n 2000 --box 64` takes the paper's box, `--full` its 50,000 images too. An image has as much
+signal in all over its noise as one of the paper's: SNR 0.1 at 64 px, 0.4 at 32. Poses of as many
+images move at a time as keep the paper's 83 turns an epoch. Histograms are OUT/*/pose_errors.png.
 """
 
 import argparse
@@ -22,6 +23,8 @@ from cryorecon.run.compare_poses import compare_pose_files
 
 # Mini-batches of 600 images in an epoch of the paper's 50,000.
 TURNS = 83
+# Of the paper's 64 px.
+SNR = 0.1
 
 
 def cryorecon(*words: object) -> None:
@@ -45,7 +48,7 @@ def main() -> None:
     stack = args.output / "stack"
     if not (stack / "particles.star").exists():
         cryorecon("simulate", args.model, "-o", stack, "--n", n, "--box", box,
-                  "--pixel-size", pixel, "--snr", 0.1)  # fmt: skip
+                  "--pixel-size", pixel, "--snr", SNR * (64 / box) ** 2)  # fmt: skip
     stages = [int(count) for count in args.stages.split(",")]
     runs = {"coarse_to_fine": stages, "full_scale": [0, 0, sum(stages)]}
     for name, epochs in runs.items():
