@@ -169,15 +169,14 @@ class NetworkMap:
                 drawn = self.volume(scale, box).norm().clamp(min=1e-30)
             self.scale *= float(target.norm() / drawn)
             self._fitted = True
-        inside = self.support.on(box, device=target.device).flatten().nonzero()[:, 0]
-        points = grid_points(box, 3, target.dtype, target.device)
-        values = target.flatten() / (self.scale * (self.grid_size(0) / box) ** 3)
-        norm = values[inside].square().mean().clamp(min=1e-30)
+        ball = self._ball(box)
+        values = target.flatten()[ball.rows] / (self.scale * (self.grid_size(0) / box) ** 3)
+        norm = values.square().mean().clamp(min=1e-30)
         loss = torch.zeros(())
         for _ in range(n_steps):
-            draw = torch.randint(len(inside), (n_points,), generator=generator)
-            rows = inside[draw.to(inside.device)]
-            residual = self.network(points[rows], scale + 1)[-1][:, 0] - values[rows]
+            draw = torch.randint(len(ball.rows), (n_points,), generator=generator)
+            rows = draw.to(ball.rows.device)
+            residual = self.network(ball.points[rows], scale + 1)[-1][:, 0] - values[rows]
             loss = residual.square().mean() / norm
             self.optimizer.zero_grad()
             loss.backward()

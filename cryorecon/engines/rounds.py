@@ -113,7 +113,7 @@ def refine_round(
 
     sums, likelihood = [], []
     for half in (0, 1):
-        if half < len(references):
+        if half < len(references):  # One for both in a joint round.
             model = derivatives(references[half], 2, state.band)
         members = images.in_file_order(torch.nonzero(state.half == half)[:, 0])
         new, found = _refine_some(state, images, members, model, learned, n_steps, tell)
