@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import fcntl
 import json
 import os
 import shlex
@@ -257,18 +258,16 @@ def open_job(
 
     Raises
     ------
+    CryoreconError
+        If another job works in the directory, which is then left as it is.
     StoppedError
         If the user or RELION asked to stop; what is kept and how to go on has been told.
     """
-    if ranks.first:
-        _begin(folder, task, ranks, resume=resume)
-    ranks.wait()
-    outcome = "failure"
-    try:
-        with (
-            listening(folder, patient=ranks.count > 1) as stop,
-            _log(folder, ranks, resume=resume) as log,
-        ):
+    with _log(folder, ranks, resume=resume) as log:
+        if ranks.first:
+            _begin(folder, task, ranks, resume=resume)
+        ranks.wait()
+        with _marked(folder, ranks), listening(folder, patient=ranks.count > 1) as stop:
             checkpoint = Checkpoint(folder / NAME, stop, resume=resume, ranks=ranks)
             quiet = console if ranks.first else Console(quiet=True)
             job = Job(folder, quiet, log, stop, checkpoint, ranks)
@@ -276,31 +275,39 @@ def open_job(
                 yield job
                 # The first one still writes.
                 ranks.wait()
-            except KeyboardInterrupt as stop:
-                outcome = "aborted"
-                _tell_how_to_go_on(job, alone=isinstance(stop, TooLateError))
+            except KeyboardInterrupt as stopped:
+                _tell_how_to_go_on(job, alone=isinstance(stopped, TooLateError))
                 raise
             except (CryoreconError, OSError) as error:
                 _tell_if_not_the_jobs_fault(job, error)
                 raise
-            outcome = "success"
+        if ranks.first:
+            checkpoint.remove()
+
+
+@contextmanager
+def _marked(folder: Path, ranks: Ranks) -> Iterator[None]:
+    """Leave the marker of how a job has ended, for RELION and for `finished`."""
+    outcome, leaves = "failure", ranks.first
+    try:
+        yield
+        outcome = "success"
+    except KeyboardInterrupt:
+        outcome = "aborted"
+        raise
     except LostRankError:
         # Whoever is left says so: the first one may be the one that is gone.
-        with contextlib.suppress(OSError):
-            (folder / _MARKERS[outcome]).touch()
+        leaves = True
         raise
     finally:
         # On a full disk there is no room even for a marker; the error itself must be seen.
         with contextlib.suppress(OSError):
-            if ranks.first:
+            if leaves:
                 (folder / _MARKERS[outcome]).touch()
-    if ranks.first:
-        checkpoint.remove()
 
 
 def _begin(folder: Path, task: Task, ranks: Ranks, *, resume: bool) -> None:
-    """The directory, without what an earlier job wrote, and its ``job.yaml``."""
-    make_folder(folder)
+    """Remove what an earlier job wrote, and write ``job.yaml``."""
     _clear(folder, outputs=not resume)
     if not resume:
         with replacing(folder / "job.yaml") as temporary:
@@ -309,8 +316,23 @@ def _begin(folder: Path, task: Task, ranks: Ranks, *, resume: bool) -> None:
 
 
 def _log(folder: Path, ranks: Ranks, *, resume: bool) -> TextIO:
-    path = folder / "run.log" if ranks.first else Path(os.devnull)
-    return path.open("a" if resume else "w", encoding="utf-8")
+    """``run.log``, locked while the job runs: two jobs would write into each other's files."""
+    if not ranks.first:
+        return Path(os.devnull).open("a", encoding="utf-8")
+    make_folder(folder)
+    log = (folder / "run.log").open("a", encoding="utf-8")
+    try:
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        log.close()
+        raise CryoreconError(
+            f"Another job is at work in {folder}", "Wait for it or choose another folder"
+        ) from error
+    except OSError:
+        pass  # Some network disks cannot lock.
+    if not resume:
+        log.truncate(0)
+    return log
 
 
 def _tell_if_not_the_jobs_fault(job: Job, error: Exception) -> None:

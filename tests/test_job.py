@@ -1,0 +1,75 @@
+"""A job directory belongs to one job at a time."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import pytest
+from rich.console import Console
+
+from cryorecon.errors import CryoreconError
+from cryorecon.run import job as job_module
+from cryorecon.run.job import Task, finished, open_job
+
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture
+def task(tmp_path):
+    (tmp_path / "particles.star").write_text("data_\n")
+    return Task("abinitio", tmp_path / "particles.star", 1, {}, {}, 0)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_second_job_leaves_the_first_ones_folder_alone(task, tmp_path, resume):
+    folder = tmp_path / "job"
+    with open_job(folder, QUIET, task) as job:
+        job.say("first")
+        (folder / "initial_model.mrc").touch()
+        before = {path.name: path.read_bytes() for path in folder.iterdir()}
+        with (
+            pytest.raises(CryoreconError, match=r"at work in .*job"),
+            open_job(folder, QUIET, task, resume=resume),
+        ):
+            pytest.fail("two jobs in one folder")
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert finished(folder)
+    with open_job(folder, QUIET, task) as job:
+        job.say("second")
+    assert "first" not in (folder / "run.log").read_text()
+
+
+def test_a_job_that_was_killed_holds_nothing(task, tmp_path):
+    folder = tmp_path / "job"
+    program = (
+        "import sys, time; from pathlib import Path; from rich.console import Console\n"
+        "from cryorecon.run.job import Task, open_job\n"
+        "task = Task('abinitio', Path(sys.argv[1]), 1, {}, {}, 0)\n"
+        "with open_job(Path(sys.argv[2]), Console(quiet=True), task) as job:\n"
+        "    job.say('begun')\n"
+        "    time.sleep(600)\n"
+    )
+    words = [sys.executable, "-c", program, str(task.inputs), str(folder)]
+    with subprocess.Popen(words) as other:
+        end = time.monotonic() + 60
+        while not ((folder / "run.log").exists() and (folder / "run.log").read_text()):
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        with pytest.raises(CryoreconError, match="at work"), open_job(folder, QUIET, task):
+            pytest.fail("two jobs in one folder")
+        other.kill()
+    with open_job(folder, QUIET, task, resume=True) as job:
+        job.say("goes on")
+    assert "begun" in (folder / "run.log").read_text()
+
+
+def test_a_disk_that_cannot_lock_is_no_obstacle(task, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(job_module.fcntl, "flock", refuse)
+    with open_job(tmp_path / "job", QUIET, task) as job:
+        job.say("done")
+    assert finished(tmp_path / "job")
