@@ -26,7 +26,8 @@ from cryorecon.errors import CryoreconError
 from cryorecon.io.atoms import read_atoms
 from cryorecon.maps import align
 from cryorecon.physics.potential import potential_map
-from cryorecon.run import abinitio, moment_reconstruct
+from cryorecon.run import abinitio
+from cryorecon.run.moments import reconstruct as moment_reconstruct
 from cryorecon.run.simulate import simulate
 from cryorecon.run.simulate_config import SimulateConfig
 

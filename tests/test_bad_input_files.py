@@ -20,7 +20,7 @@ from cryorecon.engines.rmfn import RmfnConfig
 from cryorecon.io.cryodrgn_input import read_ctf, read_poses
 from cryorecon.io.mrc import read_map
 from cryorecon.run.fit_image import read_image
-from cryorecon.run.moments_store import read_moments
+from cryorecon.run.moments.store import read_moments
 from cryorecon.run.settings import with_settings
 
 

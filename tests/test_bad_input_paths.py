@@ -22,7 +22,7 @@ from bad_inputs import BOX, COUNT, PIXEL, particle_table, run, whole_project
 from click.testing import Result
 
 from cryorecon.cli.main import main
-from cryorecon.engines.mra_training import TrainingConfig
+from cryorecon.engines.mra.training import TrainingConfig
 from cryorecon.errors import CryoreconError
 from cryorecon.io.mrc import read_map, write_map
 from cryorecon.io.particles import read_particles
@@ -411,7 +411,7 @@ def test_an_encoder_that_claims_more_than_its_file_holds(
     config["encoder"]["hidden"] = [30_000, 30_000]
     text = json.dumps(config)
     (folder / "x.safetensors").write_bytes(save({"a": torch.zeros(3)}, {"config": text}))
-    monkeypatch.setattr("cryorecon.run.mra.EncoderPair", lambda _: pytest.fail("it was made"))
+    monkeypatch.setattr("cryorecon.run.mra.jobs.EncoderPair", lambda _: pytest.fail("it was made"))
     solve = ("mra", "solve", "o.npy", "-o", "out/m", "--method", "encoder")
     refused(folder, "is no trained encoder", *solve, "--model", "x.safetensors")
 

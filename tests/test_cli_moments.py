@@ -18,14 +18,14 @@ from cryorecon.errors import CryoreconError
 from cryorecon.io.moments_file import MomentsData, read_moments_data, write_moments
 from cryorecon.io.mrc import stack_writer
 from cryorecon.io.star import read_star, write_star
-from cryorecon.run.moments import (
+from cryorecon.run.moments.estimate import (
     MomentsOptions,
     centred_images,
     estimate_moments,
     resolve_geometry,
     state_path,
 )
-from cryorecon.run.moments_store import merge_moments, read_moments
+from cryorecon.run.moments.store import merge_moments, read_moments
 from cryorecon.run.stopping import StoppedError
 
 
@@ -120,7 +120,7 @@ def test_an_interrupted_run_goes_on_to_the_same_sums(tmp_path, stack_32, monkeyp
     def stop_at_once(*_):
         raise StoppedError(f"1 of 2 images are in {state}")
 
-    monkeypatch.setattr("cryorecon.run.moments.estimate_moments", stop_at_once)
+    monkeypatch.setattr("cryorecon.run.moments.estimate.estimate_moments", stop_at_once)
     monkeypatch.setattr(sys, "argv", ["cryorecon", "moments", "estimate", "p.star", "-o", "x.h5"])
     with pytest.raises(SystemExit) as end:
         main()

@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from cryorecon.engines.mra import observe, orbit_error
-from cryorecon.engines.mra_training import draw_pairs
+from cryorecon.engines.mra.problem import observe, orbit_error
+from cryorecon.engines.mra.training import draw_pairs
 from cryorecon.physics.mixtures import MixtureConfig
 
 

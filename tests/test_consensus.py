@@ -33,7 +33,7 @@ from cryorecon.physics.fourier import lowpass, radius_grid
 from cryorecon.physics.masks import Support
 from cryorecon.physics.rotations import exp_map, geodesic_distance_deg, random_rotations
 from cryorecon.physics.symmetry import symmetry_group
-from cryorecon.run.consensus import ConsensusOptions, consensus
+from cryorecon.run.consensus.compare import ConsensusOptions, consensus
 from cryorecon.run.curves import FscCurve, write_fsc_star
 from cryorecon.run.simulate import simulate
 from cryorecon.run.simulate_config import SimulateConfig
@@ -186,7 +186,7 @@ def usual_chance(monkeypatch):
     """What chance reaches between maps like these, measured once."""
     curve = torch.full((BOX // 2 + 1,), 0.12, dtype=torch.float64)
     curve[:6] = torch.tensor([0.9, 0.86, 0.51, 0.48, 0.48, 0.32], dtype=torch.float64)
-    monkeypatch.setattr("cryorecon.run.consensus.chance_fsc", lambda *_: curve)
+    monkeypatch.setattr("cryorecon.run.consensus.compare.chance_fsc", lambda *_: curve)
 
 
 def run(*arguments):
@@ -250,7 +250,9 @@ def test_scripts_read_who_agrees(tmp_path, stack, truth):
     two = write_job(tmp_path / "two", stack, truth, UNMOVED, seed=2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(agreement, "align_maps", lambda *_: UNMOVED)
-        patch.setattr("cryorecon.run.consensus.chance_fsc", lambda *_: torch.zeros(13).double())
+        patch.setattr(
+            "cryorecon.run.consensus.compare.chance_fsc", lambda *_: torch.zeros(13).double()
+        )
         found = run("consensus", one, two, "-o", tmp_path / "out", "--json")
     assert found.exit_code == 0, found.output
     told = json.loads(found.stdout)["consensus"]

@@ -15,7 +15,7 @@ from cryorecon.io.star import read_star, write_star
 from cryorecon.maps.align import align_maps, apply_alignment
 from cryorecon.maps.fsc import fsc_curve
 from cryorecon.run import stages
-from cryorecon.run.consensus_all import run_engines
+from cryorecon.run.consensus.every_engine import run_engines
 from cryorecon.run.simulate import simulate
 from cryorecon.run.simulate_config import SimulateConfig
 

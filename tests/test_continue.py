@@ -21,7 +21,7 @@ from cryorecon.cli.console import prepare_folder
 from cryorecon.cli.main import main
 from cryorecon.engines import rounds
 from cryorecon.engines.amortized import Amortized, AmortizedConfig
-from cryorecon.engines.moment_fit import MomentFitConfig
+from cryorecon.engines.moments.fit import MomentFitConfig
 from cryorecon.engines.rmfn import RmfnConfig
 from cryorecon.engines.rmfn_paper import PaperConfig
 from cryorecon.errors import CryoreconError
@@ -31,8 +31,8 @@ from cryorecon.run import job as job_module
 from cryorecon.run.abinitio import AbinitioOptions, abinitio
 from cryorecon.run.continuing import continue_job, from_plain
 from cryorecon.run.cost import abinitio_cost
-from cryorecon.run.moment_reconstruct import MomentReconstructOptions, abinitio_moments
-from cryorecon.run.moments import MomentsOptions
+from cryorecon.run.moments.estimate import MomentsOptions
+from cryorecon.run.moments.reconstruct import MomentReconstructOptions, abinitio_moments
 from cryorecon.run.paper_protocol import PaperOptions, abinitio_perturbed
 from cryorecon.run.stopping import StoppedError
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from cryorecon.engines import rounds
 from cryorecon.engines.accumulate import NormalEquations
 from cryorecon.engines.amortized import AmortizedConfig
-from cryorecon.engines.moment_fit import MomentFitConfig
+from cryorecon.engines.moments.fit import MomentFitConfig
 from cryorecon.engines.refine import Poses
 from cryorecon.engines.rmfn import RmfnConfig
 from cryorecon.engines.shrinking import ShrinkingBatch, at_once
@@ -25,11 +25,12 @@ from cryorecon.physics.masks import Support
 from cryorecon.physics.rotations import exp_map, random_rotations
 from cryorecon.physics.symmetry import symmetry_group
 from cryorecon.run import abinitio as abinitio_module
-from cryorecon.run import moment_reconstruct, stages
+from cryorecon.run import stages
 from cryorecon.run.abinitio import AbinitioOptions, abinitio
 from cryorecon.run.load import load_observations
-from cryorecon.run.moment_reconstruct import MomentReconstructOptions, abinitio_moments
-from cryorecon.run.moments import MomentsOptions
+from cryorecon.run.moments import reconstruct as moment_reconstruct
+from cryorecon.run.moments.estimate import MomentsOptions
+from cryorecon.run.moments.reconstruct import MomentReconstructOptions, abinitio_moments
 from cryorecon.run.reconstruct import reconstruct
 
 QUIET = Console(quiet=True)

@@ -18,7 +18,7 @@ from cryorecon.maps.failures import (
 from cryorecon.physics.fourier import radius_grid
 from cryorecon.physics.masks import soft_ball
 from cryorecon.physics.rotations import random_rotations
-from cryorecon.run.report_warnings import (
+from cryorecon.run.report.doubts import (
     collapsed_views,
     hollow_shell,
     mass_at_edge,

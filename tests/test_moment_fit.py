@@ -12,11 +12,11 @@ import torch
 from conftest import invoke as run
 
 from cryorecon.cli.main import main
-from cryorecon.engines.moment_fit import Fitter, MomentFit, MomentFitConfig, stages, visible_radius
-from cryorecon.engines.moment_information import expected_fsc
-from cryorecon.engines.moment_models import Beads, ViewDensity, Views, new_volume
-from cryorecon.engines.moment_sums_steerable import SteerableSums
-from cryorecon.engines.moments import MomentsGeometry, SteerableMoments, exact_moments
+from cryorecon.engines.moments.fit import Fitter, MomentFit, MomentFitConfig, stages, visible_radius
+from cryorecon.engines.moments.forms import MomentsGeometry, SteerableMoments, exact_moments
+from cryorecon.engines.moments.information import expected_fsc
+from cryorecon.engines.moments.models import Beads, ViewDensity, Views, new_volume
+from cryorecon.engines.moments.sums_steerable import SteerableSums
 from cryorecon.errors import CryoreconError
 from cryorecon.io.mrc import read_map, write_map
 from cryorecon.io.star import read_star
@@ -24,11 +24,11 @@ from cryorecon.maps.align import align_maps, apply_alignment
 from cryorecon.maps.fsc import fsc_curve
 from cryorecon.physics.fourier import fft_centred, radius_grid
 from cryorecon.physics.sphere import lebedev
-from cryorecon.run import moments as moments_run
-from cryorecon.run.moment_maps import on_images
-from cryorecon.run.moment_trust import Trust
-from cryorecon.run.moments import MomentsOptions, resolve_geometry
-from cryorecon.run.moments_store import Progress, read_moments, save_progress
+from cryorecon.run.moments import estimate as moments_run
+from cryorecon.run.moments.estimate import MomentsOptions, resolve_geometry
+from cryorecon.run.moments.maps import on_images
+from cryorecon.run.moments.store import Progress, read_moments, save_progress
+from cryorecon.run.moments.trust import Trust
 
 RADIUS = 4
 GEOMETRY = MomentsGeometry("steerable", 24, 1.0, 18.0, 24.0, RADIUS, 11)

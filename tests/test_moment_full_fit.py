@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from cryorecon.conventions import euler_to_matrix
-from cryorecon.engines.moment_fit import Fitter, MomentFitConfig, visible_radius
-from cryorecon.engines.moment_full_fit import FullTarget, FullViews, in_plane_departure
-from cryorecon.engines.moment_models import Beads
-from cryorecon.engines.moments import (
+from cryorecon.engines.moments.fit import Fitter, MomentFitConfig, visible_radius
+from cryorecon.engines.moments.forms import (
     FullMoments,
     MomentsGeometry,
     SteerableMoments,
     exact_moments,
 )
+from cryorecon.engines.moments.full_fit import FullTarget, FullViews, in_plane_departure
+from cryorecon.engines.moments.models import Beads
 from cryorecon.maps.align import align_maps, apply_alignment
 from cryorecon.maps.fsc import fsc_curve
 from cryorecon.physics.sphere import frames, lebedev, real_harmonics

@@ -9,21 +9,21 @@ import torch
 import yaml
 from conftest import invoke as run
 
-from cryorecon.engines.moment_fit import Fitter, MomentFit, MomentFitConfig
-from cryorecon.engines.moment_information import free_map_share
-from cryorecon.engines.moment_models import Beads, ViewDensity
-from cryorecon.engines.moment_starts import fit_from_map, start_steps
-from cryorecon.engines.moment_sums_steerable import SteerableSums
-from cryorecon.engines.moments import MomentsGeometry, SteerableMoments, exact_moments
+from cryorecon.engines.moments.fit import Fitter, MomentFit, MomentFitConfig
+from cryorecon.engines.moments.forms import MomentsGeometry, SteerableMoments, exact_moments
+from cryorecon.engines.moments.information import free_map_share
+from cryorecon.engines.moments.models import Beads, ViewDensity
+from cryorecon.engines.moments.starts import fit_from_map, start_steps
+from cryorecon.engines.moments.sums_steerable import SteerableSums
 from cryorecon.errors import CryoreconError
 from cryorecon.io.mrc import read_map, write_map
 from cryorecon.io.star import read_star
 from cryorecon.maps.fsc import fsc_curve
 from cryorecon.physics.masks import Support
 from cryorecon.physics.sphere import lebedev
-from cryorecon.run.moment_maps import fsc_by_radius, on_images, on_particle_box
-from cryorecon.run.moment_start_map import NearFit, _verdict
-from cryorecon.run.moments_store import Progress, save_progress
+from cryorecon.run.moments.maps import fsc_by_radius, on_images, on_particle_box
+from cryorecon.run.moments.start_map import NearFit, _verdict
+from cryorecon.run.moments.store import Progress, save_progress
 
 RADIUS = 4
 GEOMETRY = MomentsGeometry("steerable", 24, 1.0, 18.0, 24.0, RADIUS, 11)

@@ -11,24 +11,24 @@ import torch
 from test_moment_fit import GEOMETRY, RADIUS, run, three_gaussians
 from test_moments import SMALL, _density, _sample_and_truth, pure_noise
 
-from cryorecon.engines.moment_fit import Fitter, MomentFitConfig
-from cryorecon.engines.moment_information import expected_fsc, free_map_share
-from cryorecon.engines.moment_sums import MomentBatch, merge_arrays
-from cryorecon.engines.moment_sums_steerable import SteerableSums
-from cryorecon.engines.moment_third import (
+from cryorecon.engines.moments.fit import Fitter, MomentFitConfig
+from cryorecon.engines.moments.forms import SteerableMoments, steerable_moments
+from cryorecon.engines.moments.information import expected_fsc, free_map_share
+from cryorecon.engines.moments.sums import MomentBatch, merge_arrays
+from cryorecon.engines.moments.sums_steerable import SteerableSums
+from cryorecon.engines.moments.third import (
     multiplicity,
     order_pairs,
     real_entries,
     third_moment,
 )
-from cryorecon.engines.moments import SteerableMoments, steerable_moments
 from cryorecon.errors import CryoreconError
 from cryorecon.io.mrc import read_map
 from cryorecon.physics.fourier import max_band
 from cryorecon.physics.polar import PolarSlices
 from cryorecon.physics.sphere import frames, lebedev
-from cryorecon.run.moments import MomentsOptions
-from cryorecon.run.moments_store import read_moments
+from cryorecon.run.moments.estimate import MomentsOptions
+from cryorecon.run.moments.store import read_moments
 
 THIRD = replace(SMALL, third_radius=3)
 

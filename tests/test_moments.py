@@ -10,10 +10,10 @@ import pytest
 import torch
 from conftest import MODEL
 
-from cryorecon.engines.moment_sums import MomentBatch, merge_arrays
-from cryorecon.engines.moment_sums_full import FullSums, check_full
-from cryorecon.engines.moment_sums_steerable import SteerableSums, _untangled
-from cryorecon.engines.moments import MomentsGeometry, exact_moments, steerable_moments
+from cryorecon.engines.moments.forms import MomentsGeometry, exact_moments, steerable_moments
+from cryorecon.engines.moments.sums import MomentBatch, merge_arrays
+from cryorecon.engines.moments.sums_full import FullSums, check_full
+from cryorecon.engines.moments.sums_steerable import SteerableSums, _untangled
 from cryorecon.errors import CryoreconError
 from cryorecon.io.mrc import read_map
 from cryorecon.physics.ctf import CtfParameters, ctf
@@ -23,7 +23,7 @@ from cryorecon.physics.masks import soft_ball
 from cryorecon.physics.polar import PolarSlices, PolarTransform
 from cryorecon.physics.sphere import frames, lebedev
 from cryorecon.run.load import normalised
-from cryorecon.run.moments import MomentsOptions, estimate_moments
+from cryorecon.run.moments.estimate import MomentsOptions, estimate_moments
 from cryorecon.run.simulate import noise_gain, simulate
 from cryorecon.run.simulate_config import SimulateConfig
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from cryorecon.engines.mra import (
+from cryorecon.engines.mra.problem import (
     ShiftMoments,
     ShiftMomentSums,
     best_shift,
@@ -22,14 +22,14 @@ from cryorecon.engines.mra import (
     orbit_error,
     shifted,
 )
-from cryorecon.engines.mra_solvers import (
+from cryorecon.engines.mra.solvers import (
     DirectConfig,
     _Descent,
     misfit,
     solve_direct,
     solve_spectral,
 )
-from cryorecon.engines.mra_training import draw_pairs
+from cryorecon.engines.mra.training import draw_pairs
 from cryorecon.physics.mixtures import MixtureConfig, draw_mixtures
 
 

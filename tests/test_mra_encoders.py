@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from cryorecon.engines.mra import concatenated, exact_moments, moved, orbit_error, shifted
-from cryorecon.engines.mra_encoding import RefineConfig, loss_of, solve_encoder, together
-from cryorecon.engines.mra_training import (
+from cryorecon.engines.mra.encoding import RefineConfig, loss_of, solve_encoder, together
+from cryorecon.engines.mra.problem import concatenated, exact_moments, moved, orbit_error, shifted
+from cryorecon.engines.mra.training import (
     EncoderPair,
     Training,
     TrainingConfig,
@@ -18,7 +18,7 @@ from cryorecon.engines.mra_training import (
 )
 from cryorecon.networks.moment_encoders import MomentEncoder, MomentEncoderConfig
 from cryorecon.physics.mixtures import MixtureConfig
-from cryorecon.run.mra import load_encoders, train_encoders
+from cryorecon.run.mra.jobs import load_encoders, train_encoders
 
 SMALL = MomentEncoderConfig(12, branch=(6, 4), merged=(4,), hidden=(32,))
 TINY = TrainingConfig(MixtureConfig(1), SMALL, pairs=100, epochs=3, batch=32)

@@ -34,7 +34,8 @@ SCRIPT = """
 import functools
 from cryorecon.cli.main import main
 from cryorecon.maps import align
-from cryorecon.run import abinitio, checkpoint, moment_reconstruct, stages
+from cryorecon.run import abinitio, checkpoint, stages
+from cryorecon.run.moments import reconstruct as moment_reconstruct
 
 for module in (abinitio, moment_reconstruct):
     module.report_at_end = lambda *_: None

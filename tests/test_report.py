@@ -27,16 +27,16 @@ from cryorecon.io.star import read_star, write_star
 from cryorecon.maps.fsc import fsc_curve
 from cryorecon.physics.fourier import radius_grid
 from cryorecon.physics.rotations import random_rotations
-from cryorecon.run import report
 from cryorecon.run.abinitio import AbinitioOptions, abinitio
 from cryorecon.run.checkpoint import Checkpoint
 from cryorecon.run.curves import FscCurve, read_fsc_star, write_fsc_star
 from cryorecon.run.job import Job, Task, add_output_node, open_job, write_output_nodes
-from cryorecon.run.report_inputs import read_job
-from cryorecon.run.report_particles import example_particles
-from cryorecon.run.report_pictures import sphere_picture
+from cryorecon.run.report import page as report
+from cryorecon.run.report.inputs import read_job
+from cryorecon.run.report.particles import example_particles
+from cryorecon.run.report.pictures import sphere_picture
+from cryorecon.run.report.surface import shaded_views, surface_mesh
 from cryorecon.run.stopping import Stop
-from cryorecon.run.surface import shaded_views, surface_mesh
 
 QUIET = Console(quiet=True)
 ROUND = {"cryoreconPoseChange": 3.0, "cryoreconOffsetChangeAngst": 0.5}

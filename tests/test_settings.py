@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from cryorecon.engines.amortized import AmortizedConfig
-from cryorecon.engines.moment_fit import MomentFitConfig
-from cryorecon.engines.mra_training import TrainingConfig
+from cryorecon.engines.moments.fit import MomentFitConfig
+from cryorecon.engines.mra.training import TrainingConfig
 from cryorecon.errors import CryoreconError
 from cryorecon.run.settings import with_settings
 

@@ -29,8 +29,8 @@ def all_command(
         Options that engine moments does not have.
     """
     # torch takes seconds to load: only when the command runs.
-    from cryorecon.run.consensus import ConsensusOptions, consensus
-    from cryorecon.run.consensus_all import PLAN, run_engines
+    from cryorecon.run.consensus.compare import ConsensusOptions, consensus
+    from cryorecon.run.consensus.every_engine import PLAN, run_engines
     from cryorecon.run.settings import with_settings
 
     taken = dict(taken)

@@ -70,7 +70,7 @@ def consensus_command(
     if len(jobs) < 2:
         raise typer.BadParameter("give two jobs or more")
     # torch takes seconds to load: only when the command runs.
-    from cryorecon.run.consensus import ConsensusOptions, consensus
+    from cryorecon.run.consensus.compare import ConsensusOptions, consensus
 
     use_threads(threads)
     prepare_folder(output, overwrite)

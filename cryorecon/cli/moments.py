@@ -40,7 +40,7 @@ from cryorecon.cli.options import (
 from cryorecon.errors import CryoreconError
 
 if TYPE_CHECKING:
-    from cryorecon.engines.moments import Moments
+    from cryorecon.engines.moments.forms import Moments
 
 MomentsFile = Annotated[Path, output("Moments file to write (.h5).", "FILE")]
 
@@ -132,7 +132,7 @@ def estimate_command(
     # torch takes seconds to load: only when the command runs.
     from cryorecon.ranks import joined
     from cryorecon.run.dry_run import describe_moments
-    from cryorecon.run.moments import MomentsOptions, estimate_moments
+    from cryorecon.run.moments.estimate import MomentsOptions, estimate_moments
     from cryorecon.run.stopping import StoppedError
 
     use_threads(threads)
@@ -188,7 +188,7 @@ def merge_command(
 ) -> None:
     """Add the moments of two files, as if all images were averaged in one pass."""
     # torch takes seconds to load: only when the command runs.
-    from cryorecon.run.moments_store import merge_moments
+    from cryorecon.run.moments.store import merge_moments
 
     _check_output(output, overwrite)
     _report(output, merge_moments(first, second, output), json)

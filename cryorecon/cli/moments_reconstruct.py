@@ -106,10 +106,10 @@ def reconstruct_command(
     """
     del continue_job  # Then another function runs instead.
     # torch takes seconds to load: only when the command runs.
-    from cryorecon.engines.moment_fit import MomentFitConfig
+    from cryorecon.engines.moments.fit import MomentFitConfig
     from cryorecon.ranks import joined
-    from cryorecon.run.moment_reconstruct import MomentReconstructOptions, reconstruct_moments
-    from cryorecon.run.moment_start_map import StartMap
+    from cryorecon.run.moments.reconstruct import MomentReconstructOptions, reconstruct_moments
+    from cryorecon.run.moments.start_map import StartMap
     from cryorecon.run.settings import with_settings
 
     use_threads(threads)
@@ -149,11 +149,11 @@ def moments_command(
 ) -> None:
     """Both steps, `moments estimate` and `moments reconstruct`, in one folder."""
     # torch takes seconds to load: only when the command runs.
-    from cryorecon.engines.moment_fit import MomentFitConfig
+    from cryorecon.engines.moments.fit import MomentFitConfig
     from cryorecon.ranks import joined
     from cryorecon.run.dry_run import describe_moments
-    from cryorecon.run.moment_reconstruct import MomentReconstructOptions, abinitio_moments
-    from cryorecon.run.moments import MomentsOptions
+    from cryorecon.run.moments.estimate import MomentsOptions
+    from cryorecon.run.moments.reconstruct import MomentReconstructOptions, abinitio_moments
     from cryorecon.run.settings import with_settings
 
     use_threads(threads)

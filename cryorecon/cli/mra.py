@@ -34,8 +34,8 @@ from cryorecon.io.files import make_folder
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from cryorecon.engines.mra_training import TrainingConfig
-    from cryorecon.run.mra import Solved
+    from cryorecon.engines.mra.training import TrainingConfig
+    from cryorecon.run.mra.jobs import Solved
 
 mra_app = typer.Typer(
     cls=Group,
@@ -98,9 +98,9 @@ def solve_command(
     their noise.
     """
     # torch takes seconds to load: only when the command runs.
-    from cryorecon.engines.mra_encoding import RefineConfig
-    from cryorecon.engines.mra_solvers import DirectConfig
-    from cryorecon.run.mra import solve_file
+    from cryorecon.engines.mra.encoding import RefineConfig
+    from cryorecon.engines.mra.solvers import DirectConfig
+    from cryorecon.run.mra.jobs import solve_file
 
     use_threads(threads)
     if (method == "encoder") != (model is not None):
@@ -177,7 +177,7 @@ def train_command(
     Writes encoder.safetensors for `mra solve --method encoder --model DIR`, a checkpoint after
     every epoch, and the errors on pairs not seen in training.
     """
-    from cryorecon.run.mra import train_encoders
+    from cryorecon.run.mra.jobs import train_encoders
     from cryorecon.run.settings import with_settings
 
     use_threads(threads)
@@ -255,7 +255,7 @@ def reproduce_command(
 
     Finished trainings in the folder are kept, interrupted ones go on.
     """
-    from cryorecon.run.mra_reproduce import ReproduceConfig, figure_4, rivals, table_1
+    from cryorecon.run.mra.reproduce import ReproduceConfig, figure_4, rivals, table_1
 
     use_threads(threads)
     out = messages(json)
@@ -297,7 +297,7 @@ mra_app.command(
 def _training(
     recipe: str, gaussians: int, points: int, pairs: int, epochs: int, seed: int
 ) -> TrainingConfig:
-    from cryorecon.engines.mra_training import TrainingConfig, paper_training
+    from cryorecon.engines.mra.training import TrainingConfig, paper_training
     from cryorecon.networks.moment_encoders import MomentEncoderConfig
     from cryorecon.physics.mixtures import MixtureConfig
 

@@ -1,7 +1,7 @@
 """The known faces of a reconstruction that went wrong, each measured by one number.
 
 The measures are made for finished maps and pose tables; what a number means is judged in
-:mod:`cryorecon.run.report_warnings`.
+:mod:`cryorecon.run.report.doubts`.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from cryorecon.run.amortized_stages import AmortizedStages
 from cryorecon.run.device import device_text, usable_device
 from cryorecon.run.job import Job, Task, open_job
 from cryorecon.run.load import Keep, half_sets, load_observations, map_like
-from cryorecon.run.report import report_at_end
+from cryorecon.run.report.page import report_at_end
 from cryorecon.run.results import joint_map, report_offsets, write_first_poses, write_results
 from cryorecon.run.rmfn_stages import RmfnStages
 

@@ -18,12 +18,12 @@ from cryorecon.io.files import sha256_of
 from cryorecon.ranks import ALONE, Ranks
 from cryorecon.run.abinitio import AbinitioOptions, abinitio
 from cryorecon.run.job import finished
-from cryorecon.run.moment_reconstruct import (
+from cryorecon.run.moments.estimate import MomentsOptions
+from cryorecon.run.moments.reconstruct import (
     MomentReconstructOptions,
     abinitio_moments,
     reconstruct_moments,
 )
-from cryorecon.run.moments import MomentsOptions
 from cryorecon.run.paper_protocol import PaperOptions, abinitio_perturbed
 
 Options = TypeVar("Options")

@@ -13,8 +13,8 @@ import math
 from dataclasses import dataclass
 
 from cryorecon.engines.amortized import AmortizedConfig
-from cryorecon.engines.moment_fit import MomentFitConfig, stage_steps, stages
-from cryorecon.engines.moments import MomentsGeometry
+from cryorecon.engines.moments.fit import MomentFitConfig, stage_steps, stages
+from cryorecon.engines.moments.forms import MomentsGeometry
 from cryorecon.engines.reconstruction import RefineConfig
 from cryorecon.engines.rmfn import RmfnConfig
 from cryorecon.physics.fourier import half_plane

@@ -22,8 +22,8 @@ from cryorecon.run.cost import (
 )
 from cryorecon.run.device import device_text
 from cryorecon.run.load import Keep, load_observations, memory_needed, memory_to_use
-from cryorecon.run.moment_reconstruct import MomentReconstructOptions
-from cryorecon.run.moments import MomentsOptions, resolve_geometry
+from cryorecon.run.moments.estimate import MomentsOptions, resolve_geometry
+from cryorecon.run.moments.reconstruct import MomentReconstructOptions
 
 # Images that the contrast is guessed from: enough to be sure of most stacks.
 _LOOKED_AT = 500

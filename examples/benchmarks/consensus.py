@@ -34,7 +34,7 @@ from cryorecon.maps.fsc import crossing_shell, fsc_curve, resolution_at
 from cryorecon.maps.poses import compare_pose_sets
 from cryorecon.physics.fourier import lowpass, radius_grid
 from cryorecon.physics.masks import Support
-from cryorecon.run.consensus_jobs import common_rows, half_sets_match, read_candidates
+from cryorecon.run.consensus.inputs import common_rows, half_sets_match, read_candidates
 from cryorecon.run.load import load_observations
 
 _DIAMETER = 0.8

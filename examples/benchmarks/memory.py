@@ -134,7 +134,7 @@ def _search(star: Path, folder: Path, mark: Callable[[str], None], engine: str) 
 def _average(star: Path, folder: Path, mark: Callable[[str], None], n: int) -> None:
     """`moments estimate`, stopped after some images."""
     from cryorecon.io.particles import read_particles
-    from cryorecon.run.moments import MomentsOptions, moments_of
+    from cryorecon.run.moments.estimate import MomentsOptions, moments_of
     from cryorecon.run.stopping import Stop, StoppedError
 
     mark("begin")

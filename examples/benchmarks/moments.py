@@ -16,13 +16,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cryorecon.engines.moment_sums_steerable import SteerableSums
-from cryorecon.engines.moments import MomentsGeometry, exact_moments
+from cryorecon.engines.moments.forms import MomentsGeometry, exact_moments
+from cryorecon.engines.moments.sums_steerable import SteerableSums
 from cryorecon.io.mrc import read_map
 from cryorecon.physics.ctf import CtfParameters, ctf
 from cryorecon.physics.polar import PolarGrid, PolarSlices, PolarTransform, angles_needed
 from cryorecon.physics.sphere import frames, lebedev
-from cryorecon.run.moments import MomentsOptions, estimate_moments
+from cryorecon.run.moments.estimate import MomentsOptions, estimate_moments
 from cryorecon.run.simulate import simulate
 from cryorecon.run.simulate_config import SimulateConfig
 

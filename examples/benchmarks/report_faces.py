@@ -23,8 +23,8 @@ from cryorecon.physics.masks import soft_ball
 from cryorecon.physics.potential import potential_map
 from cryorecon.physics.rotations import random_rotations
 from cryorecon.physics.symmetry import symmetry_group
-from cryorecon.run.report_inputs import read_job
-from cryorecon.run.report_warnings import findings, mirror_plane
+from cryorecon.run.report.doubts import findings, mirror_plane
+from cryorecon.run.report.inputs import read_job
 
 BOX = 48
 GENERATOR = torch.Generator().manual_seed(0)

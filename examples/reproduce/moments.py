@@ -20,14 +20,14 @@ from pathlib import Path
 
 import torch
 
-from cryorecon.engines.moment_sums_steerable import SteerableSums
-from cryorecon.engines.moments import MomentsGeometry, SteerableMoments, exact_moments
+from cryorecon.engines.moments.forms import MomentsGeometry, SteerableMoments, exact_moments
+from cryorecon.engines.moments.sums_steerable import SteerableSums
 from cryorecon.io.mrc import read_map, write_map
 from cryorecon.io.star import read_star
 from cryorecon.maps.align import align_maps, apply_alignment
 from cryorecon.maps.fsc import fsc_curve, resolution_at
 from cryorecon.physics.sphere import lebedev
-from cryorecon.run.moments_store import Progress, save_progress
+from cryorecon.run.moments.store import Progress, save_progress
 
 BOX, SIDE = 25, 30.0
 

@@ -28,16 +28,16 @@ from pathlib import Path
 import torch
 from moments import four_gaussians
 
-from cryorecon.engines.moment_sums_steerable import SteerableSums
-from cryorecon.engines.moment_third import third_moment
-from cryorecon.engines.moments import MomentsGeometry, SteerableMoments, steerable_moments
+from cryorecon.engines.moments.forms import MomentsGeometry, SteerableMoments, steerable_moments
+from cryorecon.engines.moments.sums_steerable import SteerableSums
+from cryorecon.engines.moments.third import third_moment
 from cryorecon.io.mrc import read_map
 from cryorecon.io.star import read_star
 from cryorecon.maps.align import align_maps, apply_alignment
 from cryorecon.maps.fsc import crossing_shell, fsc_curve
 from cryorecon.physics.polar import PolarSlices
 from cryorecon.physics.sphere import frames, lebedev
-from cryorecon.run.moments_store import Progress, save_progress
+from cryorecon.run.moments.store import Progress, save_progress
 
 BOX, GAUSSIANS_BOX, SHARE = 63, 30, 0.8
 NO_OPTICS = ["--defocus-min", 0, "--defocus-max", 0, "--astigmatism", 0, "--cs", 0,

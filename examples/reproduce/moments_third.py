@@ -26,9 +26,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cryorecon.engines.moment_information import _by_shell, _FreeMap
-from cryorecon.engines.moment_third import order_pairs, third_moment
-from cryorecon.engines.moments import MomentsGeometry, steerable_moments
+from cryorecon.engines.moments.forms import MomentsGeometry, steerable_moments
+from cryorecon.engines.moments.information import _by_shell, _FreeMap
+from cryorecon.engines.moments.third import order_pairs, third_moment
 from cryorecon.io.mrc import read_map
 from cryorecon.physics.fourier import resample_sums, sample_volume
 from cryorecon.physics.masks import Support

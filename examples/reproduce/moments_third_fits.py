@@ -16,11 +16,11 @@ from pathlib import Path
 
 import torch
 
-from cryorecon.engines.moment_fit import Fitter, MomentFitConfig
-from cryorecon.engines.moment_starts import fit_from_map
+from cryorecon.engines.moments.fit import Fitter, MomentFitConfig
+from cryorecon.engines.moments.starts import fit_from_map
 from cryorecon.io.mrc import read_map
-from cryorecon.run.moment_maps import aligned, fsc_by_radius, on_images, on_particle_box
-from cryorecon.run.moments_store import read_moments
+from cryorecon.run.moments.maps import aligned, fsc_by_radius, on_images, on_particle_box
+from cryorecon.run.moments.store import read_moments
 from cryorecon.run.settings import with_settings
 
 

@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 from moments_molecules import write_exact
 
-from cryorecon.engines.moment_fit import Fitter, MomentFitConfig
+from cryorecon.engines.moments.fit import Fitter, MomentFitConfig
 from cryorecon.io.mrc import write_map
 from cryorecon.maps.fsc import crossing_shell
-from cryorecon.run.moment_maps import aligned, fsc_by_radius, on_images
-from cryorecon.run.moment_trust import agreement_with_best
-from cryorecon.run.moments_store import read_moments
+from cryorecon.run.moments.maps import aligned, fsc_by_radius, on_images
+from cryorecon.run.moments.store import read_moments
+from cryorecon.run.moments.trust import agreement_with_best
 from cryorecon.run.settings import with_settings
 
 BOX, REACH, RESIDUES, WIDTH = 33, 12.0, 150, 1.1

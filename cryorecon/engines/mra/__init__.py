@@ -1,0 +1,1 @@
+"""Multireference alignment in one dimension: the problem and its solvers."""

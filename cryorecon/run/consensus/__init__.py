@@ -1,0 +1,1 @@
+"""Consensus: how far jobs on the same particles agree, and what they agree on."""

@@ -1,0 +1,344 @@
+"""Moments of a particle stack: one pass over the images, in memory that does not grow with them."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor
+
+from cryorecon.engines.moments.forms import (
+    BOX_OVER_DIAMETER,
+    Contrast,
+    Form,
+    Moments,
+    MomentsGeometry,
+)
+from cryorecon.engines.moments.sums import MomentBatch, MomentSums
+from cryorecon.engines.moments.sums_full import check_full
+from cryorecon.errors import CryoreconError
+from cryorecon.io.files import sha256_of
+from cryorecon.io.particles import Particles, read_particles
+from cryorecon.physics.ctf import CtfParameters, ctf
+from cryorecon.physics.fourier import HalfPlane, half_plane, max_band
+from cryorecon.physics.imaging import noise_powers_outside, noise_unmixing
+from cryorecon.physics.masks import soft_ball
+from cryorecon.ranks import ALONE, Ranks
+from cryorecon.run.load import normalised, refuse_blank
+from cryorecon.run.moments.store import Progress, load_progress, new_sums, save_progress
+from cryorecon.run.stopping import Stop, StoppedError, listening
+
+_BLOCK = 128
+_DEFAULT_RADIUS = 16
+_DEFAULT_THIRD = 6
+# Beyond this radius the moments take seconds to solve for once all images are summed.
+_LONG_FINISH = 32
+
+
+@dataclass(frozen=True)
+class MomentsOptions:
+    """What a user chooses.
+
+    Attributes
+    ----------
+    form : "steerable" or "full"
+    diameter_angst : float, optional
+        Of the particle; default 0.8 of the image.
+    max_radius : int, optional
+        In cycles per particle box (steerable) or per image (full).
+    resolution_angst : float, optional
+        Sets `max_radius` where that is not given; default radius 16, or what the images hold.
+    max_order : int, optional
+        Largest angular order; default what a particle of this diameter has.
+    third_radius : int
+        Third moments too, of radii up to this one, 6 unless told (0 in the full form); 0 for none.
+    noise_std : float, optional
+        Standard deviation of white noise, in the units of the file; images are then not
+        normalised. Default: spectra from outside the particle, image by image.
+    ctf : bool
+        Correct for the CTF.
+    contrast : "auto", "white" or "black"
+    project : Path, optional
+        Folder that image paths are relative to.
+    device : str
+    checkpoint_images : int
+        Images between two states on disk.
+    """
+
+    form: Form = "steerable"
+    diameter_angst: float | None = None
+    max_radius: int | None = None
+    resolution_angst: float | None = None
+    max_order: int | None = None
+    third_radius: int | None = None
+    noise_std: float | None = None
+    ctf: bool = True
+    contrast: Contrast = "auto"
+    project: Path | None = None
+    device: str = "cpu"
+    checkpoint_images: int = 20_000
+
+
+def resolve_geometry(options: MomentsOptions, box: int, pixel_size_angst: float) -> MomentsGeometry:
+    """Which moments the options ask for, of images of a given size.
+
+    Raises
+    ------
+    CryoreconError
+        If the particle or the resolution does not fit the images.
+    """
+    image_side = box * pixel_size_angst
+    diameter = 0.8 * image_side if options.diameter_angst is None else options.diameter_angst
+    if not 0 < diameter <= 0.95 * image_side:
+        raise CryoreconError(
+            f"A particle of {diameter:g} A does not fit images {image_side:.0f} A wide",
+            "Give --diameter in angstrom, at most 0.95 of the box",
+        )
+    steerable = options.form == "steerable"
+    side = min(BOX_OVER_DIAMETER * diameter, image_side) if steerable else image_side
+    largest = int(max_band(box) * side / image_side + 1e-9)
+    radius = options.max_radius or min(_DEFAULT_RADIUS, largest)
+    if options.max_radius is None and options.resolution_angst is not None:
+        radius = int(side / options.resolution_angst + 1e-9)
+    if not 1 <= radius <= largest:
+        raise CryoreconError(
+            f"Radius {radius} ({side / max(radius, 1):.1f} A) is not within the images' "
+            f"1 to {largest} cycles per {side:.0f} A",
+            f"Give --resolution between {side / largest:.1f} and {side:.0f}, or --max-radius",
+        )
+    order = int(np.pi * radius * diameter / side) + 2
+    order = (order if options.max_order is None else options.max_order) if steerable else 0
+    return MomentsGeometry(
+        options.form,
+        box,
+        pixel_size_angst,
+        diameter,
+        side,
+        radius,
+        order,
+        normalised=options.noise_std is None,
+        noise_std=options.noise_std or 0.0,
+        ctf=options.ctf,
+        contrast=options.contrast,
+        third_radius=_third_radius(options, radius if steerable else 0),
+    )
+
+
+def _third_radius(options: MomentsOptions, radius: int) -> int:
+    """Largest radius of third moments, when those of both lower ones reach to a radius."""
+    if options.third_radius is None:
+        return min(_DEFAULT_THIRD, radius)
+    if options.third_radius > radius:
+        raise CryoreconError(
+            f"Third moments to radius {options.third_radius} are not among the {options.form} "
+            f"moments to radius {radius}",
+            "Give --third at most --max-radius, and --form steerable",
+        )
+    return options.third_radius
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Blocks of images with what the sums need to know of them."""
+
+    particles: Particles
+    geometry: MomentsGeometry
+    optics: CtfParameters | None
+    offsets_px: Tensor
+    plane: HalfPlane
+    outside: Tensor
+    unmixing: Tensor
+
+    @staticmethod
+    def of(particles: Particles, geometry: MomentsGeometry) -> _Reader:
+        origins = torch.from_numpy(particles.origins_angst() / particles.pixel_size_angst)
+        radius_px, plane = geometry.diameter / 2 * geometry.box, half_plane(geometry.box)
+        return _Reader(
+            particles,
+            geometry,
+            particles.ctf_parameters() if geometry.ctf else None,
+            origins,
+            plane,
+            1 - soft_ball(geometry.box, radius_px, 2.0, 2),
+            noise_unmixing(radius_px, plane),
+        )
+
+    def read(self, rows: Tensor, frequencies: Tensor) -> MomentBatch:
+        """Images of some rows, normalised and centred, with CTF and noise."""
+        geometry, box = self.geometry, self.geometry.box
+        images = torch.from_numpy(self.particles.images(rows.numpy()))
+        refuse_blank(self.particles, rows, images)
+        if geometry.normalised:
+            images = normalised(images, self.outside)
+            radius_px = geometry.diameter / 2 * box
+            power = noise_powers_outside(images, radius_px, self.plane, self.unmixing)
+        else:
+            level = (geometry.noise_std * box) ** 2
+            power = torch.full((len(rows), self.plane.n_shells), level)
+        gain = None
+        if self.optics is not None:
+            gain = ctf(frequencies, self.optics[rows], box, geometry.pixel_size_angst)
+        images, rest = centred_images(images, self.offsets_px[rows])
+        return MomentBatch(images, rest, gain, power)
+
+
+def centred_images(images: Tensor, offsets_px: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Move particles to the centre by whole pixels, around the borders; and what is left.
+
+    Moving by whole pixels keeps white noise white over the whole box.
+
+    Parameters
+    ----------
+    images : Tensor, shape (b, N, N)
+    offsets_px : Tensor, shape (b, 2)
+        (ox, oy): content lies at minus the origin.
+
+    Returns
+    -------
+    images : Tensor, shape (b, N, N)
+    rest : Tensor, shape (b, 2), or None where nothing is left
+    """
+    if not bool(offsets_px.any()):
+        return images, None
+    whole = offsets_px.round().long()
+    moved = [
+        image.roll((int(y), int(x)), (0, 1)) for image, (x, y) in zip(images, whole, strict=True)
+    ]
+    return torch.stack(moved), offsets_px - whole
+
+
+def estimate_moments(
+    path: Path,
+    output: Path,
+    options: MomentsOptions,
+    resume: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+    finishing: Callable[[int, int], None] | None = None,
+    ranks: Ranks = ALONE,
+) -> Moments:
+    """Estimate moments and write them; the state is kept beside the output while it runs.
+
+    Parameters
+    ----------
+    path : Path
+        Particle STAR file.
+    output : Path
+        File to write (.h5).
+    resume : bool
+        Go on from the state that an interrupted run left.
+    progress : callable, optional
+        Called with (images done, images in all).
+    finishing : callable, optional
+        Called with (shells done, shells in all) while the noise is subtracted at the end.
+    ranks : Ranks
+        Processes that share the images; the first one writes.
+
+    Raises
+    ------
+    CryoreconError
+        If input, options or state do not fit.
+    StoppedError
+        After Ctrl-C, with the state on disk.
+    """
+    particles = read_particles(path, options.project)
+    return moments_of(
+        particles, output, options, resume, progress, finishing=finishing, ranks=ranks
+    )
+
+
+def moments_of(
+    particles: Particles,
+    output: Path,
+    options: MomentsOptions,
+    resume: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+    stop: Stop | None = None,
+    finishing: Callable[[int, int], None] | None = None,
+    ranks: Ranks = ALONE,
+) -> Moments:
+    """The same for particles whose table is read; `stop` is the job's, if there is one."""
+    geometry = resolve_geometry(options, particles.box, particles.pixel_size_angst)
+    if geometry.form == "full":
+        check_full(geometry, psutil.virtual_memory().available)
+    source = sha256_of(particles.path)
+    state = state_path(output)
+    device = ranks.device(options.device)
+    done = Progress(new_sums(geometry, device), 0, len(particles), (source,))
+    if resume:
+        saved = load_progress(state, geometry, source, device)
+        # The first process goes on with these sums, the others begin at nothing.
+        done = saved if ranks.first else dataclasses.replace(done, images_done=saved.images_done)
+    patient = ranks.count > 1
+    listen = nullcontext(stop) if stop is not None else listening(grace_s=None, patient=patient)
+    with listen as asked:
+        done = _pass(particles, done, state, options, progress, asked, ranks)
+    if geometry.max_radius > _LONG_FINISH and ranks.first:
+        # Solving for the moments takes long at high radii: an interruption must lose no sums.
+        save_progress(state, done)
+    result = done.sums.finalise(finishing)
+    if ranks.first:
+        save_progress(output, done, result)
+        state.unlink(missing_ok=True)
+    ranks.wait()
+    return result
+
+
+def state_path(output: Path) -> Path:
+    """Where the state lies while the moments are estimated."""
+    return output.with_name(f"{output.stem}.partial{output.suffix}")
+
+
+def _pass(
+    particles: Particles,
+    done: Progress,
+    state: Path,
+    options: MomentsOptions,
+    progress: Callable[[int, int], None] | None,
+    stop: Stop,
+    ranks: Ranks,
+) -> Progress:
+    """All images that are not in the sums yet; each process takes every k-th block of them."""
+    sums: MomentSums = done.sums
+    reader, total = _Reader.of(particles, sums.geometry), len(particles)
+    seen = saved = done.images_done
+    for rows in map(torch.from_numpy, particles.in_file_order(_BLOCK * ranks.count, seen)):
+        own = rows[ranks.index * _BLOCK :][:_BLOCK]
+        if len(own) > 0:
+            sums.add(reader.read(own, sums.frequencies))
+        seen += len(rows)
+        if progress is not None:
+            progress(seen, total)
+        stopping = ranks.any(stop.asked) and seen < total
+        if stopping or (seen - saved >= options.checkpoint_images and seen < total):
+            _save(state, dataclasses.replace(done, images_done=seen), ranks)
+            saved = seen
+        if stopping:
+            raise StoppedError(f"{seen} of {total} images are in {state}")
+    _together(sums, ranks)
+    return dataclasses.replace(done, images_done=total)
+
+
+def _save(state: Path, done: Progress, ranks: Ranks) -> None:
+    """The sums of all processes, written by the first."""
+    if ranks.count == 1:
+        save_progress(state, done)
+        return
+    whole = copy.copy(done.sums)
+    whole.arrays = {name: array.clone() for name, array in done.sums.arrays.items()}
+    _together(whole, ranks)
+    if ranks.first:
+        save_progress(state, dataclasses.replace(done, sums=whole))
+    ranks.wait()
+
+
+def _together(sums: MomentSums, ranks: Ranks) -> None:
+    """Add up the sums of all processes."""
+    ranks.add_up(*sums.arrays.values())
+    sums.n_images = ranks.total(sums.n_images)

@@ -1,0 +1,1 @@
+"""Jobs of multireference alignment in one dimension."""
