@@ -88,7 +88,12 @@ def test_all_engines_from_start_to_finish(tmp_path):
     out = tmp_path / "out"
     short = ["half_rounds=5", "joint_rounds=1"]
     settings = [f"{name}.{pair}" for name in ("rmfn", "amortized") for pair in short]
-    settings += ["amortized.images_seen=16000", "moments.iterations=40", "moments.beads=10"]
+    settings += [
+        "amortized.images_seen=16000",
+        "moments.iterations=40",
+        "moments.settling=10",
+        "moments.beads=10",
+    ]
     settings += ["consensus.chance_trials=2"]
     words = ["abinitio", "--method", "all", tmp_path / "particles.star", "-o", out]
     words += ["--starts", 2, *(part for pair in settings for part in ("--set", pair))]

@@ -90,7 +90,9 @@ def amortized(star, job, **options):
 
 
 def moments(star, job):
-    engine = MomentFitConfig(starts=2, iterations=4, first_iterations=2, radius=4, beads=8)
+    engine = MomentFitConfig(
+        starts=2, iterations=4, settling=2, first_iterations=2, radius=4, beads=8
+    )
     options = MomentReconstructOptions(engine, allow_ambiguous=True)
     wanted = MomentsOptions(max_radius=4, checkpoint_images=20)
     abinitio_moments(star, job, wanted, options, QUIET)

@@ -147,7 +147,9 @@ def test_a_map_of_known_poses_is_made_on_a_device(few):
 @pytest.mark.parametrize("form", ["steerable", "full"])
 def test_moments_are_averaged_and_fitted_on_a_device(few, tmp_path, form):
     wanted = MomentsOptions(form=form, max_radius=4, device="meta")
-    engine = MomentFitConfig(starts=2, iterations=4, first_iterations=2, radius=3, beads=8)
+    engine = MomentFitConfig(
+        starts=2, iterations=4, settling=2, first_iterations=2, radius=3, beads=8
+    )
     options = MomentReconstructOptions(engine, allow_ambiguous=True, device="meta")
     with pretended_device():
         abinitio_moments(few, tmp_path / "there", wanted, options, QUIET)

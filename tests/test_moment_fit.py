@@ -62,7 +62,7 @@ def exact():
 
 
 def test_a_start_from_nothing_finds_three_gaussians(exact):
-    config = MomentFitConfig(beads=12, iterations=200, density_degree=4, radius=RADIUS)
+    config = MomentFitConfig(beads=12, iterations=100, settling=60, density_degree=4, radius=RADIUS)
     fitter = Fitter.of(exact, config, RADIUS)
     steps = []
     found = fitter.fit(torch.Generator().manual_seed(0), steps.append)
@@ -78,7 +78,7 @@ def test_a_start_from_nothing_finds_three_gaussians(exact):
 def test_information_falls_as_errors_rise(exact):
     """Errors ten times as large: less is determined; and nothing by a moment without weight."""
     config = MomentFitConfig(
-        beads=3, iterations=60, density_degree=2, radius=RADIUS, model_error=1e-6
+        beads=3, iterations=60, settling=20, density_degree=2, radius=RADIUS, model_error=1e-6
     )
     curves = []
     for share in (1e-4, 1e-2, 1e3):
@@ -102,7 +102,7 @@ def test_information_falls_as_errors_rise(exact):
 
 
 def test_one_seed_is_one_result(exact):
-    config = MomentFitConfig(beads=5, iterations=6, first_iterations=2, radius=RADIUS)
+    config = MomentFitConfig(beads=5, iterations=6, settling=2, first_iterations=2, radius=RADIUS)
     fitter = Fitter.of(exact, config, RADIUS)
     one, same, other = (fitter.fit(torch.Generator().manual_seed(s)).misfit for s in (3, 3, 4))
     assert one == same != other
@@ -112,8 +112,8 @@ def test_one_seed_is_one_result(exact):
 @pytest.mark.parametrize("density", ["harmonics", "free", "encoder"])
 def test_every_parameter_of_every_model_moves(exact, kind, density):
     config = MomentFitConfig(
-        volume=kind, density=density, beads=6, width=16, iterations=2, first_iterations=1,
-        radius=RADIUS,
+        volume=kind, density=density, beads=6, width=16, iterations=2, settling=2,
+        first_iterations=1, radius=RADIUS,
     )  # fmt: skip
     fitter = Fitter.of(exact, config, RADIUS)
     generator = torch.Generator().manual_seed(1)
@@ -198,8 +198,8 @@ def _file(path, stack):
     return path
 
 
-FEW = ["--starts", 2, "--radius", 4, "--set", "iterations=4", "--set", "first_iterations=2",
-       "--set", "beads=20"]  # fmt: skip
+FEW = ["--starts", 2, "--radius", 4, "--set", "iterations=4", "--set", "settling=2",
+       "--set", "first_iterations=2", "--set", "beads=20"]  # fmt: skip
 
 
 def test_moments_that_no_start_explains_give_no_map(tmp_path, stack_32, coarse_alignment):
@@ -228,7 +228,9 @@ def test_moments_that_no_start_explains_give_no_map(tmp_path, stack_32, coarse_a
 
 
 def test_starts_that_disagree_are_told(exact):
-    fitter = Fitter.of(exact, MomentFitConfig(beads=2, iterations=2, first_iterations=1), RADIUS)
+    fitter = Fitter.of(
+        exact, MomentFitConfig(beads=2, iterations=2, settling=1, first_iterations=1), RADIUS
+    )
     best = replace(fitter.fit(torch.Generator().manual_seed(0)), misfit=0.5, lower=0.5)
 
     def trust(agreement, **changed):
@@ -393,15 +395,17 @@ def test_engine_rmfn_takes_the_map_on(tmp_path, stack_32):
 
 
 def test_a_start_goes_through_all_model_errors_and_radii(exact):
-    config = MomentFitConfig(beads=4, iterations=4, first_iterations=3, annealing=(0.1, 0.01))
+    config = MomentFitConfig(
+        beads=4, iterations=4, settling=2, first_iterations=3, annealing=(0.1, 0.01)
+    )
     fitter, counts = Fitter.of(exact, config, RADIUS), []
     assert [float(t.second_weight.max()) for t in fitter.annealed] == sorted(
         float(t.second_weight.max()) for t in fitter.annealed
     )
     fitter.fit(torch.Generator().manual_seed(0), counts.append)
-    assert sum(counts) == fitter.steps == 3 + 2 + 2 + 4
+    assert sum(counts) == fitter.steps == 3 + 2 + 2 + (4 + 2)
     plain = Fitter.of(exact, replace(config, annealing=()), RADIUS)
-    assert plain.steps == 3 + 4
+    assert plain.steps == 3 + (4 + 2)
 
 
 def test_third_moments_come_unasked_where_they_can():

@@ -82,7 +82,7 @@ def test_the_other_hand_has_the_same_moments():
 @pytest.mark.parametrize("kind", ["beads", pytest.param("grid", marks=pytest.mark.slow)])
 def test_a_fit_from_the_map_stays_there(exact, kind):
     config = MomentFitConfig(
-        volume=kind, beads=8, width=24, iterations=40, density_degree=4, radius=RADIUS
+        volume=kind, beads=8, width=24, iterations=40, settling=5, density_degree=4, radius=RADIUS
     )
     fitter = Fitter.of(exact, config, RADIUS)
     given, steps = five_gaussians() * 7.0, []
@@ -99,7 +99,9 @@ def test_a_fit_from_the_map_stays_there(exact, kind):
 
 
 def test_a_free_map_is_fixed_the_less_the_larger_its_support_and_the_errors(exact):
-    config = MomentFitConfig(beads=5, iterations=1, density_degree=2, radius=3, model_error=1e-3)
+    config = MomentFitConfig(
+        beads=5, iterations=1, settling=1, density_degree=2, radius=3, model_error=1e-3
+    )
     volume = Beads(5, 0.4, torch.Generator().manual_seed(1))
     density = ViewDensity(2)
     with torch.no_grad():
@@ -119,7 +121,9 @@ def test_a_free_map_is_fixed_the_less_the_larger_its_support_and_the_errors(exac
 
 @pytest.mark.slow
 def test_empty_shells_of_a_blurred_start_stay_empty(exact):
-    config = MomentFitConfig(volume="grid", iterations=1, density_degree=2, radius=RADIUS)
+    config = MomentFitConfig(
+        volume="grid", iterations=1, settling=1, density_degree=2, radius=RADIUS
+    )
     fitter = Fitter.of(exact, config, RADIUS)
     sharp = on_particle_box(five_gaussians(), GEOMETRY, RADIUS)
     transform = torch.fft.fftshift(torch.fft.fftn(torch.fft.ifftshift(sharp)))
@@ -159,7 +163,8 @@ def test_fsc_by_radius_is_of_cycles_per_particle_box(generator):
     assert torch.allclose(found, curve[:11:2])
 
 
-SHORT = ["--max-radius", 3, "--set", "iterations=4", "--set", "first_iterations=2",
+SHORT = ["--max-radius", 3, "--set", "iterations=4", "--set", "settling=2",
+         "--set", "first_iterations=2",
          "--set", "beads=8", "--set", "density_degree=2"]  # fmt: skip
 
 

@@ -187,7 +187,7 @@ def exact():
     )  # fmt: skip
 
 
-CONFIG = MomentFitConfig(beads=5, iterations=80, density_degree=2, radius=3)
+CONFIG = MomentFitConfig(beads=5, iterations=40, settling=30, density_degree=2, radius=3)
 
 
 def test_third_moments_fix_more_of_the_map(exact):
@@ -203,7 +203,7 @@ def test_third_moments_fix_more_of_the_map(exact):
 def test_a_wrong_third_moment_is_not_fitted_and_can_be_left_out(exact):
     wrong = replace(exact, third=-exact.third)
     misfits = [
-        Fitter.of(moments, replace(CONFIG, iterations=40, third_radius=use), 3)
+        Fitter.of(moments, replace(CONFIG, iterations=20, third_radius=use), 3)
         .fit(torch.Generator().manual_seed(0))
         .misfit
         for moments, use in ((wrong, 3), (wrong, 0), (exact, 0))

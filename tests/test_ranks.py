@@ -126,7 +126,17 @@ def test_two_processes_train_the_networks_of_one(script, few, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_average_and_fit_what_one_does(script, few, tmp_path):
-    fit = ["--starts", "3", "--set", "iterations=20", "--set", "radius=3", "--allow-ambiguous"]
+    fit = [
+        "--starts",
+        "3",
+        "--set",
+        "iterations=20",
+        "--set",
+        "settling=5",
+        "--set",
+        "radius=3",
+        "--allow-ambiguous",
+    ]
     both(script, ["abinitio", few, "--method", "moments", *fit], tmp_path)
     sums = [read_moments_data(tmp_path / job / "moments.h5") for job in ("one", "two")]
     assert sums[0].attributes == sums[1].attributes

@@ -15,7 +15,9 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from cryorecon.engines.moments.descent import adam, quasi_newton
 from cryorecon.engines.moments.encoding import EncodedDensity
 from cryorecon.engines.moments.forms import FullMoments, Moments
 from cryorecon.engines.moments.full_fit import (
@@ -67,11 +69,13 @@ class MomentFitConfig:
     first_iterations : int
         Adam steps on the first moment alone, before all others.
     iterations : int
-        Adam steps of the last stage; earlier ones take half as many.
+        Adam steps of the last stage, before it settles; earlier ones take half as many.
     annealing : tuple of float
         Model errors that the first stage goes through, half as many steps each, before its own.
     rate : float
         Of Adam; falls to a hundredth in each stage.
+    settling : int
+        Evaluations of L-BFGS that end each stage.
     radius : int
         Largest radius used, in cycles per particle box.
     model_error : float
@@ -88,9 +92,10 @@ class MomentFitConfig:
     in_plane_order: int = 2
     starts: int = 6
     first_iterations: int = 50
-    iterations: int = 500
+    iterations: int = 100
     annealing: tuple[float, ...] = (0.1, 0.03, 0.01)
     rate: float = 0.05
+    settling: int = 400
     radius: int = 8
     model_error: float = 0.003
     third_radius: int = 6
@@ -99,6 +104,8 @@ class MomentFitConfig:
         counts = (self.beads, self.width, self.iterations, self.first_iterations)
         if min(*counts, self.density_degree) < 1:
             raise ValueError("beads, width, iterations and degree must be positive")
+        if self.settling < 0:
+            raise ValueError("settling must not be negative")
         if self.starts < 0 or self.starts == 1 or self.radius < 3:
             raise ValueError("needs two starts to compare, and radius 3 or more")
         if self.in_plane_order < 0 or self.third_radius < 0:
@@ -173,10 +180,14 @@ def stages(radius: int) -> list[int]:
 
 
 def stage_steps(config: MomentFitConfig, n_stages: int) -> list[int]:
-    """Steps of a start: first moment alone, each model error of the first stage, each stage."""
+    """Steps of a start: first moment alone, each model error of the first stage, each stage.
+
+    Those of the stages themselves end with L-BFGS.
+    """
     half = config.iterations // 2
-    early = [half] * (len(config.annealing) + n_stages - 1)
-    return [config.first_iterations, *early, config.iterations]
+    annealed = [half] * len(config.annealing)
+    coarse = [half + config.settling] * (n_stages - 1)
+    return [config.first_iterations, *annealed, *coarse, config.iterations + config.settling]
 
 
 @dataclass(frozen=True)
@@ -319,7 +330,8 @@ class Fitter:
         last = radius == len(self.targets) - 1 and stage > len(self.annealed)
         if last and isinstance(density, ViewDensity) and self.config.density == "free":
             density.free(views)
-        self.descend(volume, density, target, views, count, progress)
+        settling = self.config.settling if stage > len(self.annealed) else 0
+        self.descend(volume, density, target, views, count, progress, settling)
 
     def new_density(self, generator: torch.Generator) -> Density:
         """A density of views to begin with: uniform, or what a fresh encoder says."""
@@ -349,25 +361,18 @@ class Fitter:
         views: Views,
         count: int,
         progress: Callable[[int], None] | None,
+        settling: int = 0,
     ) -> None:
-        """Adam steps on map and density together, the rate falling to a hundredth."""
-        groups = volume.rates(self.config.rate)
-        groups += density.rates(self.config.rate)
-        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
-        fall = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda i: 0.01 + 0.5 * (1 + math.cos(math.pi * i / count))
-        )
-        for _ in range(count):
+        """Steps on map and density together: Adam, then as many as `settling` of L-BFGS."""
+
+        def loss() -> Tensor:
             moments = views.moments(volume.harmonics(views), *density.probabilities(views))
-            loss = target.misfit(*moments) / target.count + volume.penalty()
-            if not bool(loss.isfinite()):
-                raise FloatingPointError(f"misfit {float(loss.detach())}")
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            fall.step()
-            if progress is not None:
-                progress(1)
+            return target.misfit(*moments) / target.count + volume.penalty()
+
+        groups = [*volume.rates(self.config.rate), *density.rates(self.config.rate)]
+        adam(loss, groups, count - settling, progress)
+        moved = [p for group in groups for p in group["params"]]
+        quasi_newton(loss, moved, settling, progress)
 
     def judged(self, volume: VolumeModel, density: Density) -> MomentFit:
         """Misfit and errors over all radii."""

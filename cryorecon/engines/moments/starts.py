@@ -35,7 +35,8 @@ _EMPTY = 1e-3
 
 def start_steps(fitter: Fitter) -> int:
     """Steps that :func:`fit_from_map` reports in all."""
-    return _PLACE_STEPS + _DENSITY_STEPS + fitter.config.iterations
+    config = fitter.config
+    return _PLACE_STEPS + _DENSITY_STEPS + config.iterations + config.settling
 
 
 def fit_from_map(
@@ -90,7 +91,9 @@ def fit_from_map(
     if isinstance(density, ViewDensity) and config.density == "free":
         density.free(views)
     gentle = replace(fitter, config=replace(config, rate=_GENTLE * config.rate))
-    gentle.descend(volume, density, fitter.targets[-1], views, config.iterations, progress)
+    count = config.iterations + config.settling
+    target = fitter.targets[-1]
+    gentle.descend(volume, density, target, views, count, progress, config.settling)
     return start, fitter.judged(volume, density)
 
 
