@@ -165,7 +165,7 @@ def test_a_start_finds_map_and_in_plane_angles(turned):
 def test_with_uniform_angles_both_forms_find_the_same_map():
     # With half as many steps, in-plane angles end 30 to 55 % from uniform, by the start.
     config = MomentFitConfig(
-        beads=12, iterations=160, settling=100, density_degree=4, radius=RADIUS
+        beads=12, iterations=320, settling=100, density_degree=4, radius=RADIUS
     )
     given = exact(0.0)
     fitter = Fitter.of(given, config, RADIUS)

@@ -86,7 +86,7 @@ def abinitio_command(
             "Random starts; the one that fits best goes on.",
             metavar="N",
             min=1,
-            default="2, engine moments 6",
+            default="2, engine moments 4",
             hidden=True,
         ),
     ] = None,

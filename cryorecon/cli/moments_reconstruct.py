@@ -143,7 +143,7 @@ def moments_command(
     allow_ambiguous: bool,
     threads: int | None,
     json: bool,
-    starts: int = 6,
+    starts: int = 4,
     device: str = "cpu",
     dry_run: bool = False,
 ) -> None:

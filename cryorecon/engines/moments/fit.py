@@ -90,9 +90,9 @@ class MomentFitConfig:
     density: DensityKind = "harmonics"
     density_degree: int = 6
     in_plane_order: int = 2
-    starts: int = 6
+    starts: int = 4
     first_iterations: int = 50
-    iterations: int = 100
+    iterations: int = 200
     annealing: tuple[float, ...] = (0.1, 0.03, 0.01)
     rate: float = 0.05
     settling: int = 400
