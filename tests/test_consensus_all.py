@@ -66,6 +66,23 @@ def test_engines_that_fail_are_told_and_the_others_go_on(stack_32, tmp_path):
     assert ran[4:] == ["one", "two", "three"]
 
 
+def test_engines_are_not_run_twice_at_a_time(stack_32, tmp_path):
+    star, out, ran = stack_32 / "particles.star", tmp_path / "out", []
+
+    def again(folder):
+        ran.append(folder.name)
+        (folder.parent / "rmfn").mkdir()
+        before = (out / "methods.yaml").read_text()
+        for overwrite in (False, True):
+            with pytest.raises(CryoreconError, match=r"at work in .*out"):
+                run_engines({"rmfn": again}, star, out, {"seed": 2}, QUIET, overwrite=overwrite)
+        assert (out / "methods.yaml").read_text() == before
+
+    run_engines({"rmfn": again}, star, out, {"seed": 1}, QUIET, overwrite=False)
+    assert ran == ["rmfn"]
+    assert sorted(path.name for path in out.iterdir()) == ["methods.yaml", "rmfn"]
+
+
 def test_options_of_one_engine_are_refused(stack_32, tmp_path):
     star = stack_32 / "particles.star"
     for options in (("--volume", "grid"), ("--set", "heads=2"), ("--set", "heads.x=2")):

@@ -53,13 +53,15 @@ def test_a_job_that_was_killed_holds_nothing(task, tmp_path):
     )
     words = [sys.executable, "-c", program, str(task.inputs), str(folder)]
     with subprocess.Popen(words) as other:
-        end = time.monotonic() + 60
-        while not ((folder / "run.log").exists() and (folder / "run.log").read_text()):
-            assert time.monotonic() < end
-            time.sleep(0.1)
-        with pytest.raises(CryoreconError, match="at work"), open_job(folder, QUIET, task):
-            pytest.fail("two jobs in one folder")
-        other.kill()
+        try:
+            end = time.monotonic() + 60
+            while not ((folder / "run.log").exists() and (folder / "run.log").read_text()):
+                assert time.monotonic() < end
+                time.sleep(0.1)
+            with pytest.raises(CryoreconError, match="at work"), open_job(folder, QUIET, task):
+                pytest.fail("two jobs in one folder")
+        finally:
+            other.kill()
     with open_job(folder, QUIET, task, resume=True) as job:
         job.say("goes on")
     assert "begun" in (folder / "run.log").read_text()

@@ -26,20 +26,28 @@ def test_a_valley_that_adam_crawls_along_is_walked_to_its_end(dtype):
     assert ends[1] < 1e-6 < 1e-2 < ends[0]
 
 
-def test_it_does_not_end_above_where_it_began():
-    x = torch.tensor([3.0], requires_grad=True)
+def test_it_ends_at_the_lowest_point_it_met():
+    """A loss that is not a number from some step on."""
+    x = torch.full((6,), -1.0, requires_grad=True)
     seen = []
 
     def cliff():
-        """Finite where it began, not a number at the first step down."""
-        seen.append(float(x.detach()))
-        return (x * 1.0).sum() if len(seen) == 1 else (x * torch.nan).sum()
+        value = valley(x)
+        seen.append(float(value.detach()))
+        return value if len(seen) < 20 else value * torch.nan
 
     steps = []
-    quasi_newton(cliff, [x], 10, steps.append)
-    assert float(x.detach()) == 3.0
-    assert sum(steps) == 10
-    assert len(seen) > 1
+    quasi_newton(cliff, [x], 40, steps.append)
+    assert sum(steps) == 40
+    assert len(seen) >= 20
+    assert float(valley(x).detach()) == pytest.approx(min(seen[:19]))
+    assert min(seen[:19]) < 0.5 * seen[0]
+
+
+def test_a_loss_that_is_not_finite_where_it_begins_is_told():
+    x = torch.tensor([3.0], requires_grad=True)
+    with pytest.raises(FloatingPointError, match="nan"):
+        quasi_newton(lambda: x.sum() * torch.nan, [x], 10)
 
 
 def test_no_steps_move_nothing():

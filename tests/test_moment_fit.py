@@ -12,6 +12,7 @@ import torch
 from conftest import invoke as run
 
 from cryorecon.cli.main import main
+from cryorecon.cli.moments_reconstruct import STARTS
 from cryorecon.engines.moments.fit import Fitter, MomentFit, MomentFitConfig, stages, visible_radius
 from cryorecon.engines.moments.forms import MomentsGeometry, SteerableMoments, exact_moments
 from cryorecon.engines.moments.information import expected_fsc
@@ -406,6 +407,31 @@ def test_a_start_goes_through_all_model_errors_and_radii(exact):
     assert sum(counts) == fitter.steps == 3 + 2 + 2 + (4 + 2)
     plain = Fitter.of(exact, replace(config, annealing=()), RADIUS)
     assert plain.steps == 3 + (4 + 2)
+
+
+@pytest.mark.parametrize("density", ["harmonics", "free", "encoder"])
+def test_a_start_goes_on_from_each_of_its_stages(exact, density):
+    config = MomentFitConfig(
+        beads=4, iterations=4, settling=2, first_iterations=3, annealing=(0.1,), density=density
+    )
+    fitter, states = Fitter.of(exact, config, RADIUS), []
+
+    def keep(state):
+        made = state()
+        parts = {p: {k: v.clone() for k, v in made[p].items()} for p in ("volume", "density")}
+        states.append({**made, **parts})
+
+    whole = fitter.fit(torch.Generator().manual_seed(0), keep=keep)
+    assert len(states) == 3
+    for state in states:
+        steps = []
+        found = fitter.fit(torch.Generator().manual_seed(0), steps.append, state)
+        assert found.misfit == whole.misfit
+        assert sum(steps) == fitter.steps
+
+
+def test_the_command_has_the_engines_number_of_starts():
+    assert MomentFitConfig().starts == STARTS
 
 
 def test_third_moments_come_unasked_where_they_can():

@@ -30,6 +30,9 @@ from cryorecon.cli.options import (
     option,
 )
 
+# Those of MomentFitConfig, which takes seconds to load.
+STARTS = 4
+
 EXAMPLES = examples(
     ("a map from moments", "cryorecon moments reconstruct moments.h5 -o job001"),
     (
@@ -72,7 +75,7 @@ def reconstruct_command(
     starts: Annotated[
         int,
         option(COMPUTE, "Random starts, compared at the end; 2 or more.", metavar="N", min=0),
-    ] = 6,
+    ] = STARTS,
     reference: Annotated[
         Path | None,
         option(INPUT, "MRC map to turn the result onto; it plays no other part.", metavar="FILE"),
@@ -143,7 +146,7 @@ def moments_command(
     allow_ambiguous: bool,
     threads: int | None,
     json: bool,
-    starts: int = 4,
+    starts: int = STARTS,
     device: str = "cpu",
     dry_run: bool = False,
 ) -> None:

@@ -316,23 +316,34 @@ def _begin(folder: Path, task: Task, ranks: Ranks, *, resume: bool) -> None:
 
 
 def _log(folder: Path, ranks: Ranks, *, resume: bool) -> TextIO:
-    """``run.log``, locked while the job runs: two jobs would write into each other's files."""
     if not ranks.first:
         return Path(os.devnull).open("a", encoding="utf-8")
+    log = locked(folder, "run.log")
+    if not resume:
+        log.truncate(0)
+    return log
+
+
+def locked(folder: Path, name: str) -> TextIO:
+    """A file, open to add to, which one process holds: two would write into each other's files.
+
+    Raises
+    ------
+    CryoreconError
+        If another one holds it.
+    """
     make_folder(folder)
-    log = (folder / "run.log").open("a", encoding="utf-8")
+    file = (folder / name).open("a", encoding="utf-8")
     try:
-        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        log.close()
+        file.close()
         raise CryoreconError(
             f"Another job is at work in {folder}", "Wait for it or choose another folder"
         ) from error
     except OSError:
         pass  # Some network disks cannot lock.
-    if not resume:
-        log.truncate(0)
-    return log
+    return file
 
 
 def _tell_if_not_the_jobs_fault(job: Job, error: Exception) -> None:

@@ -1,6 +1,6 @@
 """cryorecon and RELION 3.1 on one stack in one run: initial models, and RELION's refinement.
 
-    python examples/benchmarks/beside_relion.py STACK OUT [--runs ours short default refined]
+    python examples/benchmarks/beside_relion.py STACK OUT [--runs ours short default]
         [--threads 2] [--limit-s 7200]
 
 Reads STACK/blind.star, which has no poses, one program after the other: leave the machine to it.
@@ -33,6 +33,8 @@ def command_of(name: str, args: argparse.Namespace, star: Path) -> list[str]:
     out.mkdir(parents=True, exist_ok=True)
     if name == "refined":
         model = last(args.output / "default", "class001.mrc")
+        if model is None:
+            raise SystemExit("`refined` goes on from `default`: name it before in --runs")
         options = {"low_pass_angst": 15, "offset_range_px": 2, "local_from_order": 3}
         threads = max(1, args.threads // 2)  # Two processes work, one a half set.
         return refinement(star, model, out, diameter, threads=threads, **options)
@@ -47,7 +49,10 @@ def files_of(name: str, out: Path) -> tuple[Path, Path]:
     if (out / name / "run_class001.mrc").exists():
         return out / name / "run_class001.mrc", out / name / "run_data.star"
     kind = "half1_class001.mrc" if name == "refined" else "class001.mrc"
-    return last(out / name, kind), last(out / name, "data.star")
+    found, poses = last(out / name, kind), last(out / name, "data.star")
+    if found is None or poses is None or "it000" in found.name:
+        raise SystemExit(f"{name} was stopped before it had a map: see {out / name}.log")
+    return found, poses
 
 
 def print_costs(costs: dict[str, dict]) -> None:
@@ -71,7 +76,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("stack", type=Path)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--runs", nargs="+", default=["ours", "short", "default", "refined"])
+    parser.add_argument("--runs", nargs="+", default=["ours", "short", "default"])
     parser.add_argument("--diameter", type=float, default=70, help="angstrom")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--limit-s", type=float, default=7200, help="of each run")

@@ -42,7 +42,7 @@ JOBS = {
     ],
     "moments": [
         "abinitio", "--method", "moments", "--allow-ambiguous", "--starts", "2", "--set",
-        "iterations=60", "--set", "radius=5",
+        "iterations=60", "--set", "settling=20", "--set", "radius=5",
     ],
 }  # fmt: skip
 _FAILED = 99

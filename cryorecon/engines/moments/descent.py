@@ -54,7 +54,7 @@ def adam(
 def quasi_newton(
     loss: Loss, parameters: Sequence[Tensor], count: int, progress: Steps | None = None
 ) -> None:
-    """L-BFGS with a line search that never ends higher than it began.
+    """L-BFGS with a line search; ends at the lowest loss that was met.
 
     Parameters
     ----------
@@ -63,6 +63,11 @@ def quasi_newton(
         Evaluations of the loss with its gradient, about.
     progress : callable, optional
         Called with the evaluations since the last call: `count` in all.
+
+    Raises
+    ------
+    FloatingPointError
+        If the loss is not finite where it begins.
     """
     if count < 1:
         return
@@ -76,7 +81,7 @@ def quasi_newton(
         history_size=_REMEMBERED,
         line_search_fn="strong_wolfe",
     )
-    before = [p.detach().clone() for p in parameters]
+    best, kept = math.inf, [p.detach().clone() for p in parameters]
 
     def told(steps: int) -> None:
         nonlocal left
@@ -85,15 +90,21 @@ def quasi_newton(
             progress(steps)
 
     def closure() -> float:
+        nonlocal best, kept
         optimizer.zero_grad()
         value = loss()
         value.backward()
         told(min(1, left))
-        return float(value.detach())
+        now = float(value.detach())
+        if now < best:
+            best, kept = now, [p.detach().clone() for p in parameters]
+        return now
 
     began = optimizer.step(closure)
+    if not math.isfinite(began):
+        raise FloatingPointError(f"misfit {began}")
+    # A line search may end where its last trial was, which need not be its best.
     with torch.no_grad():
-        if not float(loss()) <= began:
-            for parameter, old in zip(parameters, before, strict=True):
-                parameter.copy_(old)
+        for parameter, value in zip(parameters, kept, strict=True):
+            parameter.copy_(value)
     told(left)

@@ -283,8 +283,7 @@ class Fitter:
         if saved is None:
             self.match_power(volume)
         else:
-            volume.load_state_dict(saved["volume"])
-            density.load_state_dict(saved["density"])
+            self._load(volume, density, saved)
             done = saved["stage"]
             if progress is not None:
                 progress(sum(counts[:done]))
@@ -298,12 +297,15 @@ class Fitter:
         """A start that was fitted before, from :meth:`MomentFit.state`."""
         # What a fresh start draws is thrown away.
         volume, density = self._fresh(torch.Generator())
+        self._load(volume, density, state)
+        numbers = (state[name] for name in ("misfit", "white", "frobenius", "lower"))
+        return MomentFit(volume, density, *numbers)
+
+    def _load(self, volume: VolumeModel, density: Density, state: dict[str, Any]) -> None:
         if isinstance(density, ViewDensity) and "residual" in state["density"]:
             density.free(self.views[-1])
         volume.load_state_dict(state["volume"])
         density.load_state_dict(state["density"])
-        numbers = (state[name] for name in ("misfit", "white", "frobenius", "lower"))
-        return MomentFit(volume, density, *numbers)
 
     def _fresh(self, generator: torch.Generator) -> tuple[VolumeModel, Density]:
         config = self.config

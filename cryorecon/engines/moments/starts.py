@@ -27,7 +27,7 @@ from cryorecon.physics.fourier import fft_centred, radius_grid, resample_sums, s
 
 # Adam steps that lay the model on the map, and that fit the density of views to the fixed map.
 _PLACE_STEPS, _DENSITY_STEPS = 300, 200
-# Of the rate: full steps would throw the map out of where it began.
+# Of Adam's rate: full steps would throw the map out of where it began.
 _GENTLE = 0.2
 # Voxels below this share of the largest are as good as empty.
 _EMPTY = 1e-3

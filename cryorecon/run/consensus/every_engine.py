@@ -10,10 +10,12 @@ import yaml
 from rich.console import Console
 
 from cryorecon.errors import CryoreconError
-from cryorecon.io.files import make_folder, replacing, sha256_of
+from cryorecon.io.files import replacing, sha256_of
 from cryorecon.io.particles import read_particles
+from cryorecon.run.job import locked
 
 PLAN = "methods.yaml"
+_LOCK = "methods.lock"
 Engine = Callable[[Path], None]
 
 
@@ -49,15 +51,26 @@ def run_engines(
     Raises
     ------
     CryoreconError
-        If the particles cannot be read, or the folder was begun with another plan.
+        If the particles cannot be read, the folder was begun with another plan, or is being
+        worked in.
     """
     read_particles(star, plan.get("project"))
     whole = yaml.safe_load(yaml.safe_dump({**plan, "input_sha256": sha256_of(star)}))
-    if not overwrite:
-        _refuse_other(output, whole)
-    make_folder(output)
-    with replacing(output / PLAN) as temporary:
-        temporary.write_text(yaml.safe_dump(whole, sort_keys=False), "utf-8")
+    with locked(output, _LOCK):
+        try:
+            if not overwrite:
+                _refuse_other(output, whole)
+            with replacing(output / PLAN) as temporary:
+                temporary.write_text(yaml.safe_dump(whole, sort_keys=False), "utf-8")
+            return _in_turn(engines, output, console, overwrite=overwrite)
+        finally:
+            (output / _LOCK).unlink(missing_ok=True)
+
+
+def _in_turn(
+    engines: Mapping[str, Engine], output: Path, console: Console, *, overwrite: bool
+) -> tuple[list[Path], dict[str, str]]:
+    """Jobs that have something to say, and why the others failed."""
     folders: list[Path] = []
     failed: dict[str, str] = {}
     for name, engine in engines.items():

@@ -193,7 +193,7 @@ def _fit_and_write(
     if trust.radius == 0 and not options.allow_ambiguous:
         raise CryoreconError(
             trust.said,
-            "See starts.star; average more particles, raise --starts or --set iterations, fit "
+            "See starts.star; average more particles, raise --starts or --set settling, fit "
             "fewer radii, or write the best map all the same with --allow-ambiguous",
         )
     trusted = _trusted(job, maps[0], geometry, trust)

@@ -186,7 +186,7 @@ def _verdict(near: NearFit, misfit: float, random: Tensor, geometry: MomentsGeom
         )
     return (
         f"SEARCH: the start from the map fits better than every random one ({both}), which agree "
-        f"with it to {where}: raise --starts and --set iterations"
+        f"with it to {where}: raise --starts and --set settling"
     )
 
 
