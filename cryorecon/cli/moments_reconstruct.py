@@ -30,7 +30,7 @@ from cryorecon.cli.options import (
     option,
 )
 
-# Those of MomentFitConfig, which takes seconds to load.
+# As in MomentFitConfig, which takes seconds to load.
 STARTS = 4
 
 EXAMPLES = examples(

@@ -104,12 +104,10 @@ class MomentFitConfig:
         counts = (self.beads, self.width, self.iterations, self.first_iterations)
         if min(*counts, self.density_degree) < 1:
             raise ValueError("beads, width, iterations and degree must be positive")
-        if self.settling < 0:
-            raise ValueError("settling must not be negative")
         if self.starts < 0 or self.starts == 1 or self.radius < 3:
             raise ValueError("needs two starts to compare, and radius 3 or more")
-        if self.in_plane_order < 0 or self.third_radius < 0:
-            raise ValueError("in-plane order and radius of third moments must not be negative")
+        if min(self.in_plane_order, self.third_radius, self.settling) < 0:
+            raise ValueError("in-plane order, third radius and settling must not be negative")
         if not all(0 < v < 1e30 for v in (self.rate, self.model_error, *self.annealing)):
             raise ValueError("rate and model errors must be positive")
 

@@ -14,6 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from cryorecon.engines.moments.descent import adam
 from cryorecon.engines.moments.fit import Fitter, MomentFit
 from cryorecon.engines.moments.models import (
     Beads,
@@ -121,17 +122,12 @@ def _place(
         seen = fft_centred(volume.density(size), 3)[inside]
         ratio = (by * wanted.abs().square()).sum() / (by * seen.abs().square()).sum()
         volume.log_scale.add_(0.5 * torch.log(ratio.clamp(min=1e-30)))
-    optimizer = torch.optim.Adam(volume.rates(rate), betas=(0.9, 0.99))
-    fall = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: 0.01 + 0.5 * (1 + math.cos(math.pi * i / _PLACE_STEPS))
-    )
-    for _ in range(_PLACE_STEPS):
+
+    def loss() -> Tensor:
         left = fft_centred(volume.density(size), 3)[inside] - wanted
-        loss = (by * left.abs().square()).sum() + volume.penalty()
-        _step(loss, optimizer)
-        fall.step()
-        if progress is not None:
-            progress(1)
+        return (by * left.abs().square()).sum() + volume.penalty()
+
+    adam(loss, volume.rates(rate), _PLACE_STEPS, progress)
 
 
 def _lay(volume: VolumeModel, given: Tensor, generator: torch.Generator) -> None:
@@ -172,16 +168,13 @@ def _fit_density(
     optimizer = torch.optim.Adam([{"params": [scale], "lr": rate}, *density.rates(2 * rate)])
     for _ in range(_DENSITY_STEPS):
         found = views.moments(harmonics * scale.exp(), *density.probabilities(views))
-        _step(target.misfit(*found) / target.count, optimizer)
+        loss = target.misfit(*found) / target.count
+        if not bool(loss.isfinite()):
+            raise FloatingPointError(f"misfit {float(loss.detach())}")
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
         if progress is not None:
             progress(1)
     with torch.no_grad():
         volume.log_scale.add_(scale)
-
-
-def _step(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    if not bool(loss.isfinite()):
-        raise FloatingPointError(f"misfit {float(loss.detach())}")
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
