@@ -9,8 +9,9 @@ import time
 import pytest
 from rich.console import Console
 
+from cryorecon.cli.console import prepare_folder
 from cryorecon.errors import CryoreconError
-from cryorecon.run import job as job_module
+from cryorecon.io import files
 from cryorecon.run.job import Task, finished, open_job
 
 QUIET = Console(quiet=True)
@@ -71,7 +72,19 @@ def test_a_disk_that_cannot_lock_is_no_obstacle(task, tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr(job_module.fcntl, "flock", refuse)
+    monkeypatch.setattr(files.fcntl, "flock", refuse)
     with open_job(tmp_path / "job", QUIET, task) as job:
         job.say("done")
     assert finished(tmp_path / "job")
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_command_is_told_that_a_job_works_before_that_it_has_not_finished(
+    task, tmp_path, overwrite
+):
+    folder = tmp_path / "job"
+    with open_job(folder, QUIET, task):
+        (folder / "checkpoint.pt").touch()
+        with pytest.raises(CryoreconError, match=r"Another job is at work in .*job"):
+            prepare_folder(folder, overwrite)
+    prepare_folder(folder, overwrite=True)

@@ -23,6 +23,7 @@ from rich.progress import (
 )
 
 from cryorecon.errors import CryoreconError
+from cryorecon.io.files import locked
 
 if TYPE_CHECKING:
     from cryorecon.ranks import Ranks
@@ -116,7 +117,7 @@ def _shows_bars(stream: TextIO) -> bool:
 
 
 def prepare_folder(folder: Path, overwrite: bool, ranks: Ranks | None = None) -> None:
-    """Refuse a file, and a folder that holds something, unless told to overwrite.
+    """Refuse a file, a folder in which a job works, and, unless told to overwrite, one not empty.
 
     What RELION puts into a new job's folder does not count. Of several processes the first one
     looks.
@@ -124,12 +125,14 @@ def prepare_folder(folder: Path, overwrite: bool, ranks: Ranks | None = None) ->
     Raises
     ------
     CryoreconError
-        Naming the folder and the flag.
+        Naming the folder and the remedy.
     """
     if ranks is not None and not ranks.first:
         return
     if folder.is_file():
         raise CryoreconError(f"{folder} is a file", "Give a folder to write to")
+    if (folder / "run.log").exists():
+        locked(folder, "run.log").close()  # Refuses while another job works there.
     if overwrite or not folder.is_dir():
         return
     if (folder / "job.yaml").exists() and (folder / "checkpoint.pt").exists():

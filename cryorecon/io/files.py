@@ -1,13 +1,15 @@
-"""Writing files so that nothing half-written is ever seen under its final name."""
+"""Writing files: nothing half-written under its final name, one program at a time in a folder."""
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from cryorecon.errors import CryoreconError
 
@@ -32,6 +34,28 @@ def make_folder(folder: Path) -> None:
         raise CryoreconError(
             f"The folder {folder} cannot be made: {_reason(error)}", "Choose another folder"
         ) from error
+
+
+def locked(folder: Path, name: str) -> TextIO:
+    """A file, open to add to, which one process holds: two would write into each other's files.
+
+    Raises
+    ------
+    CryoreconError
+        If another one holds it.
+    """
+    make_folder(folder)
+    file = (folder / name).open("a", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise CryoreconError(
+            f"Another job is at work in {folder}", "Wait for it or choose another folder"
+        ) from error
+    except OSError:
+        pass  # Some network disks cannot lock.
+    return file
 
 
 def _reason(error: OSError) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import fcntl
 import json
 import os
 import shlex
@@ -23,7 +22,7 @@ from rich.console import Console
 
 from cryorecon import __version__
 from cryorecon.errors import CryoreconError
-from cryorecon.io.files import make_folder, replacing, sha256_of
+from cryorecon.io.files import locked, replacing, sha256_of
 from cryorecon.io.star import read_star, write_star
 from cryorecon.ranks import ALONE, LostRankError, Ranks
 from cryorecon.run.checkpoint import NAME, Checkpoint
@@ -322,28 +321,6 @@ def _log(folder: Path, ranks: Ranks, *, resume: bool) -> TextIO:
     if not resume:
         log.truncate(0)
     return log
-
-
-def locked(folder: Path, name: str) -> TextIO:
-    """A file, open to add to, which one process holds: two would write into each other's files.
-
-    Raises
-    ------
-    CryoreconError
-        If another one holds it.
-    """
-    make_folder(folder)
-    file = (folder / name).open("a", encoding="utf-8")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.close()
-        raise CryoreconError(
-            f"Another job is at work in {folder}", "Wait for it or choose another folder"
-        ) from error
-    except OSError:
-        pass  # Some network disks cannot lock.
-    return file
 
 
 def _tell_if_not_the_jobs_fault(job: Job, error: Exception) -> None:

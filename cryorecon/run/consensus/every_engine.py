@@ -10,9 +10,8 @@ import yaml
 from rich.console import Console
 
 from cryorecon.errors import CryoreconError
-from cryorecon.io.files import replacing, sha256_of
+from cryorecon.io.files import locked, replacing, sha256_of
 from cryorecon.io.particles import read_particles
-from cryorecon.run.job import locked
 
 PLAN = "methods.yaml"
 _LOCK = "methods.lock"
