@@ -19,6 +19,7 @@ from conftest import GOLDEN, MODEL
 from cryorecon.cli.console import new_console, prepare_folder
 from cryorecon.cli.reference import commands
 from cryorecon.errors import CryoreconError
+from cryorecon.io.files import locked
 from cryorecon.io.mrc import read_map, write_map
 from cryorecon.io.star import read_star
 from cryorecon.physics.masks import soft_ball
@@ -144,6 +145,16 @@ def test_a_job_that_fails_before_it_begins_tells_relion(cryorecon, tmp_path):
         assert code == status, err
         assert not out
         assert [p.name for p in job.iterdir()] == ["RELION_JOB_EXIT_FAILURE"]
+
+
+def test_relion_is_not_told_that_a_job_failed_which_still_works(cryorecon, tmp_path):
+    job = tmp_path / "job"
+    job.mkdir()
+    with locked(job, "run.log"):
+        code, _, err = cryorecon("abinitio", "--o", f"{job}/", "--in_parts", STAR, "--overwrite")
+        assert code == 1
+        assert "Another job is at work" in err
+        assert [p.name for p in job.iterdir()] == ["run.log"]
 
 
 def test_reconstruct_into_a_job_directory(cryorecon, tmp_path):

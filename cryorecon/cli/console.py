@@ -131,8 +131,7 @@ def prepare_folder(folder: Path, overwrite: bool, ranks: Ranks | None = None) ->
         return
     if folder.is_file():
         raise CryoreconError(f"{folder} is a file", "Give a folder to write to")
-    if (folder / "run.log").exists():
-        locked(folder, "run.log").close()  # Refuses while another job works there.
+    refuse_if_at_work(folder)
     if overwrite or not folder.is_dir():
         return
     if (folder / "job.yaml").exists() and (folder / "checkpoint.pt").exists():
@@ -143,6 +142,18 @@ def prepare_folder(folder: Path, overwrite: bool, ranks: Ranks | None = None) ->
         )
     if _foreign(folder):
         raise CryoreconError(f"{folder} is not empty", "Choose another folder or add --overwrite")
+
+
+def refuse_if_at_work(folder: Path) -> None:
+    """Nothing of a folder may be touched while a job works there.
+
+    Raises
+    ------
+    CryoreconError
+        If one does.
+    """
+    if (folder / "run.log").exists():
+        locked(folder, "run.log").close()
 
 
 def _foreign(folder: Path) -> bool:

@@ -38,7 +38,7 @@ from cryorecon.cli.command import (
     Group,
     write_commands,
 )
-from cryorecon.cli.console import error_console, is_first, process
+from cryorecon.cli.console import error_console, is_first, process, refuse_if_at_work
 from cryorecon.cli.moments import moments_app
 from cryorecon.cli.mra import mra_app
 from cryorecon.errors import CryoreconError
@@ -253,5 +253,9 @@ def _tell_relion(words: list[str], status: int) -> None:
     if status not in _RELION_MARKERS or "--o" not in words[:-1]:
         return
     folder = Path(words[words.index("--o") + 1])
-    if folder.is_dir() and not any(folder.glob("RELION_JOB_EXIT_*")):
+    if not folder.is_dir() or any(folder.glob("RELION_JOB_EXIT_*")):
+        return
+    # Refused because a job works there: RELION waits for that one.
+    with contextlib.suppress(CryoreconError):
+        refuse_if_at_work(folder)
         (folder / _RELION_MARKERS[status]).touch()
