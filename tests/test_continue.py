@@ -21,7 +21,7 @@ from cryorecon.cli.console import prepare_folder
 from cryorecon.cli.main import main
 from cryorecon.engines import rounds
 from cryorecon.engines.amortized import Amortized, AmortizedConfig
-from cryorecon.engines.moments.fit import MomentFitConfig
+from cryorecon.engines.moments.config import MomentFitConfig
 from cryorecon.engines.rmfn import RmfnConfig
 from cryorecon.engines.rmfn_paper import PaperConfig
 from cryorecon.errors import CryoreconError

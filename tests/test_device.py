@@ -15,7 +15,7 @@ from rich.console import Console
 from cryorecon.engines import rounds
 from cryorecon.engines.accumulate import NormalEquations
 from cryorecon.engines.amortized import AmortizedConfig
-from cryorecon.engines.moments.fit import MomentFitConfig
+from cryorecon.engines.moments.config import MomentFitConfig
 from cryorecon.engines.refine import Poses
 from cryorecon.engines.rmfn import RmfnConfig
 from cryorecon.engines.shrinking import ShrinkingBatch, at_once

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from cryorecon.engines.moments import descent
 from cryorecon.engines.moments.descent import adam, quasi_newton
 
 
@@ -61,3 +62,22 @@ def test_adam_tells_of_a_loss_that_is_not_finite():
     x = torch.tensor([1.0], requires_grad=True)
     with pytest.raises(FloatingPointError, match="nan"):
         adam(lambda: x.sum() * torch.nan, [{"params": [x], "lr": 0.1}], 3)
+
+
+def test_a_walk_in_many_blocks_gets_as_far_as_one_in_few(monkeypatch):
+    ends = []
+    for block in (10, 1000):
+        monkeypatch.setattr(descent, "_BLOCK", block)
+        x = torch.full((20,), -1.0, dtype=torch.float64, requires_grad=True)
+        quasi_newton(lambda x=x: valley(x), [x], 100)
+        ends.append(float(valley(x).detach()))
+    assert ends[0] < 10 * ends[1] + 1e-6
+
+
+def test_where_no_gradient_is_left_it_ends():
+    x = torch.ones(6, requires_grad=True)
+    steps, kept = [], []
+    quasi_newton(lambda: valley(x), [x], 500, steps.append, keep=kept.append)
+    assert sum(steps) == 500
+    assert len(steps) < 10
+    assert not kept

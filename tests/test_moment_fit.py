@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import signal
 from dataclasses import replace
@@ -13,7 +14,9 @@ from conftest import invoke as run
 
 from cryorecon.cli.main import main
 from cryorecon.cli.moments_reconstruct import STARTS
-from cryorecon.engines.moments.fit import Fitter, MomentFit, MomentFitConfig, stages, visible_radius
+from cryorecon.engines.moments import descent
+from cryorecon.engines.moments.config import MomentFitConfig, stages
+from cryorecon.engines.moments.fit import Fitter, MomentFit, visible_radius
 from cryorecon.engines.moments.forms import MomentsGeometry, SteerableMoments, exact_moments
 from cryorecon.engines.moments.information import expected_fsc
 from cryorecon.engines.moments.models import Beads, ViewDensity, Views, new_volume
@@ -410,19 +413,22 @@ def test_a_start_goes_through_all_model_errors_and_radii(exact):
 
 
 @pytest.mark.parametrize("density", ["harmonics", "free", "encoder"])
-def test_a_start_goes_on_from_each_of_its_stages(exact, density):
+def test_a_start_goes_on_from_each_state_it_keeps(exact, density, monkeypatch):
+    monkeypatch.setattr(descent, "_BLOCK", 4)
     config = MomentFitConfig(
-        beads=4, iterations=4, settling=2, first_iterations=3, annealing=(0.1,), density=density
+        beads=4, iterations=4, settling=12, first_iterations=3, annealing=(0.1,), density=density
     )
     fitter, states = Fitter.of(exact, config, RADIUS), []
 
     def keep(state):
-        made = state()
-        parts = {p: {k: v.clone() for k, v in made[p].items()} for p in ("volume", "density")}
-        states.append({**made, **parts})
+        file = io.BytesIO()
+        torch.save(state(), file)
+        file.seek(0)
+        states.append(torch.load(file, weights_only=True))
 
     whole = fitter.fit(torch.Generator().manual_seed(0), keep=keep)
-    assert len(states) == 3
+    assert sum(state["settling"] is None for state in states) == 3
+    assert len(states) >= 5
     for state in states:
         steps = []
         found = fitter.fit(torch.Generator().manual_seed(0), steps.append, state)

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from cryorecon.conventions import euler_to_matrix
-from cryorecon.engines.moments.fit import Fitter, MomentFitConfig, visible_radius
+from cryorecon.engines.moments.config import MomentFitConfig
+from cryorecon.engines.moments.fit import Fitter, visible_radius
 from cryorecon.engines.moments.forms import (
     FullMoments,
     MomentsGeometry,

@@ -9,7 +9,8 @@ import torch
 import yaml
 from conftest import invoke as run
 
-from cryorecon.engines.moments.fit import Fitter, MomentFit, MomentFitConfig
+from cryorecon.engines.moments.config import MomentFitConfig
+from cryorecon.engines.moments.fit import Fitter, MomentFit
 from cryorecon.engines.moments.forms import MomentsGeometry, SteerableMoments, exact_moments
 from cryorecon.engines.moments.information import free_map_share
 from cryorecon.engines.moments.models import Beads, ViewDensity

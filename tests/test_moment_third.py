@@ -11,7 +11,8 @@ import torch
 from test_moment_fit import GEOMETRY, RADIUS, run, three_gaussians
 from test_moments import SMALL, _density, _sample_and_truth, pure_noise
 
-from cryorecon.engines.moments.fit import Fitter, MomentFitConfig
+from cryorecon.engines.moments.config import MomentFitConfig
+from cryorecon.engines.moments.fit import Fitter
 from cryorecon.engines.moments.forms import SteerableMoments, steerable_moments
 from cryorecon.engines.moments.information import expected_fsc, free_map_share
 from cryorecon.engines.moments.sums import MomentBatch, merge_arrays

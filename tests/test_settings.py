@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cryorecon.engines.amortized import AmortizedConfig
-from cryorecon.engines.moments.fit import MomentFitConfig
+from cryorecon.engines.moments.config import MomentFitConfig
 from cryorecon.engines.mra.training import TrainingConfig
 from cryorecon.errors import CryoreconError
 from cryorecon.run.settings import with_settings

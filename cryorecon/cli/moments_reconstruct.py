@@ -109,7 +109,7 @@ def reconstruct_command(
     """
     del continue_job  # Then another function runs instead.
     # torch takes seconds to load: only when the command runs.
-    from cryorecon.engines.moments.fit import MomentFitConfig
+    from cryorecon.engines.moments.config import MomentFitConfig
     from cryorecon.ranks import joined
     from cryorecon.run.moments.reconstruct import MomentReconstructOptions, reconstruct_moments
     from cryorecon.run.moments.start_map import StartMap
@@ -152,7 +152,7 @@ def moments_command(
 ) -> None:
     """Both steps, `moments estimate` and `moments reconstruct`, in one folder."""
     # torch takes seconds to load: only when the command runs.
-    from cryorecon.engines.moments.fit import MomentFitConfig
+    from cryorecon.engines.moments.config import MomentFitConfig
     from cryorecon.ranks import joined
     from cryorecon.run.dry_run import describe_moments
     from cryorecon.run.moments.estimate import MomentsOptions

@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass
 
 from cryorecon.engines.amortized import AmortizedConfig
-from cryorecon.engines.moments.fit import MomentFitConfig, stage_steps, stages
+from cryorecon.engines.moments.config import MomentFitConfig, stage_steps, stages
 from cryorecon.engines.moments.forms import MomentsGeometry
 from cryorecon.engines.reconstruction import RefineConfig
 from cryorecon.engines.rmfn import RmfnConfig

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-from cryorecon.engines.moments.fit import Fitter, MomentFitConfig
+from cryorecon.engines.moments.config import MomentFitConfig
+from cryorecon.engines.moments.fit import Fitter
 from cryorecon.engines.moments.starts import fit_from_map
 from cryorecon.io.mrc import read_map
 from cryorecon.run.moments.maps import aligned, fsc_by_radius, on_images, on_particle_box

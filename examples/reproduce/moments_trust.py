@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 from moments_molecules import write_exact
 
-from cryorecon.engines.moments.fit import Fitter, MomentFitConfig
+from cryorecon.engines.moments.config import MomentFitConfig
+from cryorecon.engines.moments.fit import Fitter
 from cryorecon.io.mrc import write_map
 from cryorecon.maps.fsc import crossing_shell
 from cryorecon.run.moments.maps import aligned, fsc_by_radius, on_images

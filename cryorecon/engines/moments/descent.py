@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,9 +12,32 @@ from torch import Tensor
 
 Loss = Callable[[], Tensor]
 Steps = Callable[[int], None]
+State = dict[str, Any]
+Keep = Callable[[Callable[[], State]], None]
 
 # Steps whose differences model the curvature.
 _REMEMBERED = 50
+# Evaluations between two states that can be kept: some seconds.
+_BLOCK = 50
+
+
+@dataclass(frozen=True)
+class Settling:
+    """How a descent ends: by how much of :func:`quasi_newton`.
+
+    Attributes
+    ----------
+    count : int
+        Evaluations.
+    saved : dict, optional
+        Where to go on: a state that `keep` was given.
+    keep : callable, optional
+        Called on the way with a function that gives the state.
+    """
+
+    count: int = 0
+    saved: State | None = None
+    keep: Keep | None = None
 
 
 def adam(
@@ -52,7 +76,12 @@ def adam(
 
 
 def quasi_newton(
-    loss: Loss, parameters: Sequence[Tensor], count: int, progress: Steps | None = None
+    loss: Loss,
+    parameters: Sequence[Tensor],
+    count: int,
+    progress: Steps | None = None,
+    saved: State | None = None,
+    keep: Keep | None = None,
 ) -> None:
     """L-BFGS with a line search; ends at the lowest loss that was met.
 
@@ -63,6 +92,10 @@ def quasi_newton(
         Evaluations of the loss with its gradient, about.
     progress : callable, optional
         Called with the evaluations since the last call: `count` in all.
+    saved : dict, optional
+        A state that `keep` was given, to go on from with the parameters of that moment.
+    keep : callable, optional
+        Called now and then with a function that gives the state.
 
     Raises
     ------
@@ -71,40 +104,80 @@ def quasi_newton(
     """
     if count < 1:
         return
-    left = count
-    optimizer = torch.optim.LBFGS(
-        parameters,
-        max_iter=count,
-        max_eval=count,
-        tolerance_grad=0,
-        tolerance_change=0,
-        history_size=_REMEMBERED,
-        line_search_fn="strong_wolfe",
-    )
-    best, kept = math.inf, [p.detach().clone() for p in parameters]
+    walk = _Walk(loss, parameters, count, progress)
+    if saved is not None:
+        walk.restore(saved)
+    while walk.left > 0 and walk.block():
+        if keep is not None:
+            keep(walk.state)
+    walk.finish()
 
-    def told(steps: int) -> None:
-        nonlocal left
-        left -= steps
-        if progress is not None and steps > 0:
-            progress(steps)
 
-    def closure() -> float:
-        nonlocal best, kept
-        optimizer.zero_grad()
-        value = loss()
+class _Walk:
+    """L-BFGS in blocks of evaluations, its memory of the curvature carried from one to the next."""
+
+    def __init__(
+        self, loss: Loss, parameters: Sequence[Tensor], count: int, progress: Steps | None
+    ) -> None:
+        self._loss, self._parameters, self._progress = loss, list(parameters), progress
+        self.left = count
+        self._best = math.inf
+        self._kept = [p.detach().clone() for p in self._parameters]
+        self._optimizer = torch.optim.LBFGS(
+            self._parameters,
+            tolerance_grad=0,
+            tolerance_change=0,
+            history_size=_REMEMBERED,
+            line_search_fn="strong_wolfe",
+        )
+
+    def block(self) -> bool:
+        """Some evaluations; whether it can go on from where it is."""
+        most, before = min(_BLOCK, self.left), self.left
+        self._optimizer.param_groups[0].update(max_iter=most, max_eval=most)
+        began = float(self._optimizer.step(self._evaluate))
+        if math.isinf(self._best):
+            raise FloatingPointError(f"misfit {began}")
+        # A second evaluation is not asked for where no gradient is left.
+        return before - self.left > 1 and self._is_finite()
+
+    def state(self) -> State:
+        """All but the parameters themselves."""
+        return {
+            "left": self.left,
+            "best": self._best,
+            "kept": self._kept,
+            "optimizer": self._optimizer.state_dict(),
+        }
+
+    def restore(self, saved: State) -> None:
+        self.left, self._best = saved["left"], saved["best"]
+        pairs = zip(saved["kept"], self._parameters, strict=True)
+        self._kept = [value.to(parameter) for value, parameter in pairs]
+        self._optimizer.load_state_dict(saved["optimizer"])
+
+    def finish(self) -> None:
+        """Go to the lowest point: a line search may end where its last trial was."""
+        with torch.no_grad():
+            for parameter, value in zip(self._parameters, self._kept, strict=True):
+                parameter.copy_(value)
+        self._tell(self.left)
+
+    def _evaluate(self) -> float:
+        self._optimizer.zero_grad()
+        value = self._loss()
         value.backward()
-        told(min(1, left))
+        self._tell(min(1, self.left))
         now = float(value.detach())
-        if now < best:
-            best, kept = now, [p.detach().clone() for p in parameters]
+        if now < self._best:
+            self._best, self._kept = now, [p.detach().clone() for p in self._parameters]
         return now
 
-    began = optimizer.step(closure)
-    if not math.isfinite(began):
-        raise FloatingPointError(f"misfit {began}")
-    # A line search may end where its last trial was, which need not be its best.
-    with torch.no_grad():
-        for parameter, value in zip(parameters, kept, strict=True):
-            parameter.copy_(value)
-    told(left)
+    def _tell(self, steps: int) -> None:
+        self.left -= steps
+        if self._progress is not None and steps > 0:
+            self._progress(steps)
+
+    def _is_finite(self) -> bool:
+        here = [t for p in self._parameters for t in (p, p.grad) if t is not None]
+        return all(bool(t.isfinite().all()) for t in here)

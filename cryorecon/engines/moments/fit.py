@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cryorecon.engines.moments.descent import adam, quasi_newton
+from cryorecon.engines.moments.config import MomentFitConfig, stage_steps, stages
+from cryorecon.engines.moments.descent import Keep, Settling, State, adam, quasi_newton
 from cryorecon.engines.moments.encoding import EncodedDensity
 from cryorecon.engines.moments.forms import FullMoments, Moments
 from cryorecon.engines.moments.full_fit import (
@@ -28,10 +29,8 @@ from cryorecon.engines.moments.full_fit import (
 )
 from cryorecon.engines.moments.models import (
     Density,
-    DensityKind,
     ViewDensity,
     Views,
-    VolumeKind,
     VolumeModel,
     grid_size,
     new_volume,
@@ -39,77 +38,8 @@ from cryorecon.engines.moments.models import (
 from cryorecon.engines.moments.target import Target
 from cryorecon.networks.moment_encoders import FieldEncoderConfig
 
-# Radii of the coarse stages; the last has all. Fits that begin at radius 3 end further from the
-# map.
-_STAGES = (4, 6, 9, 13, 19, 28)
 # A radius is used if its power is this many standard errors above 0.
 _VISIBLE = 3.0
-
-
-@dataclass(frozen=True)
-class MomentFitConfig:
-    """How moments are fitted.
-
-    Attributes
-    ----------
-    volume : "beads", "grid", "rmfn" or "fouriernet"
-    beads : int
-        Gaussians of the map.
-    width : int
-        Hidden units of networks.
-    density : "harmonics", "free" or "encoder"
-        Of viewing directions: smooth; with a weight for each direction in the last stage besides;
-        or the weights of all directions from a network that reads the moments, as in the paper.
-    density_degree : int
-        Of the harmonics of its logarithm.
-    in_plane_order : int
-        Of the in-plane angles in a density of the full form; 0 keeps them uniform.
-    starts : int
-        Random starts; the best are compared with each other. 0 for none.
-    first_iterations : int
-        Adam steps on the first moment alone, before all others.
-    iterations : int
-        Adam steps of the last stage, before it settles; earlier ones take half as many.
-    annealing : tuple of float
-        Model errors that the first stage goes through, half as many steps each, before its own.
-    rate : float
-        Of Adam; falls to a hundredth in each stage.
-    settling : int
-        Evaluations of L-BFGS that end each stage.
-    radius : int
-        Largest radius used, in cycles per particle box.
-    model_error : float
-        Expected misfit of an entry beside its standard error, relative to the power of its radii.
-    third_radius : int
-        Largest radius of the third moments used; 0 for none.
-    """
-
-    volume: VolumeKind = "beads"
-    beads: int = 40
-    width: int = 96
-    density: DensityKind = "harmonics"
-    density_degree: int = 6
-    in_plane_order: int = 2
-    starts: int = 4
-    first_iterations: int = 50
-    iterations: int = 200
-    annealing: tuple[float, ...] = (0.1, 0.03, 0.01)
-    rate: float = 0.05
-    settling: int = 400
-    radius: int = 8
-    model_error: float = 0.003
-    third_radius: int = 6
-
-    def __post_init__(self) -> None:
-        counts = (self.beads, self.width, self.iterations, self.first_iterations)
-        if min(*counts, self.density_degree) < 1:
-            raise ValueError("beads, width, iterations and degree must be positive")
-        if self.starts < 0 or self.starts == 1 or self.radius < 3:
-            raise ValueError("needs two starts to compare, and radius 3 or more")
-        if min(self.in_plane_order, self.third_radius, self.settling) < 0:
-            raise ValueError("in-plane order, third radius and settling must not be negative")
-        if not all(0 < v < 1e30 for v in (self.rate, self.model_error, *self.annealing)):
-            raise ValueError("rate and model errors must be positive")
 
 
 @dataclass(frozen=True)
@@ -148,11 +78,14 @@ class MomentFit:
         }
 
 
-def _going(stage: int, volume: VolumeModel, density: Density) -> dict[str, Any]:
-    return {"stage": stage, "volume": volume.state_dict(), "density": density.state_dict()}
+_NONE = Settling()
 
 
-Keep = Callable[[Callable[[], dict[str, Any]]], None]
+def _going(
+    stage: int, volume: VolumeModel, density: Density, settling: State | None = None
+) -> State:
+    maps = {"volume": volume.state_dict(), "density": density.state_dict()}
+    return {"stage": stage, **maps, "settling": settling}
 
 
 def visible_radius(moments: Moments) -> int:
@@ -170,22 +103,6 @@ def visible_radius(moments: Moments) -> int:
     errors = moments.second_error.diagonal(dim1=-2, dim2=-1)
     noise = torch.where(counts > 0, counts * errors, 0.0).square().sum(0).sqrt()
     return int((power > _VISIBLE * noise).long().cumprod(0).sum())
-
-
-def stages(radius: int) -> list[int]:
-    """Largest radius of each stage, coarse to fine."""
-    return [*(r for r in _STAGES if r < radius), radius]
-
-
-def stage_steps(config: MomentFitConfig, n_stages: int) -> list[int]:
-    """Steps of a start: first moment alone, each model error of the first stage, each stage.
-
-    Those of the stages themselves end with L-BFGS.
-    """
-    half = config.iterations // 2
-    annealed = [half] * len(config.annealing)
-    coarse = [half + config.settling] * (n_stages - 1)
-    return [config.first_iterations, *annealed, *coarse, config.iterations + config.settling]
 
 
 @dataclass(frozen=True)
@@ -255,7 +172,7 @@ class Fitter:
         self,
         generator: torch.Generator,
         progress: Callable[[int], None] | None = None,
-        saved: dict[str, Any] | None = None,
+        saved: State | None = None,
         keep: Keep | None = None,
     ) -> MomentFit:
         """One random start, from the radii of the first stage to all.
@@ -267,9 +184,9 @@ class Fitter:
         progress : callable, optional
             Called with the steps done since the last call.
         saved : dict, optional
-            A state that `keep` was given: the stages before it are left out.
+            A state that `keep` was given: what comes before it is left out.
         keep : callable, optional
-            Called after each stage with a function that gives the state.
+            Called after each stage, and while it settles, with a function that gives the state.
 
         Raises
         ------
@@ -277,16 +194,18 @@ class Fitter:
             If the misfit is not finite.
         """
         volume, density = self._fresh(generator)
-        done, counts = 0, stage_steps(self.config, len(self.targets))
+        done, counts, walk = 0, stage_steps(self.config, len(self.targets)), None
         if saved is None:
             self.match_power(volume)
         else:
             self._load(volume, density, saved)
-            done = saved["stage"]
+            done, walk = saved["stage"], saved.get("settling")
             if progress is not None:
-                progress(sum(counts[:done]))
+                progress(sum(counts[:done]) + (counts[done] - walk["left"] if walk else 0))
         for stage in range(done, len(counts)):
-            self._stage(stage, volume, density, counts[stage], progress)
+            settling = self._settling(stage, volume, density, walk, keep)
+            self._stage(stage, volume, density, counts[stage], progress, settling)
+            walk = None
             if keep is not None:
                 keep(partial(_going, stage + 1, volume, density))
         return self.judged(volume, density)
@@ -312,6 +231,23 @@ class Fitter:
         )
         return volume.to(self.device), self.new_density(generator)
 
+    def _settling(
+        self,
+        stage: int,
+        volume: VolumeModel,
+        density: Density,
+        saved: State | None,
+        keep: Keep | None,
+    ) -> Settling:
+        """How a stage ends: those before the maps' own do not settle."""
+
+        def inside(state: Callable[[], State]) -> None:
+            if keep is not None:
+                keep(lambda: _going(stage, volume, density, state()))
+
+        count = self.config.settling if stage > len(self.annealed) else 0
+        return Settling(count, saved, inside)
+
     def _stage(
         self,
         stage: int,
@@ -319,6 +255,7 @@ class Fitter:
         density: Density,
         count: int,
         progress: Callable[[int], None] | None,
+        settling: Settling,
     ) -> None:
         """The first moment alone, the first stage annealed, then all stages."""
         radius = max(0, stage - 1 - len(self.annealed))
@@ -328,9 +265,9 @@ class Fitter:
             if isinstance(target, Target) and isinstance(views, Views):
                 target, views = replace(target, third=None), replace(views, third=None)
         last = radius == len(self.targets) - 1 and stage > len(self.annealed)
-        if last and isinstance(density, ViewDensity) and self.config.density == "free":
+        begins = last and settling.saved is None
+        if begins and isinstance(density, ViewDensity) and self.config.density == "free":
             density.free(views)
-        settling = self.config.settling if stage > len(self.annealed) else 0
         self.descend(volume, density, target, views, count, progress, settling)
 
     def new_density(self, generator: torch.Generator) -> Density:
@@ -361,18 +298,20 @@ class Fitter:
         views: Views,
         count: int,
         progress: Callable[[int], None] | None,
-        settling: int = 0,
+        settling: Settling = _NONE,
     ) -> None:
-        """Steps on map and density together: Adam, then as many as `settling` of L-BFGS."""
+        """Steps on map and density together: Adam, then those of `settling`, L-BFGS."""
 
         def loss() -> Tensor:
             moments = views.moments(volume.harmonics(views), *density.probabilities(views))
             return target.misfit(*moments) / target.count + volume.penalty()
 
         groups = [*volume.rates(self.config.rate), *density.rates(self.config.rate)]
-        adam(loss, groups, count - settling, progress)
+        if settling.saved is None:
+            adam(loss, groups, count - settling.count, progress)
         moved = [p for group in groups for p in group["params"]]
-        quasi_newton(loss, moved, settling, progress)
+        walk = settling.saved, settling.keep
+        quasi_newton(loss, moved, settling.count, progress, *walk)
 
     def judged(self, volume: VolumeModel, density: Density) -> MomentFit:
         """Misfit and errors over all radii."""

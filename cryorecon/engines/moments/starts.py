@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from cryorecon.engines.moments.descent import adam
+from cryorecon.engines.moments.descent import Settling, adam
 from cryorecon.engines.moments.fit import Fitter, MomentFit
 from cryorecon.engines.moments.models import (
     Beads,
@@ -94,7 +94,7 @@ def fit_from_map(
     gentle = replace(fitter, config=replace(config, rate=_GENTLE * config.rate))
     count = config.iterations + config.settling
     target = fitter.targets[-1]
-    gentle.descend(volume, density, target, views, count, progress, config.settling)
+    gentle.descend(volume, density, target, views, count, progress, Settling(config.settling))
     return start, fitter.judged(volume, density)
 
 

@@ -12,7 +12,8 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from cryorecon.engines.moments.fit import Fitter, MomentFit, MomentFitConfig, visible_radius
+from cryorecon.engines.moments.config import MomentFitConfig
+from cryorecon.engines.moments.fit import Fitter, MomentFit, visible_radius
 from cryorecon.engines.moments.forms import Moments, MomentsGeometry
 from cryorecon.engines.moments.full_fit import FullViews, in_plane_departure
 from cryorecon.engines.moments.information import expected_fsc, information_bytes
