@@ -101,6 +101,7 @@ def agreement(job, folder, shell, *, aligned=False, both_hands=True):
     return float(fsc_curve(found, truth)[1 : shell + 1].min())
 
 
+@pytest.mark.slow
 def test_independent_halves_from_scratch(large, tmp_path, monkeypatch):
     # How much agreement chance brings is for test_chance.py: one trial here.
     monkeypatch.setattr(stages, "chance_fsc", functools.partial(stages.chance_fsc, n_trials=1))
@@ -156,6 +157,7 @@ def test_pure_noise_gives_no_map(bright, tmp_path):
     assert not (tmp_path / "job" / "initial_model.mrc").exists()
 
 
+@pytest.mark.slow
 def test_a_grid_can_hold_the_map(large, tmp_path):
     options = AbinitioOptions(engine=dataclasses.replace(SHORT, volume="grid"))
     abinitio(large / "particles.star", tmp_path / "job", options, QUIET)

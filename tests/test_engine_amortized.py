@@ -242,6 +242,7 @@ def test_projections_of_the_map_look_like_the_images(images_24, stack_24):
     assert 0.7 < float(powers[0] / powers[1]) < 1.4
 
 
+@pytest.mark.slow
 def test_poses_are_read_from_nothing(tmp_path, stack_24):
     """A small case of the benchmark: no search, no true pose, in half a minute of one core.
 

@@ -258,7 +258,7 @@ def test_starts_that_disagree_are_told(exact):
         assert said in trust(agreement, **changed).said
 
 
-def test_a_map_ends_where_starts_cease_to_agree(tmp_path, stack_32, monkeypatch):
+def test_a_map_ends_where_starts_cease_to_agree(tmp_path, stack_32, monkeypatch, coarse_alignment):
     moments, job = _file(tmp_path / "m.h5", stack_32), tmp_path / "job"
     monkeypatch.setattr(Trust, "of", staticmethod(lambda *_: Trust(3.0, "In part")))
     result = run("moments", "reconstruct", moments, "-o", job, *FEW)
