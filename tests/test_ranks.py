@@ -16,6 +16,7 @@ import psutil
 import pytest
 import torch
 
+from cryorecon.io.files import locked
 from cryorecon.io.moments_file import read_moments_data
 from cryorecon.io.mrc import read_map
 from cryorecon.io.star import read_star
@@ -196,6 +197,27 @@ def test_a_dead_process_ends_the_job_which_goes_on(script, few, tmp_path, victim
         read_map(tmp_path / name / "initial_model.mrc").data for name in ("whole", "job")
     )
     assert np.corrcoef(whole.ravel(), found.ravel())[0, 1] > 0.9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["anew", "continued"])
+def test_several_processes_leave_a_folder_in_which_a_job_works(script, few, tmp_path, how):
+    job = tmp_path / "job"
+    if how == "continued":
+        words = ["abinitio-amortized", few, "--images-seen", "6400", *REFINE, "-o", job]
+        killed(script, words, 0)
+    words = ["abinitio", "--continue", job] if how == "continued" else ["abinitio", few, "-o", job]
+    with locked(job, "run.log"):
+        before = {path.name: path.read_bytes() for path in job.iterdir()}
+        began = time.monotonic()
+        told = subprocess.run(
+            [sys.executable, *TWO, str(script), *map(str, words)], capture_output=True, text=True,
+            timeout=300, env=ENVIRONMENT, check=False,
+        )  # fmt: skip
+        assert time.monotonic() - began < 90
+        assert told.returncode != 0
+        assert (told.stdout + told.stderr).count("Another job is at work") == 1
+        assert {path.name: path.read_bytes() for path in job.iterdir()} == before
 
 
 # Stands in for SLURM's: two nodes, both of them this machine.
