@@ -49,26 +49,30 @@ def third_moment(
     Tensor, shape (pairs, R, R, R), complex
         Pairs in the order of :func:`order_pairs`; radii of s_m, s_m', s_{m+m'}.
     """
-    s = harmonics.permute(2, 0, 1)
-    both, last = _products(s)
-    last = last.conj()
-    result = both @ (last * weights[:, None])
-    if antipode_weights is not None:
-        result = result + (both @ (last * antipode_weights[:, None])).conj()
-    return result.unflatten(1, (harmonics.shape[1],) * 2)
+    one, other, both = _by_pair(harmonics)
+    # Directions innermost, real numbers throughout: Re a b* = (Re a, Im a) . (Re b, Im b), and the
+    # imaginary part that of (Re a, Im a) with i b. Conjugate products differ in its sign alone.
+    opposite = torch.zeros_like(weights) if antipode_weights is None else antipode_weights
+    real, imaginary = both * (weights + opposite), both * ((weights - opposite) * 1j)
+    right = torch.view_as_real(torch.cat([real, imaginary], 1)).flatten(2)
+    left = torch.view_as_real(one[:, :, None] * other[:, None]).flatten(3).flatten(1, 2)
+    parts = (left @ right.mT).unflatten(1, (harmonics.shape[1],) * 2).chunk(2, -1)
+    return torch.complex(*parts)
 
 
 def third_of_powers(powers: Tensor) -> Tensor:
     """Sum of ``p_m(k) p_m'(k') p_{m+m'}(k'')`` over images: (b, R, M + 1) to (pairs, R, R, R)."""
-    both, last = _products(powers.permute(2, 0, 1))
-    return (both @ last).unflatten(1, (powers.shape[1],) * 2)
+    one, other, both = _by_pair(powers)
+    left = (one[:, :, None] * other[:, None]).flatten(1, 2)
+    return (left @ both.mT).unflatten(1, (powers.shape[1],) * 2)
 
 
-def _products(s: Tensor) -> tuple[Tensor, Tensor]:
-    """Of orders m and m', shape (pairs, R^2, q), and order m + m', shape (pairs, q, R)."""
-    one, other = order_pairs(len(s) - 1).to(s.device).T
-    both = s[one][:, :, :, None] * s[other][:, :, None, :]
-    return both.flatten(2).mT, s[one + other]
+def _by_pair(s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Orders m, m' and m + m' of (q, R, M + 1), shape (pairs, R, q) each."""
+    pairs = order_pairs(s.shape[2] - 1).to(s.device)
+    rows = s.permute(2, 1, 0).contiguous()
+    one, other, both = (rows.index_select(0, row) for row in (*pairs.T, pairs.sum(1)))
+    return one, other, both
 
 
 def noise_in_third(first: Tensor, noise: Tensor) -> Tensor:
