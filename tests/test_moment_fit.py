@@ -177,6 +177,7 @@ def test_densities_of_views_are_probabilities(generator):
 def test_stages_rise_to_the_radius():
     assert stages(3) == [3]
     assert stages(8) == [4, 6, 8]
+    assert stages(12) == [4, 6, 8, 10, 12]
 
 
 def test_radii_in_the_noise_are_left_out(exact):

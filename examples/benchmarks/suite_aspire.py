@@ -3,8 +3,8 @@
     ENV/bin/python -I suite_aspire.py PARTICLES.star OUT [--box 64] [--classes 200]
         [--neighbours 20] [--seed 0]
 
-Runs inside ASPIRE's own environment. Images are downsampled to --box, phase-flipped, normalised and
-whitened; class averages of the first --classes images and their neighbours are oriented by
+Runs inside ASPIRE's own environment. Images are downsampled to --box, phase-flipped, normalised,
+whitened and made white; class averages of the first --classes images and their neighbours are oriented by
 synchronised common lines (CLSyncVoting, 72 angles) and back-projected. OUT gets map.mrc and
 poses.star, which has one row a class: the pose of its average, under the name of the image that it
 was built around.
@@ -58,7 +58,8 @@ def main() -> None:
     source = RelionSource(str(args.star.resolve()), dtype=np.float32)
     if args.box < source.L:
         source = source.downsample(args.box)
-    source = source.phase_flip().normalize_background().whiten().cache()
+    # Its CTF turns what RELION calls white into black: its own look at the images turns it back.
+    source = source.phase_flip().normalize_background().whiten().invert_contrast().cache()
     tell(f"{source.n} images of {source.L} px, phase-flipped and whitened")
     classifier = RIRClass2D(source, n_nbor=args.neighbours, seed=args.seed)
     averages = DebugClassAvgSource(source, classifier=classifier)[: args.classes].cache()

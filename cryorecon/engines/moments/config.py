@@ -8,7 +8,7 @@ from cryorecon.engines.moments.models import DensityKind, VolumeKind
 
 # Radii of the coarse stages; the last has all. Fits that begin at radius 3 end further from the
 # map.
-_STAGES = (4, 6, 9, 13, 19, 28)
+_STAGES = (4, 6, 8, 10, 13, 19, 28)
 
 
 @dataclass(frozen=True)
