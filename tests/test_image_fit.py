@@ -5,6 +5,7 @@ import csv
 import numpy as np
 import pytest
 import torch
+from conftest import cryorecon
 from PIL import Image
 
 from cryorecon.engines.image_fit import (
@@ -17,6 +18,7 @@ from cryorecon.engines.image_fit import (
 )
 from cryorecon.networks.mfn import MfnConfig, ResidualMfn
 from cryorecon.networks.sape import Sape
+from cryorecon.run import fit_image as run_fit
 from cryorecon.run.fit_image import read_image, summarise
 
 TINY = ImageFitConfig(iterations=(40, 40, 60, 160), width=48, learning_rate=1e-2)
@@ -123,8 +125,6 @@ def test_means_and_deviations_are_over_images():
 
 
 def test_the_command_writes_pictures_and_tables(tmp_path):
-    from test_cli import cryorecon
-
     picture = (scene(32).clamp(0, 1) * 255).byte().numpy()
     Image.fromarray(picture).save(tmp_path / "p.png")
     done = cryorecon(
@@ -151,3 +151,21 @@ def test_the_command_writes_pictures_and_tables(tmp_path):
         assert done.returncode == 1
         assert words in done.stderr
     assert not (tmp_path / "no" / "fits.csv").exists()
+
+
+def test_what_is_done_stays_when_a_later_method_is_interrupted(tmp_path, monkeypatch):
+    pixels = np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "p.png")
+    fit = run_fit.fit_image
+
+    def until_sape(train, full, method, *rest):
+        if method == "sape":
+            raise KeyboardInterrupt
+        return fit(train, full, method, *rest)
+
+    monkeypatch.setattr(run_fit, "fit_image", until_sape)
+    done = cryorecon("fit-image", "p.png", "-o", "out", "--width", 8, "--iterations", "2,2,2",
+                     "--method", "residual", "--method", "sape", cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 3
+    with open(tmp_path / "out" / "fits.csv", newline="") as file:
+        assert [row["method"] for row in csv.DictReader(file)] == ["residual"]

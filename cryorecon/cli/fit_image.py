@@ -96,7 +96,7 @@ def fit_image_command(
     total = sum(config.iterations)
     for path in images:
         with count_progress(f"Fitting {path.name}", "iterations") as bar:
-            rows += fit_picture(
+            for row in fit_picture(
                 path,
                 output,
                 chosen,
@@ -104,8 +104,10 @@ def fit_image_command(
                 size,
                 seed,
                 lambda m, done, _: bar(chosen.index(m) * total + done, len(chosen) * total),
-            )
-        write_table(output / "fits.csv", rows)
+            ):
+                rows.append(row)
+                # Each takes up to hours: what is done stays if the rest is stopped.
+                write_table(output / "fits.csv", rows)
     summary = summarise(rows)
     write_table(output / "summary.csv", summary)
     if json:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -89,8 +89,8 @@ def fit_picture(
     size: int | None,
     seed: int,
     progress: Callable[[Method, int, float], None],
-) -> list[Row]:
-    """Fit one picture with every method; write pictures; return a row of figures each.
+) -> Iterator[Row]:
+    """Fit one picture with every method; write pictures; give a row of figures as each is done.
 
     Each method starts from the same seed, so that a row does not depend on the others.
 
@@ -105,7 +105,6 @@ def fit_picture(
             f"{path} at {len(full)} px has too few frequencies for {len(config.iterations)} scales",
             "Give a larger picture or fewer stages in --iterations",
         )
-    rows: list[Row] = []
     for method in methods:
         generator = torch.Generator().manual_seed(seed)
 
@@ -119,8 +118,7 @@ def fit_picture(
         row: Row = {"image": path.name, "method": method, "psnr_db": fit.psnr_db}
         for scale, change in enumerate(fit.spectrum_change[:-1], 1):
             row[f"spectrum_change_{scale}"] = change
-        rows.append(row)
-    return rows
+        yield row
 
 
 def _write_fit(folder: Path, fit: ImageFit) -> None:

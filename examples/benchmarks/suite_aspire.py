@@ -4,10 +4,10 @@
         [--neighbours 20] [--seed 0]
 
 Runs inside ASPIRE's own environment. Images are downsampled to --box, phase-flipped, normalised,
-whitened and made white; class averages of the first --classes images and their neighbours are oriented by
-synchronised common lines (CLSyncVoting, 72 angles) and back-projected. OUT gets map.mrc and
-poses.star, which has one row a class: the pose of its average, under the name of the image that it
-was built around.
+whitened and made white; class averages of the first --classes images and their neighbours are
+oriented by synchronised common lines (CLSyncVoting, 72 angles) and back-projected. OUT gets map.mrc
+and poses.star, which has one row a class: the pose of its average, under the name of the image
+that it was built around.
 """
 
 import argparse
