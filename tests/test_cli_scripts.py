@@ -19,7 +19,7 @@ from conftest import GOLDEN, MODEL
 from cryorecon.cli.console import new_console, prepare_folder
 from cryorecon.cli.reference import commands
 from cryorecon.errors import CryoreconError
-from cryorecon.io.files import locked
+from cryorecon.io.files import JOB_LOCK, METHODS_LOCK, locked
 from cryorecon.io.mrc import read_map, write_map
 from cryorecon.io.star import read_star
 from cryorecon.physics.masks import soft_ball
@@ -147,14 +147,23 @@ def test_a_job_that_fails_before_it_begins_tells_relion(cryorecon, tmp_path):
         assert [p.name for p in job.iterdir()] == ["RELION_JOB_EXIT_FAILURE"]
 
 
-def test_relion_is_not_told_that_a_job_failed_which_still_works(cryorecon, tmp_path):
+@pytest.mark.parametrize("name", [JOB_LOCK, METHODS_LOCK])
+def test_relion_is_not_told_that_a_job_failed_which_still_works(cryorecon, tmp_path, name):
     job = tmp_path / "job"
     job.mkdir()
-    with locked(job, "run.log"):
+    with locked(job, name):
         code, _, err = cryorecon("abinitio", "--o", f"{job}/", "--in_parts", STAR, "--overwrite")
         assert code == 1
         assert "Another job is at work" in err
-        assert [p.name for p in job.iterdir()] == ["run.log"]
+        assert [p.name for p in job.iterdir()] == [name]
+
+
+def test_relion_is_told_of_a_failure_where_nobody_can_look(cryorecon, tmp_path):
+    job = tmp_path / "job"
+    (job / JOB_LOCK).mkdir(parents=True)
+    code, _, err = cryorecon("abinitio", "--o", f"{job}/", "--in_parts", STAR, "--overwrite")
+    assert code == 1, err
+    assert (job / "RELION_JOB_EXIT_FAILURE").exists()
 
 
 def test_reconstruct_into_a_job_directory(cryorecon, tmp_path):

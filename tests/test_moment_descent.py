@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -72,6 +74,46 @@ def test_a_walk_in_many_blocks_gets_as_far_as_one_in_few(monkeypatch):
         quasi_newton(lambda x=x: valley(x), [x], 100)
         ends.append(float(valley(x).detach()))
     assert ends[0] < 10 * ends[1] + 1e-6
+
+
+def test_where_digits_end_it_ends():
+    """In single precision no line search gets any lower from some point on."""
+    x = torch.full((20,), -1.0, requires_grad=True)
+    seen = []
+
+    def loss():
+        seen.append(float(valley(x).detach()))
+        return valley(x)
+
+    steps = []
+    quasi_newton(loss, [x], 3000, steps.append)
+    assert sum(steps) == 3000
+    assert min(seen) < 1e-6
+    assert len(seen) < 1000
+
+
+def test_a_gradient_that_is_not_finite_where_it_begins_is_told():
+    x = torch.zeros(3, requires_grad=True)
+    with pytest.raises(FloatingPointError, match="gradient"):
+        quasi_newton(lambda: x.square().sum().sqrt() + 1, [x], 10)
+
+
+def test_a_state_can_be_gone_on_from_twice(monkeypatch):
+    monkeypatch.setattr(descent, "_BLOCK", 10)
+    x, kept, ends = torch.full((6,), -1.0, dtype=torch.float64, requires_grad=True), [], []
+
+    def keep(state):
+        if not kept:
+            kept.append((x.detach().clone(), copy.deepcopy(state())))
+
+    quasi_newton(lambda: valley(x), [x], 60, keep=keep)
+    for _ in range(2):
+        begin, state = kept[0]
+        y = begin.clone().requires_grad_()
+        quasi_newton(lambda y=y: valley(y), [y], 60, saved=state)
+        ends.append(y.detach())
+    assert torch.equal(ends[0], ends[1])
+    assert torch.equal(ends[0], x.detach())
 
 
 def test_where_no_gradient_is_left_it_ends():

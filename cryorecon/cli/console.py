@@ -23,7 +23,7 @@ from rich.progress import (
 )
 
 from cryorecon.errors import CryoreconError
-from cryorecon.io.files import locked
+from cryorecon.io.files import JOB_LOCK, METHODS_LOCK, locked
 
 if TYPE_CHECKING:
     from cryorecon.ranks import Ranks
@@ -152,8 +152,9 @@ def refuse_if_at_work(folder: Path) -> None:
     CryoreconError
         If one does.
     """
-    if (folder / "run.log").exists():
-        locked(folder, "run.log").close()
+    for name in (JOB_LOCK, METHODS_LOCK):
+        if (folder / name).exists():
+            locked(folder, name).close()
 
 
 def _foreign(folder: Path) -> bool:

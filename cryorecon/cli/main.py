@@ -255,7 +255,11 @@ def _tell_relion(words: list[str], status: int) -> None:
     folder = Path(words[words.index("--o") + 1])
     if not folder.is_dir() or any(folder.glob("RELION_JOB_EXIT_*")):
         return
-    # Refused because a job works there: RELION waits for that one.
-    with contextlib.suppress(CryoreconError):
+    try:
         refuse_if_at_work(folder)
+    except CryoreconError:
+        return  # RELION waits for the job that works there.
+    except OSError:
+        pass  # Nobody knows; if it is a full disk, there is no room for a marker either.
+    with contextlib.suppress(OSError):
         (folder / _RELION_MARKERS[status]).touch()

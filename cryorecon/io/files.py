@@ -36,6 +36,10 @@ def make_folder(folder: Path) -> None:
         ) from error
 
 
+# What a job, or all engines in turn, hold while they work in a folder.
+JOB_LOCK, METHODS_LOCK = "run.log", "methods.lock"
+
+
 def locked(folder: Path, name: str) -> TextIO:
     """A file, open to add to, which one process holds: two would write into each other's files.
 

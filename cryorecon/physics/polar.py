@@ -173,7 +173,9 @@ class PolarSlices:
 
     The map's transform on a grid that is oversampled twice is read by Kaiser-Bessel weights,
     36 rows of 6 neighbours with the default kernel, error about 1e-5; 16 of 4 with ``Kernel(4)``,
-    about 6e-4. Memory is 12 bytes a row in float32 and twice that where gradients are needed.
+    about 6e-4. Memory is 12 bytes a row in float32, twice that where gradients are needed, and 4
+    bytes a neighbour along a row; while samples are read, the table and the samples as many times
+    over as a row has neighbours.
 
     Parameters
     ----------

@@ -22,7 +22,7 @@ from rich.console import Console
 
 from cryorecon import __version__
 from cryorecon.errors import CryoreconError
-from cryorecon.io.files import locked, replacing, sha256_of
+from cryorecon.io.files import JOB_LOCK, locked, replacing, sha256_of
 from cryorecon.io.star import read_star, write_star
 from cryorecon.ranks import ALONE, LostRankError, Ranks
 from cryorecon.run.checkpoint import NAME, Checkpoint
@@ -317,7 +317,7 @@ def _begin(folder: Path, task: Task, ranks: Ranks, *, resume: bool) -> None:
 def _log(folder: Path, ranks: Ranks, *, resume: bool) -> TextIO:
     if not ranks.first:
         return Path(os.devnull).open("a", encoding="utf-8")
-    log = locked(folder, "run.log")
+    log = locked(folder, JOB_LOCK)
     if not resume:
         log.truncate(0)
     return log

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -100,7 +101,7 @@ def quasi_newton(
     Raises
     ------
     FloatingPointError
-        If the loss is not finite where it begins.
+        If the loss or its gradient is not finite where it begins.
     """
     if count < 1:
         return
@@ -135,11 +136,11 @@ class _Walk:
         """Some evaluations; whether it can go on from where it is."""
         most, before = min(_BLOCK, self.left), self.left
         self._optimizer.param_groups[0].update(max_iter=most, max_eval=most)
-        began = float(self._optimizer.step(self._evaluate))
-        if math.isinf(self._best):
-            raise FloatingPointError(f"misfit {began}")
-        # A second evaluation is not asked for where no gradient is left.
-        return before - self.left > 1 and self._is_finite()
+        stood = [p.detach().clone() for p in self._parameters]
+        self._optimizer.step(self._evaluate)
+        moved = any(not torch.equal(p, old) for p, old in zip(self._parameters, stood, strict=True))
+        # Where it broke off and has not moved, it would try the same again.
+        return self._is_finite() and (moved or before - self.left >= most)
 
     def state(self) -> State:
         """All but the parameters themselves."""
@@ -154,7 +155,8 @@ class _Walk:
         self.left, self._best = saved["left"], saved["best"]
         pairs = zip(saved["kept"], self._parameters, strict=True)
         self._kept = [value.to(parameter) for value, parameter in pairs]
-        self._optimizer.load_state_dict(saved["optimizer"])
+        # It goes on in the tensors that it is given.
+        self._optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))
 
     def finish(self) -> None:
         """Go to the lowest point: a line search may end where its last trial was."""
@@ -169,6 +171,8 @@ class _Walk:
         value.backward()
         self._tell(min(1, self.left))
         now = float(value.detach())
+        if math.isinf(self._best) and not (math.isfinite(now) and self._is_finite()):
+            raise FloatingPointError(f"misfit {now} or its gradient")
         if now < self._best:
             self._best, self._kept = now, [p.detach().clone() for p in self._parameters]
         return now

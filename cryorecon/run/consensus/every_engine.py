@@ -10,11 +10,10 @@ import yaml
 from rich.console import Console
 
 from cryorecon.errors import CryoreconError
-from cryorecon.io.files import locked, replacing, sha256_of
+from cryorecon.io.files import METHODS_LOCK, locked, replacing, sha256_of
 from cryorecon.io.particles import read_particles
 
 PLAN = "methods.yaml"
-_LOCK = "methods.lock"
 Engine = Callable[[Path], None]
 
 
@@ -55,7 +54,7 @@ def run_engines(
     """
     read_particles(star, plan.get("project"))
     whole = yaml.safe_load(yaml.safe_dump({**plan, "input_sha256": sha256_of(star)}))
-    with locked(output, _LOCK):
+    with locked(output, METHODS_LOCK):
         try:
             if not overwrite:
                 _refuse_other(output, whole)
@@ -63,7 +62,7 @@ def run_engines(
                 temporary.write_text(yaml.safe_dump(whole, sort_keys=False), "utf-8")
             return _in_turn(engines, output, console, overwrite=overwrite)
         finally:
-            (output / _LOCK).unlink(missing_ok=True)
+            (output / METHODS_LOCK).unlink(missing_ok=True)
 
 
 def _in_turn(
