@@ -1,11 +1,13 @@
 """Judge maps and poses of one stack against its truth, side by side.
 
     python examples/benchmarks/score.py STACK NAME=MAP.mrc[,PARTICLES.star] ... [--json]
+        [--mask-band 7]
 
 STACK holds the true map.mrc and particles.star. Every map is aligned to the truth (rotation,
 shift, hand) and masked by one soft sphere, 0.8 of the box wide, before the FSC; poses are
-compared after one global alignment, of the images that are in both files. Prints a table of the
-runs and one of the shells.
+compared after one global alignment, of the images that are in both files. With --mask-band every
+map wears a mask around its own molecule, low-passed to so many cycles per box. Prints a table of
+the runs and one of the shells.
 """
 
 import argparse
@@ -17,18 +19,23 @@ import torch
 from cryorecon.io.mrc import read_map
 from cryorecon.maps.align import align_maps, apply_alignment
 from cryorecon.maps.fsc import fsc_curve, resolution_at
-from cryorecon.physics.masks import soft_ball
+from cryorecon.physics.masks import molecule_mask, soft_ball
 from cryorecon.run.compare_poses import compare_pose_files
 
 
-def score(stack: Path, map_path: Path, star: Path | None) -> dict:
-    """FSC by shell, crossings in angstrom, and pose errors of one run."""
+def score(stack: Path, map_path: Path, star: Path | None, mask_band: float = 0.0) -> dict:
+    """FSC by shell, crossings in angstrom, and pose errors of one run.
+
+    With a `mask_band` the map wears a mask around its own molecule, as it stands out at so many
+    cycles per box.
+    """
     source = read_map(stack / "map.mrc")
     truth, pixel = torch.from_numpy(source.data), source.pixel_size_angst
     found = torch.from_numpy(read_map(map_path).data)
     box = len(truth)
     mask = soft_ball(box, 0.4 * box, 0.07 * box, 3)
-    moved = apply_alignment(found, align_maps(found, truth, pixel))
+    worn = molecule_mask(found, mask_band) if mask_band > 0 else 1.0
+    moved = apply_alignment(found * worn, align_maps(found, truth, pixel))
     curve = fsc_curve(moved * mask, truth * mask)
     result = {
         "fsc_0.5_angst": resolution_at(curve, 0.5, box, pixel),
@@ -75,12 +82,14 @@ def main() -> None:
     parser.add_argument("stack", type=Path)
     parser.add_argument("runs", nargs="+", metavar="NAME=MAP[,STAR]")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--mask-band", type=float, default=0.0, help="cycles per box; 0: no mask")
     args = parser.parse_args()
     scores = {}
     for run in args.runs:
         name, _, files = run.partition("=")
         map_path, _, star = files.partition(",")
-        scores[name] = score(args.stack, Path(map_path), Path(star) if star else None)
+        given = Path(star) if star else None
+        scores[name] = score(args.stack, Path(map_path), given, args.mask_band)
     if args.json:
         print(json.dumps(scores))
     else:
