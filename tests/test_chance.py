@@ -66,6 +66,7 @@ def pure_noise(tmp_path, generator):
     return tmp_path / "noise.star"
 
 
+@pytest.mark.slow
 def test_independent_maps_of_noise_do_not_agree(pure_noise, tmp_path, monkeypatch):
     """Were the job not to stop at "No signal found": below 0.143 from the first shells on."""
     monkeypatch.setattr(stages, "_SURE", float("-inf"))

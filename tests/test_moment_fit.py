@@ -207,7 +207,9 @@ FEW = ["--starts", 2, "--radius", 4, "--set", "iterations=4", "--set", "settling
        "--set", "first_iterations=2", "--set", "beads=20"]  # fmt: skip
 
 
-def test_moments_that_no_start_explains_give_no_map(tmp_path, stack_32, coarse_alignment):
+def test_moments_that_no_start_explains_give_no_map(
+    tmp_path, stack_32, coarse_alignment, no_pictures
+):
     """Two blobs after a few steps agree with each other, and say nothing of the molecule."""
     moments = _file(tmp_path / "m.h5", stack_32)
     job = tmp_path / "job"
