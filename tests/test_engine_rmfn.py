@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -306,6 +307,13 @@ def test_the_job_directory_is_whole(recovered, stack_32):
     wanted = "initial_model.mrc run_data.star fsc.star fsc.xml job.yaml run.log scale1.mrc"
     assert names >= {*wanted.split(), "RELION_JOB_EXIT_SUCCESS", "RELION_OUTPUT_NODES.star"}
     assert names >= {f"run_half{h}_class001_unfil.mrc" for h in (1, 2)}
+    assert names >= {"initial_model_masked.mrc", "mask.mrc"}
+    nodes = read_star(recovered / "RELION_OUTPUT_NODES.star")["output_nodes"]
+    types = {Path(n).name: t for n, t in nodes[list(nodes)].itertuples(index=False)}
+    assert types == {
+        "initial_model.mrc": "6", "initial_model_masked.mrc": "6", "mask.mrc": "7",
+        "run_data.star": "3", "run_half1_class001_unfil.mrc": "10", "logfile.pdf": "13",
+    }  # fmt: skip
     assert not any(n.endswith(".tmp") for n in names)
     before = read_star(stack_32 / "particles.star")["particles"]
     after = read_star(recovered / "run_data.star")["particles"]
@@ -314,6 +322,24 @@ def test_the_job_directory_is_whole(recovered, stack_32):
     assert set(after["rlnRandomSubset"]) == {"1", "2"}
     halves = [read_map(recovered / f"run_half{h}_class001_unfil.mrc") for h in (1, 2)]
     assert all(h.pixel_size_angst == pytest.approx(2.4) for h in halves)
+
+
+def test_the_mask_holds_the_molecule_and_the_masked_map_is_nearer_the_truth(recovered, stack_32):
+    names = ("initial_model.mrc", "initial_model_masked.mrc", "mask.mrc")
+    maps = [read_map(recovered / name) for name in names]
+    assert all(m.pixel_size_angst == pytest.approx(2.4) for m in maps)
+    plain, masked, mask = (torch.from_numpy(m.data) for m in maps)
+    torch.testing.assert_close(masked, plain * mask)
+    assert float(mask.min()) == 0
+    assert float(mask.max()) <= 1
+    truth = read_map(stack_32 / "map.mrc")
+    reference = torch.from_numpy(truth.data)
+    turned = align_maps(plain, reference, truth.pixel_size_angst)
+    around = apply_alignment(mask, turned)
+    assert float((reference * around).square().sum() / reference.square().sum()) > 0.95
+    one, other = (fsc_curve(apply_alignment(m, turned), reference) for m in (plain, masked))
+    assert bool((other[1:4] >= one[1:4]).all())
+    assert resolution_at(other, 0.5, 32, 2.4) <= resolution_at(one, 0.5, 32, 2.4)
 
 
 def test_one_seed_gives_one_result_and_half_sets_are_honoured(tmp_path, no_pictures):

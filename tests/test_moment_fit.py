@@ -224,7 +224,13 @@ def test_moments_that_no_start_explains_give_no_map(
     log = (job / "run.log").read_text()
     assert "AMBIGUOUS" in log
     given = read_map(stack_32 / "map.mrc")
-    for name in ("initial_model.mrc", "initial_model_aligned.mrc"):
+    maps = (
+        "initial_model.mrc",
+        "initial_model_aligned.mrc",
+        "initial_model_masked.mrc",
+        "mask.mrc",
+    )
+    for name in maps:
         found = read_map(job / name)
         assert found.data.shape == given.data.shape
         assert found.pixel_size_angst == pytest.approx(given.pixel_size_angst, rel=1e-4)

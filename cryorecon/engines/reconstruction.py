@@ -42,8 +42,8 @@ class RefineConfig:
     half_rounds, joint_rounds : int
         Most rounds of refinement against the half maps, and rounds against the joint map.
     mask_cycles : float
-        Detail, in cycles per particle diameter, of the mask around the molecule that references
-        wear in refinement.
+        Detail, in cycles per particle diameter, of the mask around the molecule: references wear
+        it in refinement, and it is written with the map.
     update_noise : bool
         Whether each round replaces the noise spectra by the power of its residuals.
     update_scale : bool
@@ -70,6 +70,10 @@ class RefineConfig:
     def assign_band(self, box: int) -> int:
         """Radius, a quarter beyond the search's, at which all images are compared with a map."""
         return min(round(self.search_band(box) * 1.25), max_band(box))
+
+    def mask_band(self, box: int) -> float:
+        """Radius, in cycles per box, to which a map is low-passed to find its molecule."""
+        return min(self.mask_cycles / self.diameter, max_band(box))
 
 
 @dataclass

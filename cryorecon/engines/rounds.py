@@ -220,8 +220,7 @@ class _Learned:
 
 def without_solvent(volume: Tensor, config: RefineConfig) -> Tensor:
     """A map free of the noise around the molecule, which would pull poses to itself."""
-    band = min(config.mask_cycles / config.diameter, max_band(volume.shape[-1]))
-    return volume * molecule_mask(volume, band)
+    return volume * molecule_mask(volume, config.mask_band(volume.shape[-1]))
 
 
 def _empty(images: ImageSet) -> NormalEquations:

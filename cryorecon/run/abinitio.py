@@ -270,7 +270,8 @@ def _run(
     else:
         state = without_symmetry()
     if job.writes:
-        write_results(job, particles, state, stages.scale_maps(joint_map(state)), options.halves)
+        scales = stages.scale_maps(joint_map(state))
+        write_results(job, particles, state, scales, options.halves, config)
         report_at_end(job, particles)
 
 

@@ -39,9 +39,11 @@ _OUTPUTS = (
     NAME,
     "checkpoint2.pt",
     "initial_model.mrc",
+    "initial_model_masked.mrc",
     "initial_model_C1.mrc",
     "initial_model_aligned.mrc",
     "initial_model_unfiltered.mrc",
+    "mask.mrc",
     "run_half?_class001_unfil.mrc",
     "run_data.star",
     "encoder_data.star",
@@ -355,7 +357,10 @@ _NODE, _NODE_TYPE = "rlnPipeLineNodeName", "rlnPipeLineNodeType"
 
 
 def write_output_nodes(folder: Path, nodes: dict[str, int]) -> None:
-    """``RELION_OUTPUT_NODES.star``: file to RELION's node type (3 particles, 6 map, 13 PDF)."""
+    """``RELION_OUTPUT_NODES.star``: file to RELION's node type.
+
+    3 particles, 6 map, 7 mask, 10 half map, 13 PDF.
+    """
     names = [str(folder / name) for name in nodes]
     table = pd.DataFrame({_NODE: names, _NODE_TYPE: list(nodes.values())})
     write_star(folder / "RELION_OUTPUT_NODES.star", {"output_nodes": table})

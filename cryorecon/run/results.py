@@ -8,10 +8,12 @@ from cryorecon.conventions import matrix_to_euler
 from cryorecon.engines.reconstruction import Reconstruction, RefineConfig
 from cryorecon.io.mrc import write_map
 from cryorecon.io.particles import Particles
+from cryorecon.physics.masks import molecule_mask
 from cryorecon.run.curves import FscCurve, write_fsc_star, write_fsc_xml
 from cryorecon.run.job import Job, write_output_nodes
 from cryorecon.run.plots import fsc_figure, map_figure, save_figure, viewing_direction_figure
 
+MAP, MASKED_MAP, MASK = "initial_model.mrc", "initial_model_masked.mrc", "mask.mrc"
 _HALVES_LABEL = {
     "independent": "independent half maps (gold standard)",
     "shared": "half maps split after a shared search",
@@ -53,13 +55,44 @@ def write_first_poses(
         )
 
 
+def write_model(
+    job: Job, volume: Tensor, pixel_size_angst: float, config: RefineConfig
+) -> dict[str, int]:
+    """A job's map, the soft mask around its molecule, and the map inside this mask.
+
+    The sphere about a molecule holds several times its volume in noise.
+
+    Parameters
+    ----------
+    volume : Tensor, shape (N, N, N)
+        White on black.
+    pixel_size_angst : float
+    config : RefineConfig
+        Diameter, and detail of the mask.
+
+    Returns
+    -------
+    dict of str to int
+        Names of the files and RELION's types of them.
+    """
+    mask = molecule_mask(volume, config.mask_band(volume.shape[-1]))
+    for name, data in ((MAP, volume), (MASKED_MAP, volume * mask), (MASK, mask)):
+        write_map(job.path(name), data.cpu().numpy(), pixel_size_angst)
+    return {MAP: 6, MASKED_MAP: 6, MASK: 7}
+
+
 def write_results(
-    job: Job, particles: Particles, state: Reconstruction, scales: list[Tensor], halves: str
+    job: Job,
+    particles: Particles,
+    state: Reconstruction,
+    scales: list[Tensor],
+    halves: str,
+    config: RefineConfig,
 ) -> None:
     """Maps, half maps, FSC, poses and pictures; says what it wrote."""
     pixel = particles.pixel_size_angst
-    joint = joint_map(state).cpu().numpy()
-    write_map(job.path("initial_model.mrc"), joint, pixel)
+    joint = joint_map(state)
+    nodes = write_model(job, joint, pixel, config)
     for number, volume in enumerate(scales, 1):
         write_map(job.path(f"scale{number}.mrc"), volume.cpu().numpy(), pixel)
     particles.write(
@@ -69,14 +102,16 @@ def write_results(
         random_subsets=(state.half + 1).numpy(),
         class_number=1,
     )
-    written = ["initial_model.mrc", "run_data.star", "map.png", "views.png"]
+    nodes["run_data.star"] = 3
+    written = [*nodes, "map.png", "views.png"]
     if halves != "none":
         _write_halves(job, state, particles, _HALVES_LABEL[halves])
-        written[2:2] = ["fsc.star", "fsc.png"]
-    save_figure(map_figure(joint, pixel, "initial_model.mrc"), job.path("map.png"))
+        nodes["run_half1_class001_unfil.mrc"] = 10
+        written[-2:-2] = ["fsc.star", "fsc.png"]
+    save_figure(map_figure(joint.cpu().numpy(), pixel, MAP), job.path("map.png"))
     views = viewing_direction_figure(state.rotations, "run_data.star")
     save_figure(views, job.path("views.png"))
-    write_output_nodes(job.folder, {"initial_model.mrc": 6, "run_data.star": 3})
+    write_output_nodes(job.folder, nodes)
     job.say("projections do not tell the hand: the mirror image of the map is as good")
     for name in written:
         job.say(f"{job.path(name)}")

@@ -18,6 +18,8 @@ _THRESHOLDS = (0.5, 0.143)
 # Results that other programs read, by what they are.
 _RESULTS = {
     "map": "initial_model.mrc",
+    "map_masked": "initial_model_masked.mrc",
+    "mask": "mask.mrc",
     "map_c1": "initial_model_C1.mrc",
     "map_unfiltered": "initial_model_unfiltered.mrc",
     "map_aligned": "initial_model_aligned.mrc",

@@ -8,8 +8,8 @@ Reads STACK/blind.star, which has no poses, one program after the other: leave t
 helped to 25 to 8 A and offsets of +-2 px, because RELION's own 35 to 15 A tell nothing apart on a
 small molecule and its +-6 px do not end on a CPU. `refined` goes on from `default`, with local
 searches one order earlier than RELION's interface has them, so that it ends. Then every run is
-judged against the truth (one row a run, one a shell) with its costs over ours. What is done is
-kept.
+judged against the truth (one row a run, one a shell) with its costs over ours; ours as both maps
+that the job writes. What is done is kept.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from measure import timed
 from peer_relion import initial_model, last, refinement
 
 SHORT = {"iterations": (25, 50, 25), "mini_batches": (100, 200)}
+MASKED = "ours, masked"
 HELPED = {"resolutions_angst": (25, 8), "offset_range_px": 2}
 
 
@@ -44,8 +45,9 @@ def command_of(name: str, args: argparse.Namespace, star: Path) -> list[str]:
 
 def files_of(name: str, out: Path) -> tuple[Path, Path]:
     """Map and poses that a run left; of a stopped refinement one half map."""
-    if name == "ours":
-        return out / name / "initial_model.mrc", out / name / "run_data.star"
+    if name in ("ours", MASKED):
+        kind = "initial_model_masked.mrc" if name == MASKED else "initial_model.mrc"
+        return out / "ours" / kind, out / "ours" / "run_data.star"
     if (out / name / "run_class001.mrc").exists():
         return out / name / "run_class001.mrc", out / name / "run_data.star"
     kind = "half1_class001.mrc" if name == "refined" else "class001.mrc"
@@ -90,7 +92,8 @@ def main() -> None:
     from score import print_scores, score
 
     print_costs(costs)
-    scores = {name: score(args.stack, *files_of(name, args.output)) for name in args.runs}
+    judged = [*args.runs, *([MASKED] * ("ours" in args.runs))]
+    scores = {name: score(args.stack, *files_of(name, args.output)) for name in judged}
     (args.output / "scores.json").write_text(json.dumps(scores))
     print_scores(scores)
 

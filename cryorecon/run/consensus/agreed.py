@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cryorecon.conventions import matrix_to_euler
-from cryorecon.io.mrc import write_map
+from cryorecon.engines.reconstruction import RefineConfig
 from cryorecon.io.star import read_star, write_star
 from cryorecon.maps.agreement import (
     mean_map,
@@ -19,17 +19,21 @@ from cryorecon.maps.agreement import (
 from cryorecon.maps.align import Alignment
 from cryorecon.physics.fourier import lowpass
 from cryorecon.run.compare_poses import PoseTable
-from cryorecon.run.consensus.inputs import MAP, POSES, Candidate
+from cryorecon.run.consensus.inputs import POSES, Candidate
 from cryorecon.run.consensus.pairs import Verdict
 from cryorecon.run.consensus.results import Frame, reference_of
 from cryorecon.run.job import Job
 from cryorecon.run.plots import map_figure, save_figure, viewing_direction_figure
+from cryorecon.run.results import write_model
 
 
-def write_agreed_map(job: Job, jobs: list[Candidate], frame: Frame, verdict: Verdict) -> None:
-    """The mean of the agreeing maps, low-passed to where they agree.
+def write_agreed_map(
+    job: Job, jobs: list[Candidate], frame: Frame, verdict: Verdict, diameter: float
+) -> dict[str, int]:
+    """The mean of the agreeing maps, low-passed to where they agree; its mask, and it inside.
 
-    Without agreement the reference's own map, which every label says.
+    Without agreement the reference's own map, which every label says. The diameter is a fraction
+    of the box. Returns the files' names and RELION's types of them.
     """
     pixel = jobs[0].pixel_size_angst
     if verdict.agreed and verdict.limiting is not None:
@@ -42,8 +46,9 @@ def write_agreed_map(job: Job, jobs: list[Candidate], frame: Frame, verdict: Ver
         volume = jobs[reference].volumes.joint
         title = f"NO AGREEMENT: the map of {jobs[reference].name}; hand unknown"
         job.say(title)
-    write_map(job.path(MAP), volume.numpy(), pixel)
+    nodes = write_model(job, volume, pixel, RefineConfig(diameter=diameter))
     save_figure(map_figure(volume.numpy(), pixel, title), job.path("map.png"))
+    return nodes
 
 
 def write_agreed_poses(

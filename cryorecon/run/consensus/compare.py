@@ -129,8 +129,7 @@ def _run(
     if not verdict.agreed and not options.allow_ambiguous:
         raise CryoreconError(_disagreement(pairs, verdict), _REMEDY)
     members = verdict.cluster if verdict.agreed else [reference_of(frame)]
-    write_agreed_map(job, jobs, frame, verdict)
-    nodes = {MAP: 6}
+    nodes = write_agreed_map(job, jobs, frame, verdict, diameter)
     if write_agreed_poses(job, jobs, frame, members, options.within_deg, group):
         nodes[POSES] = 3
     write_output_nodes(job.folder, nodes)

@@ -18,6 +18,7 @@ from cryorecon.engines.moments.forms import Moments, MomentsGeometry
 from cryorecon.engines.moments.full_fit import FullViews, in_plane_departure
 from cryorecon.engines.moments.information import expected_fsc, information_bytes
 from cryorecon.engines.moments.models import Beads, Density, ViewDensity
+from cryorecon.engines.reconstruction import RefineConfig
 from cryorecon.errors import CryoreconError
 from cryorecon.io.mrc import write_map
 from cryorecon.io.particles import read_particles
@@ -42,6 +43,7 @@ from cryorecon.run.moments.store import finished_moments, read_moments
 from cryorecon.run.moments.trust import Trust, agreement_with_best
 from cryorecon.run.plots import fsc_figure, map_figure, save_figure, view_density_figure
 from cryorecon.run.report.page import report_at_end
+from cryorecon.run.results import write_model
 
 # Cells of the picture of viewing directions.
 _NSIDE = 16
@@ -200,7 +202,6 @@ def _fit_and_write(
     trusted = _trusted(job, maps[0], geometry, trust)
     _write_result(job, trusted, best.density, geometry, trust)
     _compare_starts(job, maps, agreement, geometry, trust)
-    write_output_nodes(job.folder, {"initial_model.mrc": 6})
     job.say(f"{job.path('initial_model.mrc')}  refine it: abinitio-rmfn --init-map")
     if reference is not None:
         _compare(job, trusted, reference, str(options.reference), geometry.pixel_size_angst)
@@ -300,7 +301,8 @@ def _write_result(
     job: Job, volume: Tensor, density: Density, geometry: MomentsGeometry, trust: Trust
 ) -> None:
     pixel = geometry.pixel_size_angst
-    write_map(job.path("initial_model.mrc"), volume.numpy(), pixel)
+    config = RefineConfig(diameter=geometry.diameter)
+    write_output_nodes(job.folder, write_model(job, volume, pixel, config))
     reach = f"{geometry.side_angst / trust.radius:.1f} A; " if trust.radius > 0 else ""
     title = f"{_label(trust)}map from moments, {reach}hand unknown"
     save_figure(map_figure(volume.numpy(), pixel, title), job.path("map.png"))
