@@ -111,14 +111,8 @@ def refine_round(
             # Others have come as far.
             progress(min(len(images), done * images.ranks.count))
 
-    sums, likelihood = [], []
-    for half in (0, 1):
-        if half < len(references):  # One for both in a joint round.
-            model = derivatives(references[half], 2, state.band)
-        members = images.in_file_order(torch.nonzero(state.half == half)[:, 0])
-        new, found = _refine_some(state, images, members, model, learned, n_steps, tell)
-        sums.append(new)
-        likelihood.append(found)
+    models = [derivatives(reference, 2, state.band) for reference in references]
+    sums, likelihood = _refine_all(state, images, models, learned, n_steps, tell)
     used = state.band
     if n_steps > 0:
         learned.apply(images)
@@ -129,7 +123,7 @@ def refine_round(
         used,
         _median_turn_deg(before, state.rotations),
         float((before_offsets - state.offsets_px).norm(dim=-1).median()),
-        float(torch.cat(likelihood).mean()),
+        float(likelihood.mean()),
         limit,
     )
 
@@ -140,48 +134,65 @@ def _median_turn_deg(before: Tensor, after: Tensor) -> float:
 
 
 _Seen = tuple[Tensor, Tensor, Tensor | None]
-_Refined = tuple[Observations, Poses, _Seen]
+_Refined = tuple[int, Tensor, Observations, Poses, _Seen]
 
 
-def _refine_some(
+def _refine_all(
     state: Reconstruction,
     images: ImageSet,
-    members: Tensor,
-    model: Derivatives,
+    models: list[Derivatives],
     learned: _Learned,
     n_steps: int,
     tell: Callable[[int], None],
-) -> tuple[NormalEquations, Tensor]:
-    """Refine the poses of some images; their normal equations and log-likelihoods."""
-    sums, own, found = _empty(images), images.mine(members), []
-    for span, (loaded, poses, seen) in _refined(state, images, own, model, n_steps, learned):
-        learned.add(own[span], seen)
-        _insert(sums, loaded, poses, state.group)
-        found.append(poses)
-        tell(len(loaded))
-    images.ranks.add_up(sums.signal, sums.weight)
-    return sums, _store(state, images, members, found)
+) -> tuple[list[NormalEquations], Tensor]:
+    """Refine all poses in one pass over the images; half sets' equations, log-likelihoods.
+
+    Disks give neighbours fastest, and half sets' images lie between each other.
+    """
+    order = images.in_file_order(torch.arange(len(images)))
+    sums = [_empty(images) for _ in range(2)]
+    found: list[list[Poses]] = [[], []]
+    for parts in _refined(state, images, images.mine(order), models, n_steps, learned):
+        for half, rows, loaded, poses, seen in parts:
+            learned.add(rows, seen)
+            _insert(sums[half], loaded, poses, state.group)
+            found[half].append(poses)
+        tell(sum(len(rows) for _, rows, *_ in parts))
+    for new in sums:
+        images.ranks.add_up(new.signal, new.weight)
+    members = [order[state.half[order] == half] for half in range(2)]
+    pairs = zip(members, found, strict=True)
+    return sums, torch.cat([_store(state, images, rows, poses) for rows, poses in pairs])
 
 
 def _refined(
     state: Reconstruction,
     images: ImageSet,
     rows: Tensor,
-    model: Derivatives,
+    models: list[Derivatives],
     n_steps: int,
     learned: _Learned,
-) -> Iterator[tuple[slice, _Refined]]:
-    """Poses of a half set against its map, batch after batch; nothing is stored yet."""
+) -> Iterator[list[_Refined]]:
+    """Poses of both half sets' images against their maps, by batches; nothing is stored yet."""
 
-    def refine(span: slice) -> _Refined:
-        loaded = images.select(rows[span])
+    def refine(span: slice) -> list[_Refined]:
+        both = images.select(rows[span])
+        of_half = state.half[rows[span]]
+        return [of(half, rows[span], both, of_half == half) for half in of_half.unique().tolist()]
+
+    def of(half: int, read: Tensor, both: Observations, wanted: Tensor) -> _Refined:
+        mine, loaded = read[wanted], both.select(torch.nonzero(wanted)[:, 0])
         batch = loaded.within(state.band)
-        rotations, offsets = (t[rows[span]] for t in (state.rotations, state.offsets_px))
+        rotations, offsets = (t[mine] for t in (state.rotations, state.offsets_px))
         start = rotations.to(images.device), offsets.to(images.device)
+        model = models[min(half, len(models) - 1)]  # One for both in a joint round.
         poses = refine_poses(batch, model, *start, n_steps=n_steps)
-        return loaded, poses, learned.seen(batch, predictions(batch, model, poses))
+        return half, mine, loaded, poses, learned.seen(batch, predictions(batch, model, poses))
 
-    return image_batches(images.plane, images.device).over(len(rows), refine)
+    # Half of a batch is worked on at a time.
+    batches = image_batches(images.plane, images.device)
+    batches.size *= 2
+    return (parts for _, parts in batches.over(len(rows), refine))
 
 
 class _Learned:
