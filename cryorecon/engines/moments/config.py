@@ -50,7 +50,7 @@ class MomentFitConfig:
     """
 
     volume: VolumeKind = "beads"
-    beads: int = 40
+    beads: int = 100
     width: int = 96
     density: DensityKind = "harmonics"
     density_degree: int = 6
