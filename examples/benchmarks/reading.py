@@ -83,14 +83,11 @@ def training(images: ImageSet, ahead: bool) -> Iterator[int]:
         yield len(rows)
 
 
-def rounds(images: ImageSet, size: int, halves: bool) -> Iterator[int]:
-    """A round of refinement, half set by half set, or an assignment."""
-    n = len(images)
-    half = torch.randperm(n, generator=torch.Generator().manual_seed(0)) % 2 * halves
-    for number in half.unique():
-        for rows in images.in_file_order(torch.nonzero(half == number)[:, 0]).split(size):
-            images.select(rows)
-            yield len(rows)
+def in_order(images: ImageSet) -> Iterator[int]:
+    """An assignment, or a round of refinement."""
+    for rows in images.in_file_order(torch.arange(len(images))).split(500):
+        images.select(rows)
+        yield len(rows)
 
 
 def search(images: ImageSet) -> Iterator[int]:
@@ -145,8 +142,8 @@ def main() -> None:
         ("training, single images", lambda: training(raw, False), lambda: training(near, False)),
         ("training, blocks read ahead", lambda: training(raw, True), lambda: training(near, True)),
         ("search, 1,200 images", lambda: search(raw), lambda: search(near)),
-        ("assignment", lambda: rounds(raw, 500, False), lambda: rounds(near, 500, False)),
-        ("round", lambda: rounds(raw, 250, True), lambda: rounds(images, 250, True)),
+        ("assignment", lambda: in_order(raw), lambda: in_order(near)),
+        ("round", lambda: in_order(raw), lambda: in_order(images)),
         ("moments", lambda: moments(particles), None),
     ]
     floor = rates(lambda: plain(stack), stack, args.repeats)
