@@ -307,11 +307,11 @@ def test_the_job_directory_is_whole(recovered, stack_32):
     wanted = "initial_model.mrc run_data.star fsc.star fsc.xml job.yaml run.log scale1.mrc"
     assert names >= {*wanted.split(), "RELION_JOB_EXIT_SUCCESS", "RELION_OUTPUT_NODES.star"}
     assert names >= {f"run_half{h}_class001_unfil.mrc" for h in (1, 2)}
-    assert names >= {"initial_model_masked.mrc", "mask.mrc"}
+    assert names >= {"initial_model_masked.mrc", "initial_model_mask.mrc"}
     nodes = read_star(recovered / "RELION_OUTPUT_NODES.star")["output_nodes"]
     types = {Path(n).name: t for n, t in nodes[list(nodes)].itertuples(index=False)}
     assert types == {
-        "initial_model.mrc": "6", "initial_model_masked.mrc": "6", "mask.mrc": "7",
+        "initial_model.mrc": "6", "initial_model_masked.mrc": "6", "initial_model_mask.mrc": "7",
         "run_data.star": "3", "run_half1_class001_unfil.mrc": "10", "logfile.pdf": "13",
     }  # fmt: skip
     assert not any(n.endswith(".tmp") for n in names)
@@ -325,7 +325,7 @@ def test_the_job_directory_is_whole(recovered, stack_32):
 
 
 def test_the_mask_holds_the_molecule_and_the_masked_map_is_nearer_the_truth(recovered, stack_32):
-    names = ("initial_model.mrc", "initial_model_masked.mrc", "mask.mrc")
+    names = ("initial_model.mrc", "initial_model_masked.mrc", "initial_model_mask.mrc")
     maps = [read_map(recovered / name) for name in names]
     assert all(m.pixel_size_angst == pytest.approx(2.4) for m in maps)
     plain, masked, mask = (torch.from_numpy(m.data) for m in maps)

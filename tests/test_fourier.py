@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cryorecon.physics import fourier
-from cryorecon.physics.masks import molecule_mask, soft_ball
+from cryorecon.physics.masks import molecule_mask, soft_ball, solvent_mask
 
 BOXES = (8, 9, 16, 17)
 
@@ -125,3 +125,21 @@ def test_molecule_mask_holds_the_molecule_and_drops_the_solvent(molecule_32, box
     assert (volume * mask).square().sum() > 0.95 * volume.square().sum()
     assert mask.mean() < 0.5
     assert torch.equal(molecule_mask(-volume.abs() - 1, 6.0), torch.ones_like(volume))
+
+
+@pytest.mark.parametrize("box", [32, 33])
+def test_solvent_mask_is_one_on_the_molecule_and_zero_away_from_it(box):
+    radius = fourier.radius_grid(box, 3)
+    volume = (-((radius / 5) ** 2)).exp()
+    mask = solvent_mask(volume, 10.0, 0.15, margin=0.1, edge=0.1)
+    shown = radius[volume > 0.15].max()
+    assert (mask[radius <= shown + 0.1 * box - 0.5] == 1).all()
+    assert (mask[radius >= shown + 0.2 * box + 1.5] == 0).all()
+    away = mask[box // 2, box // 2, box // 2 :]
+    assert (away.diff() <= 0).all()
+    assert ((away > 0) & (away < 1)).sum() >= 2
+    # Margin and fall are the same in all directions, so that a symmetric map's mask is.
+    torch.testing.assert_close(mask, mask.transpose(0, 2), rtol=0, atol=0)
+    third = mask[radius.round() == round(float(shown) + 0.1 * box + 2)]
+    assert third.max() - third.min() < 0.75
+    assert solvent_mask(-volume - 1, 10.0).max() == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -13,6 +14,7 @@ from cryorecon.cli.console import prepare_folder
 from cryorecon.errors import CryoreconError
 from cryorecon.io import files
 from cryorecon.run.job import Task, finished, open_job
+from cryorecon.run.moments.reconstruct import MomentReconstructOptions
 
 QUIET = Console(quiet=True)
 
@@ -40,6 +42,26 @@ def test_a_second_job_leaves_the_first_ones_folder_alone(task, tmp_path, resume)
     with open_job(folder, QUIET, task) as job:
         job.say("second")
     assert "first" not in (folder / "run.log").read_text()
+
+
+@pytest.mark.parametrize("name", ["initial_model.mrc", "initial_model_mask.mrc", "run_data.star"])
+def test_a_job_does_not_remove_what_it_reads(task, tmp_path, name):
+    folder = tmp_path / "job"
+    with open_job(folder, QUIET, task) as job:
+        (folder / name).write_text("found")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    options = MomentReconstructOptions(reference=folder / name)
+    given = {"inputs": folder / name}, {"options": {"fit": options}}, {"options": options}
+    for changes in given:
+        with (
+            pytest.raises(CryoreconError, match=rf"{name} is the result of an earlier job"),
+            open_job(folder, QUIET, replace(task, **changes)),
+        ):
+            pytest.fail("begun")
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    with open_job(tmp_path / "other", QUIET, replace(task, inputs=folder / name)) as job:
+        job.say("begun")
+    assert (folder / name).read_text() == "found"
 
 
 def test_a_job_that_was_killed_holds_nothing(task, tmp_path):

@@ -227,8 +227,7 @@ def test_moments_that_no_start_explains_give_no_map(
     maps = (
         "initial_model.mrc",
         "initial_model_aligned.mrc",
-        "initial_model_masked.mrc",
-        "mask.mrc",
+        "initial_model_mask.mrc",
     )
     for name in maps:
         found = read_map(job / name)

@@ -174,14 +174,19 @@ def _refined(
     learned: _Learned,
 ) -> Iterator[list[_Refined]]:
     """Poses of both half sets' images against their maps, by batches; nothing is stored yet."""
+    batches = image_batches(images.plane, images.device)
 
     def refine(span: slice) -> list[_Refined]:
         both = images.select(rows[span])
         of_half = state.half[rows[span]]
-        return [of(half, rows[span], both, of_half == half) for half in of_half.unique().tolist()]
+        return [
+            of(half, rows[span], both, few)
+            for half in of_half.unique().tolist()
+            for few in torch.nonzero(of_half == half)[:, 0].split(max(1, batches.size // 2))
+        ]
 
-    def of(half: int, read: Tensor, both: Observations, wanted: Tensor) -> _Refined:
-        mine, loaded = read[wanted], both.select(torch.nonzero(wanted)[:, 0])
+    def of(half: int, read: Tensor, both: Observations, few: Tensor) -> _Refined:
+        mine, loaded = read[few], both.select(few)
         batch = loaded.within(state.band)
         rotations, offsets = (t[mine] for t in (state.rotations, state.offsets_px))
         start = rotations.to(images.device), offsets.to(images.device)
@@ -189,8 +194,7 @@ def _refined(
         poses = refine_poses(batch, model, *start, n_steps=n_steps)
         return half, mine, loaded, poses, learned.seen(batch, predictions(batch, model, poses))
 
-    # Half of a batch is worked on at a time.
-    batches = image_batches(images.plane, images.device)
+    # Half of what is read is worked on at a time.
     batches.size *= 2
     return (parts for _, parts in batches.over(len(rows), refine))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
 from cryorecon.physics.fourier import lowpass, radius_grid, resample_volume
@@ -58,13 +59,51 @@ def molecule_mask(
         Ones if nothing stands out.
     """
     box = volume.shape[-1]
-    smooth = lowpass(volume, band, 3)
-    if not smooth.max() > 0:
+    inside = _standing_out(volume, band, threshold)
+    if not inside.any():
         return torch.ones_like(volume)
-    inside = (smooth > threshold * smooth.max()).to(volume.dtype)
     reach = max(1, round(margin * box))
-    grown = torch.nn.functional.max_pool3d(inside[None, None], 2 * reach + 1, 1, reach)[0, 0]
+    solid = inside.to(volume.dtype)[None, None]
+    grown = torch.nn.functional.max_pool3d(solid, 2 * reach + 1, 1, reach)[0, 0]
     return lowpass(grown, box / 6.4, 3, box / 8).clamp(0, 1)
+
+
+def solvent_mask(
+    volume: Tensor,
+    band: float,
+    threshold: float = 0.15,
+    margin: float = 0.035,
+    edge: float = 0.05,
+) -> Tensor:
+    """A mask to hand on: 1 within a margin of the molecule, a raised cosine down to exactly 0.
+
+    Parameters
+    ----------
+    volume : Tensor, shape (N, N, N)
+        White on black.
+    band : float
+        Cycles per box that the map is low-passed to before the cut.
+    threshold : float
+        Share of the low-passed map's maximum that counts as molecule.
+    margin, edge : float
+        Widths of the margin and of the fall as fractions of the box.
+
+    Returns
+    -------
+    Tensor, shape (N, N, N)
+        On the CPU; zeros if nothing stands out.
+    """
+    inside = _standing_out(volume, band, threshold).cpu()
+    if not inside.any():
+        return torch.zeros(volume.shape, dtype=volume.dtype)
+    away = torch.from_numpy(distance_transform_edt(~inside.numpy())) / volume.shape[-1]
+    ramp = ((away - margin) / edge).clamp(0, 1)
+    return (0.5 + 0.5 * torch.cos(torch.pi * ramp)).to(volume.dtype)
+
+
+def _standing_out(volume: Tensor, band: float, threshold: float) -> Tensor:
+    smooth = lowpass(volume, band, 3)
+    return smooth > threshold * smooth.max().clamp(min=0)
 
 
 @dataclass(frozen=True)

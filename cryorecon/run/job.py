@@ -26,47 +26,9 @@ from cryorecon.io.files import JOB_LOCK, locked, replacing, sha256_of
 from cryorecon.io.star import read_star, write_star
 from cryorecon.ranks import ALONE, LostRankError, Ranks
 from cryorecon.run.checkpoint import NAME, Checkpoint
+from cryorecon.run.job_files import MARKERS, clear, refuse_own_input
 from cryorecon.run.progress import Update, stage_bar
-from cryorecon.run.stopping import ABORT_FILE, Stop, TooLateError, listening
-
-_MARKERS = {
-    "success": "RELION_JOB_EXIT_SUCCESS",
-    "failure": "RELION_JOB_EXIT_FAILURE",
-    "aborted": "RELION_JOB_EXIT_ABORTED",
-}
-# What jobs write besides log and job.yaml, which are replaced at once.
-_OUTPUTS = (
-    NAME,
-    "checkpoint2.pt",
-    "initial_model.mrc",
-    "initial_model_masked.mrc",
-    "initial_model_C1.mrc",
-    "initial_model_aligned.mrc",
-    "initial_model_unfiltered.mrc",
-    "mask.mrc",
-    "run_half?_class001_unfil.mrc",
-    "run_data.star",
-    "encoder_data.star",
-    "scale?.mrc",
-    "fsc.star",
-    "fsc.xml",
-    "fsc.png",
-    "map.png",
-    "views.png",
-    "pose_errors.png",
-    "starts.star",
-    "information.star",
-    "shells.star",
-    "from_start_map.mrc",
-    "view_density.star",
-    "agreement.star",
-    "slices.png",
-    "difference.png",
-    "rounds.star",
-    "report.html",
-    "logfile.pdf",
-    "RELION_OUTPUT_NODES.star",
-)
+from cryorecon.run.stopping import Stop, TooLateError, listening
 
 
 class Job:
@@ -260,10 +222,13 @@ def open_job(
     Raises
     ------
     CryoreconError
-        If another job works in the directory, which is then left as it is.
+        If another job works in the directory, or an earlier one's results there are this one's
+        input; it is then left as it is.
     StoppedError
         If the user or RELION asked to stop; what is kept and how to go on has been told.
     """
+    if not resume:
+        refuse_own_input(folder, task.inputs, task.options)
     with _log(folder, ranks, resume=resume) as log:
         if ranks.first:
             _begin(folder, task, ranks, resume=resume)
@@ -304,12 +269,12 @@ def _marked(folder: Path, ranks: Ranks) -> Iterator[None]:
         # On a full disk there is no room even for a marker; the error itself must be seen.
         with contextlib.suppress(OSError):
             if leaves:
-                (folder / _MARKERS[outcome]).touch()
+                (folder / MARKERS[outcome]).touch()
 
 
 def _begin(folder: Path, task: Task, ranks: Ranks, *, resume: bool) -> None:
     """Remove what an earlier job wrote, and write ``job.yaml``."""
-    _clear(folder, outputs=not resume)
+    clear(folder, outputs=not resume)
     if not resume:
         with replacing(folder / "job.yaml") as temporary:
             text = yaml.safe_dump(_describe(task, ranks), sort_keys=False)
@@ -343,14 +308,7 @@ def _tell_how_to_go_on(job: Job, *, alone: bool) -> None:
 
 def finished(folder: Path) -> bool:
     """Whether a job's directory bears the marker of success."""
-    return (folder / _MARKERS["success"]).exists()
-
-
-def _clear(folder: Path, *, outputs: bool) -> None:
-    """Remove what an earlier job wrote: a job that fails must not seem to have made it."""
-    for pattern in (*_MARKERS.values(), ABORT_FILE, *(_OUTPUTS if outputs else ())):
-        for path in folder.glob(pattern):
-            path.unlink()
+    return (folder / MARKERS["success"]).exists()
 
 
 _NODE, _NODE_TYPE = "rlnPipeLineNodeName", "rlnPipeLineNodeType"

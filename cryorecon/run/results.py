@@ -8,12 +8,12 @@ from cryorecon.conventions import matrix_to_euler
 from cryorecon.engines.reconstruction import Reconstruction, RefineConfig
 from cryorecon.io.mrc import write_map
 from cryorecon.io.particles import Particles
-from cryorecon.physics.masks import molecule_mask
+from cryorecon.physics.masks import solvent_mask
 from cryorecon.run.curves import FscCurve, write_fsc_star, write_fsc_xml
 from cryorecon.run.job import Job, write_output_nodes
 from cryorecon.run.plots import fsc_figure, map_figure, save_figure, viewing_direction_figure
 
-MAP, MASKED_MAP, MASK = "initial_model.mrc", "initial_model_masked.mrc", "mask.mrc"
+MAP, MASKED_MAP, MASK = (f"initial_model{kind}.mrc" for kind in ("", "_masked", "_mask"))
 _HALVES_LABEL = {
     "independent": "independent half maps (gold standard)",
     "shared": "half maps split after a shared search",
@@ -56,11 +56,17 @@ def write_first_poses(
 
 
 def write_model(
-    job: Job, volume: Tensor, pixel_size_angst: float, config: RefineConfig
+    job: Job,
+    volume: Tensor,
+    pixel_size_angst: float,
+    config: RefineConfig,
+    *,
+    ends: bool = False,
 ) -> dict[str, int]:
-    """A job's map, the soft mask around its molecule, and the map inside this mask.
+    """A job's map, a soft mask around its molecule, and the map inside this mask.
 
-    The sphere about a molecule holds several times its volume in noise.
+    The sphere about a molecule holds several times its volume in noise. Neither mask nor masked map
+    where the molecule is not white on black.
 
     Parameters
     ----------
@@ -69,16 +75,25 @@ def write_model(
     pixel_size_angst : float
     config : RefineConfig
         Diameter, and detail of the mask.
+    ends : bool
+        The map ends at a resolution: it is not written inside the mask, which would put something
+        beyond.
 
     Returns
     -------
     dict of str to int
         Names of the files and RELION's types of them.
     """
-    mask = molecule_mask(volume, config.mask_band(volume.shape[-1]))
-    for name, data in ((MAP, volume), (MASKED_MAP, volume * mask), (MASK, mask)):
-        write_map(job.path(name), data.cpu().numpy(), pixel_size_angst)
-    return {MAP: 6, MASKED_MAP: 6, MASK: 7}
+    volume = volume.cpu()
+    mask = solvent_mask(volume, config.mask_band(volume.shape[-1]))
+    white = float((volume - volume.mean()).pow(3).mean()) > 0
+    if not white:
+        job.say("the map is not white on black: no mask around its molecule")
+    files = {MAP: (volume, 6), MASKED_MAP: (volume * mask, 6), MASK: (mask, 7)}
+    wanted = [MAP, *([MASKED_MAP] * (white and not ends)), *([MASK] * white)]
+    for name in wanted:
+        write_map(job.path(name), files[name][0].numpy(), pixel_size_angst)
+    return {name: files[name][1] for name in wanted}
 
 
 def write_results(

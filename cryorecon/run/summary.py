@@ -19,7 +19,7 @@ _THRESHOLDS = (0.5, 0.143)
 _RESULTS = {
     "map": "initial_model.mrc",
     "map_masked": "initial_model_masked.mrc",
-    "mask": "mask.mrc",
+    "mask": "initial_model_mask.mrc",
     "map_c1": "initial_model_C1.mrc",
     "map_unfiltered": "initial_model_unfiltered.mrc",
     "map_aligned": "initial_model_aligned.mrc",

@@ -30,7 +30,7 @@ from cryorecon.run.results import write_model
 def write_agreed_map(
     job: Job, jobs: list[Candidate], frame: Frame, verdict: Verdict, diameter: float
 ) -> dict[str, int]:
-    """The mean of the agreeing maps, low-passed to where they agree; its mask, and it inside.
+    """The mean of the agreeing maps, low-passed to where they agree, and a mask around it.
 
     Without agreement the reference's own map, which every label says. The diameter is a fraction
     of the box. Returns the files' names and RELION's types of them.
@@ -46,7 +46,7 @@ def write_agreed_map(
         volume = jobs[reference].volumes.joint
         title = f"NO AGREEMENT: the map of {jobs[reference].name}; hand unknown"
         job.say(title)
-    nodes = write_model(job, volume, pixel, RefineConfig(diameter=diameter))
+    nodes = write_model(job, volume, pixel, RefineConfig(diameter=diameter), ends=True)
     save_figure(map_figure(volume.numpy(), pixel, title), job.path("map.png"))
     return nodes
 

@@ -302,7 +302,7 @@ def _write_result(
 ) -> None:
     pixel = geometry.pixel_size_angst
     config = RefineConfig(diameter=geometry.diameter)
-    write_output_nodes(job.folder, write_model(job, volume, pixel, config))
+    write_output_nodes(job.folder, write_model(job, volume, pixel, config, ends=True))
     reach = f"{geometry.side_angst / trust.radius:.1f} A; " if trust.radius > 0 else ""
     title = f"{_label(trust)}map from moments, {reach}hand unknown"
     save_figure(map_figure(volume.numpy(), pixel, title), job.path("map.png"))
