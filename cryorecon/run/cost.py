@@ -35,8 +35,8 @@ _TRAINED, _READ = 1.4e-3, 3.3e-4
 _ENCODERS = {"dense": 1.0, "small": 4.0, "paper": 100.0}
 _NETWORK_DECODER = 4.0
 # An image of 64 px averaged to radius 16; a step of the fit at radius 8, more with third moments; a
-# matrix of information.
-_AVERAGED, _FIT_STEP, _THIRD, _INFORMED = 5e-4, 2.3e-2, 2.0, 10.0
+# Gaussian's share of the information.
+_AVERAGED, _FIT_STEP, _THIRD, _INFORMED = 5e-4, 2.3e-2, 2.0, 0.25
 _BACKPROJECTED = 3e-4
 
 # Bytes: the libraries; tables of a search; by voxel of the box: transforms, gradients, sums.
@@ -117,7 +117,8 @@ def moment_fit_cost(config: MomentFitConfig) -> Cost:
     steps = config.starts * sum(stage_steps(config, len(stages(config.radius))))
     size = (config.radius / 8) ** 3
     step = _FIT_STEP * (_THIRD if config.third_radius else 1.0)
-    return Cost(_FIXED + steps * step * size + _INFORMED * size, _PROGRAM + 600e6 * size)
+    informed = _INFORMED * config.beads
+    return Cost(_FIXED + (steps * step + informed) * size, _PROGRAM + 600e6 * size)
 
 
 def backprojection_cost(n: int, box: int) -> Cost:
