@@ -372,7 +372,7 @@ def test_a_job_ends_with_its_report(short, with_report, stack_32, tmp_path):
     said = re.findall(r"WARNING.*", (tmp_path / "job" / "run.log").read_text())
     assert not any("report" in line for line in said)
     nodes = read_star(tmp_path / "job" / "RELION_OUTPUT_NODES.star")["output_nodes"]
-    assert list(nodes["rlnPipeLineNodeType"]) == ["6", "3", "13"]
+    assert list(nodes["rlnPipeLineNodeType"]) == ["6", "6", "7", "3", "10", "13"]
 
 
 @pytest.mark.slow
