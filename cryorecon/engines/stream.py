@@ -12,8 +12,8 @@ from torch import Tensor
 from cryorecon.engines.observations import ImageSet, Source
 
 # Neighbours in the STAR file are read together; batches are drawn from a few such blocks at once.
-_BLOCK = 256
-_BLOCKS_AT_ONCE = 16
+_BLOCK = 512
+_BLOCKS_AT_ONCE = 8
 # These and those that the last rows of the blocks before lie in.
 _BLOCKS_KEPT = 2 * _BLOCKS_AT_ONCE
 

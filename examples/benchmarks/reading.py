@@ -6,15 +6,18 @@ Makes a stack of 64 px images (the 2,000 of examples/benchmarks/memory.py again 
 through it as the engines do: the mini-batches of engine amortized's training, the 1,200 random
 images of engine rmfn's search, its assignment and rounds, the blocks of moments. "Reading" is
 what brings pixels to memory, checked for NaN; "coefficients" adds normalising, the Fourier
-transform and the CTF. Cold: the kernel is told to forget the file before; wall time counts. Warm:
-the file is in the page cache; CPU time counts, so that other programs on the machine matter less.
+transform and the CTF. Cold: the kernel is told to forget the file before; wall time counts, and a
+plain read goes before each, since a disk's speed changes within minutes. Warm: the file is in the
+page cache; CPU time counts, so that other programs on the machine matter less.
 """
 
 import argparse
 import dataclasses
 import os
+import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -31,7 +34,7 @@ from cryorecon.io.star import read_star, write_star
 from cryorecon.run.load import load_observations
 
 BATCH = AmortizedConfig().batch
-CHUNK = 4 << 20
+CHUNK = 1 << 20
 
 
 def long_stack(folder: Path, count: int, shuffle: bool) -> tuple[Path, Path]:
@@ -104,6 +107,11 @@ def moments(particles: Particles) -> Iterator[int]:
         yield len(rows)
 
 
+def counted(images: Callable[[], Iterator[int]], size: int) -> int:
+    """Bytes of all images that one pass yields."""
+    return size * sum(images())
+
+
 def forget(stack: Path) -> None:
     """Have the kernel drop a file from its cache."""
     with stack.open("rb") as file:
@@ -111,25 +119,38 @@ def forget(stack: Path) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def rates(work: Callable[[], int], stack: Path, repeats: int) -> tuple[float, float]:
-    """Bytes a second: cold by wall time, warm by CPU time, the best of some runs each."""
-    cold, warm = [], []
+def cold(work: Callable[[], int], stack: Path) -> float:
+    """Bytes a second of wall time, none of them in the page cache."""
+    forget(stack)
+    start = time.perf_counter()
+    return work() / (time.perf_counter() - start)
+
+
+def warm(work: Callable[[], int], repeats: int) -> float:
+    """Bytes a second of CPU time from the page cache, the best of some runs."""
+    work()
+    found = []
     for _ in range(repeats):
-        forget(stack)
-        start = time.perf_counter()
-        size = work()
-        cold.append(size / (time.perf_counter() - start))
         start = time.process_time()
-        size = work()
-        warm.append(size / (time.process_time() - start))
-    return max(cold), max(warm)
+        found.append(work() / (time.process_time() - start))
+    return max(found)
+
+
+def beside_plain(work: Callable[[], int], stack: Path, repeats: int) -> tuple[float, float]:
+    """Bytes a second, cold, and their ratio to a plain read's just before: medians of some runs."""
+    rates, ratios = [], []
+    for _ in range(repeats):
+        floor = cold(lambda: plain(stack), stack)
+        rates.append(cold(work, stack))
+        ratios.append(rates[-1] / floor)
+    return statistics.median(rates), statistics.median(ratios)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("output", type=Path)
     parser.add_argument("--images", type=int, default=20_000)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--shuffle", action="store_true", help="rows of the table in random order")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -146,16 +167,18 @@ def main() -> None:
         ("round", lambda: in_order(raw), lambda: in_order(images)),
         ("moments", lambda: moments(particles), None),
     ]
-    floor = rates(lambda: plain(stack), stack, args.repeats)
-    cold, warm = (f"{rate / 1e9:.2f} (1)" for rate in floor)
+    floor = warm(lambda: plain(stack), args.repeats)
     print("| GB/s (of the plain read) | reading, cold | reading, warm | coefficients, warm |")
-    print(f"|---|---|---|---|\n| plain sequential read | {cold} | {warm} | |", flush=True)
+    print("|---|---|---|---|")
+    print(f"| plain sequential read | | {floor / 1e9:.2f} (1) | |", flush=True)
     for name, reading, transformed in ways:
-        found = rates(lambda work=reading: size * sum(work()), stack, args.repeats)
-        cells = [f"{a / 1e9:.2f} ({a / b:.2f})" for a, b in zip(found, floor, strict=True)]
+        once = partial(counted, reading, size)
+        rate, ratio = beside_plain(once, stack, args.repeats)
+        fast = warm(once, args.repeats)
+        cells = [f"{rate / 1e9:.2f} ({ratio:.2f})", f"{fast / 1e9:.2f} ({fast / floor:.2f})"]
         if transformed is not None:
-            rate = rates(lambda work=transformed: size * sum(work()), stack, 1)[1]
-            cells.append(f"{rate / 1e9:.2f}, {1e6 * size / rate:.0f} us an image")
+            made = warm(partial(counted, transformed, size), 1)
+            cells.append(f"{made / 1e9:.2f}, {1e6 * size / made:.0f} us an image")
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
