@@ -318,6 +318,28 @@ def test_flipped_map_and_poses_reproject_to_the_same_images(job: Path) -> None:
         same_particles(flipped, read_particles(job / name))
 
 
+def test_the_mask_of_a_job_goes_along_with_its_map(job: Path) -> None:
+    export(job, "-o", job / "alone.mrc", "--to", "mrc")
+    assert not (job / "alone_mask.mrc").exists()
+    original = read_map(job / "initial_model.mrc").data
+    mask = (original > 0.1 * original.max()).astype(np.float32)
+    write_map(job / "initial_model_mask.mrc", mask, PIXEL)
+    words = ["--flip", "--invert", "--lowpass", 12, "--json"]
+    told = export(job, "-o", job / "other.mrc", "--to", "mrc", *words)
+    assert "other_mask.mrc" in told.stdout
+    # Sign and edge stay; the hand does not.
+    found = read_map(job / "other_mask.mrc")
+    np.testing.assert_array_equal(found.data, mirror_map(torch.from_numpy(mask)))
+    assert found.pixel_size_angst == pytest.approx(PIXEL, rel=1e-6)
+    # With other voxels too it lies where the map lies, and does not ring beyond 0 and 1.
+    edits = ["--resample", 1.7, "--crop", 30]
+    export(job, "-o", job / "fine.mrc", "--to", "mrc", *edits)
+    export(job / "initial_model_mask.mrc", "-o", job / "raw.mrc", "--to", "mrc", *edits)
+    raw = read_map(job / "raw.mrc").data
+    assert raw.min() < -0.01
+    np.testing.assert_array_equal(read_map(job / "fine_mask.mrc").data, raw.clip(0, 1))
+
+
 @pytest.mark.parametrize("box", [24, 25])
 def test_resampling_to_any_voxel_size(box: int, generator: torch.Generator) -> None:
     noise = torch.randn(box, box, box, generator=generator, dtype=torch.float64)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -40,12 +40,15 @@ class Source:
         Particle table; map.
     halves : tuple of Path
         Both half maps, or none.
+    mask : Path or None
+        The soft mask around the map's molecule.
     """
 
     path: Path
     table: Path | None
     volume: Path | None
     halves: tuple[Path, ...] = ()
+    mask: Path | None = None
 
     def need_table(self) -> Path:
         """The particle table.
@@ -87,6 +90,7 @@ def find_source(path: Path) -> Source:
         is_table = path.suffix in _TABLES
         return Source(path, path if is_table else None, None if is_table else path)
     table, volume = path / "run_data.star", path / "initial_model.mrc"
+    mask = path / "initial_model_mask.mrc"
     halves = tuple(path / f"run_half{k}_class001_unfil.mrc" for k in (1, 2))
     if not table.is_file() and not volume.is_file():
         raise CryoreconError(
@@ -98,6 +102,7 @@ def find_source(path: Path) -> Source:
         table if table.is_file() else None,
         volume if volume.is_file() else None,
         halves if all(half.is_file() for half in halves) else (),
+        mask if mask.is_file() else None,
     )
 
 
@@ -218,19 +223,29 @@ def _resampled(volume: Tensor, old_angst: float, new_angst: float) -> Tensor:
 
 
 def to_mrc(source: Source, output: Path, edits: MapEdits) -> list[Path]:
-    """Write the map, and a job's half maps beside it, all edited alike; what was written."""
-    volume = source.need_volume()
-    written = []
+    """Write the map, and a job's half maps and mask beside it; what was written.
+
+    All are edited alike, but that a mask keeps its sign and its edge, and stays within 0 and 1.
+    """
     names = [output, *(output.with_name(f"{output.stem}_half{k}_unfil.mrc") for k in (1, 2))]
-    for path, name in zip((volume, *source.halves), names, strict=False):
-        found = read_map(path)
-        try:
-            result, pixel = edited(torch.from_numpy(found.data), found.pixel_size_angst, edits)
-        except CryoreconError as error:
-            raise CryoreconError(f"{path}: {error.problem}", error.remedy) from error
+    pairs = list(zip((source.need_volume(), *source.halves), names, strict=False))
+    for path, name in pairs:
+        result, pixel = _edited_file(path, edits)
         write_map(name, result.numpy(), pixel)
-        written.append(name)
-    return written
+    if source.mask is not None:
+        geometry = replace(edits, invert=False, lowpass_angst=None)
+        result, pixel = _edited_file(source.mask, geometry)
+        pairs.append((source.mask, output.with_name(f"{output.stem}_mask.mrc")))
+        write_map(pairs[-1][1], result.clamp(0, 1).numpy(), pixel)
+    return [name for _, name in pairs]
+
+
+def _edited_file(path: Path, edits: MapEdits) -> tuple[Tensor, float]:
+    found = read_map(path)
+    try:
+        return edited(torch.from_numpy(found.data), found.pixel_size_angst, edits)
+    except CryoreconError as error:
+        raise CryoreconError(f"{path}: {error.problem}", error.remedy) from error
 
 
 def to_chimerax(source: Source, output: Path) -> float:
