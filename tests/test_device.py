@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from functools import partial
 
@@ -95,6 +96,15 @@ LOOPS = ("engines/accumulate", "engines/refine", "engines/pose_reader", "physics
 LOOPS += ("physics/projection", "physics/rotations", "networks/")
 
 
+def in_loops(waits):
+    """Lines that wait in inner loops, but for the one that tells which images still move.
+
+    It is waited for once a step of thousands of images, and halves the number of steps.
+    """
+    found = [line for line in waits if line.startswith(LOOPS)]
+    return [line for line in found if not re.fullmatch(r"engines/refine.py:\d+ step", line)]
+
+
 @pytest.mark.usefixtures("no_pictures")
 def test_engine_rmfn_runs_on_a_device(few, tmp_path):
     """To the map of the CPU, and without waiting for the device in inner loops."""
@@ -103,7 +113,7 @@ def test_engine_rmfn_runs_on_a_device(few, tmp_path):
     there, here = (read_map(tmp_path / f / "initial_model.mrc").data for f in ("there", "here"))
     assert np.corrcoef(there.ravel(), here.ravel())[0, 1] > 0.9999
     assert waits
-    assert not [line for line in waits if line.startswith(LOOPS)]
+    assert not in_loops(waits)
 
 
 @pytest.mark.slow
@@ -121,7 +131,7 @@ def test_the_other_ways_run_on_a_device(few, tmp_path, options, monkeypatch):
     monkeypatch.setattr(stages, "chance_fsc", partial(stages.chance_fsc, n_trials=1))
     waits = job(few, tmp_path / "there", **options)
     assert (tmp_path / "there" / "initial_model.mrc").exists()
-    assert not [line for line in waits if line.startswith(LOOPS)]
+    assert not in_loops(waits)
 
 
 def test_a_mix_in_the_midst_of_a_job_is_caught(few, tmp_path, monkeypatch):

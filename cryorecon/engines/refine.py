@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,12 @@ from cryorecon.physics.rotations import exp_map
 
 _LARGEST_TURN_RAD = 0.15
 _LARGEST_SHIFT_PX = 2.0
+# Steps that would gain less log-likelihood are not taken: they move a pose by less than a fifth of
+# its standard deviation, sqrt(2 x 0.02).
+_LEAST_GAIN = 0.02
+# The expected curvature is less than the true one, for an image's own noise is part of the map:
+# undamped, seven first steps of ten go too far.
+_DAMPING = 1.0
 
 
 @dataclass(frozen=True)
@@ -148,6 +155,12 @@ class _Objective:
         self.prior = torch.zeros(5, dtype=root.dtype, device=root.device)
         self.prior[3:] = self.offset_precision
 
+    def select(self, rows: Tensor) -> _Objective:
+        """Of some of the images."""
+        few = copy(self)
+        few.target, few.power, few.gain = self.target[rows], self.power[rows], self.gain[rows]
+        return few
+
     def value(self, rotations: Tensor, offsets_px: Tensor) -> Tensor:
         """The log-likelihood alone."""
         values = interpolate(self.model.values, rotations, self.plane, self.model.padding)
@@ -188,7 +201,7 @@ def refine_poses(
     model: Derivatives,
     rotations: Tensor,
     offsets_px: Tensor,
-    n_steps: int = 4,
+    n_steps: int = 6,
     offset_sigma_px: float = 10.0,
 ) -> Poses:
     """Levenberg-Marquardt steps of each image's rotation and offset on its log-likelihood.
@@ -200,41 +213,78 @@ def refine_poses(
     rotations : Tensor, shape (n, 3, 3)
     offsets_px : Tensor, shape (n, 2)
     n_steps : int
+        At most.
     offset_sigma_px : float
         Width of the Gaussian prior of the offsets.
 
     Returns
     -------
     Poses
-        Never less likely than what came in.
+        Never less likely than what came in. An image whose next step would gain less than 0.02 of
+        log-likelihood is not looked at again.
     """
     objective = _Objective(observations, model, offset_sigma_px)
     if n_steps == 0:
         return Poses(rotations, offsets_px, objective.value(rotations, offsets_px))
-    value, gradient, curvature = objective(rotations, offsets_px)
-    damping = torch.full_like(value, 1e-2)
+    walk = _Walk(objective, rotations, offsets_px)
+    found = Poses(rotations.clone(), offsets_px.clone(), walk.value.clone())
     for number in range(1, n_steps + 1):
-        diagonal = torch.diagonal(curvature, dim1=-2, dim2=-1)
-        damped = curvature + torch.diag_embed(diagonal * damping[:, None] + 1e-6)
-        # Without the check, which waits for a device: steps that are not finite are not likelier.
-        step = torch.linalg.solve_ex(damped, gradient).result
+        step = walk.step()
+        if not len(step):
+            break
+        walk.take(step, last=number == n_steps)
+        found.rotations[walk.rows] = walk.rotations
+        found.offsets_px[walk.rows] = walk.offsets_px
+        found.log_likelihood[walk.rows] = walk.value
+    return found
+
+
+class _Walk:
+    """Poses of the images that still move."""
+
+    def __init__(self, objective: _Objective, rotations: Tensor, offsets_px: Tensor) -> None:
+        self.objective, self.rotations, self.offsets_px = objective, rotations, offsets_px
+        self.value, self.gradient, self.curvature = objective(rotations, offsets_px)
+        self.damping = torch.full_like(self.value, _DAMPING)
+        self.rows = torch.arange(len(rotations), device=rotations.device)
+
+    def step(self) -> Tensor:
+        """The next step of each image, shape (n, 5); images that gain nothing by it stay behind."""
+        diagonal = torch.diagonal(self.curvature, dim1=-2, dim2=-1)
+        damped = self.curvature + torch.diag_embed(diagonal * self.damping[:, None] + 1e-6)
+        # Without the check, which waits for a device: steps that are not finite are not taken.
+        step = torch.linalg.solve_ex(damped, self.gradient).result
+        bent = (self.curvature @ step[..., None]).squeeze(-1)
+        gain = (step * (self.gradient - bent / 2)).sum(-1)
+        moving = torch.nonzero((gain >= _LEAST_GAIN) & gain.isfinite())[:, 0]
+        if len(moving) < len(self.rows):
+            self._keep(moving)
+        return step[moving]
+
+    def _keep(self, few: Tensor) -> None:
+        self.objective = self.objective.select(few)
+        self.rotations, self.offsets_px = self.rotations[few], self.offsets_px[few]
+        self.value, self.gradient = self.value[few], self.gradient[few]
+        self.curvature, self.damping = self.curvature[few], self.damping[few]
+        self.rows = self.rows[few]
+
+    def take(self, step: Tensor, *, last: bool) -> None:
+        """Go where it is likelier; without derivatives for another step if it is the last."""
         turn = step[:, :3]
         length = turn.norm(dim=-1, keepdim=True)
         turn = turn * (_LARGEST_TURN_RAD / length.clamp(min=_LARGEST_TURN_RAD))
-        trial_rotations = exp_map(turn) @ rotations
-        trial_offsets = offsets_px + step[:, 3:].clamp(-_LARGEST_SHIFT_PX, _LARGEST_SHIFT_PX)
-        trial = trial_rotations, trial_offsets
-        last = number == n_steps
-        found = (objective.value(*trial), gradient, curvature) if last else objective(*trial)
-        better = found[0] > value
+        rotations = exp_map(turn) @ self.rotations
+        offsets_px = self.offsets_px + step[:, 3:].clamp(-_LARGEST_SHIFT_PX, _LARGEST_SHIFT_PX)
+        trial, kept = (rotations, offsets_px), (self.gradient, self.curvature)
+        found = (self.objective.value(*trial), *kept) if last else self.objective(*trial)
+        better = found[0] > self.value
         column, block = better[:, None], better[:, None, None]
-        rotations = torch.where(block, trial_rotations, rotations)
-        offsets_px = torch.where(column, trial_offsets, offsets_px)
-        value = torch.where(better, found[0], value)
-        gradient = torch.where(column, found[1], gradient)
-        curvature = torch.where(block, found[2], curvature)
-        damping = torch.where(better, damping * 0.2, damping * 8).clamp(1e-4, 1e4)
-    return Poses(rotations, offsets_px, value)
+        self.rotations = torch.where(block, rotations, self.rotations)
+        self.offsets_px = torch.where(column, offsets_px, self.offsets_px)
+        self.value = torch.where(better, found[0], self.value)
+        self.gradient = torch.where(column, found[1], self.gradient)
+        self.curvature = torch.where(block, found[2], self.curvature)
+        self.damping = torch.where(better, self.damping * 0.2, self.damping * 8).clamp(1e-4, 1e4)
 
 
 def predictions(observations: Observations, model: Derivatives, poses: Poses) -> Tensor:

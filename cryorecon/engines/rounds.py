@@ -82,7 +82,7 @@ def refine_round(
     agreement: Agreement,
     *,
     joint: bool,
-    n_steps: int = 4,
+    n_steps: int = 6,
     progress: Progress | None = None,
 ) -> RoundReport:
     """Refine all poses against the current maps, then solve both half sets' maps anew.

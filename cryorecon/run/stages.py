@@ -199,7 +199,7 @@ class Stages(Parts):
                     self.config,
                     fsc_curve,
                     joint=joint,
-                    n_steps=8 if number == 1 else 4,
+                    n_steps=8 if number == 1 else 6,
                     progress=bar,
                 )
             except FloatingPointError as error:

@@ -1,0 +1,101 @@
+"""Refinement of poses looks at an image as long as that gains something, and no longer."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from conftest import simulated
+
+from cryorecon.conventions import euler_to_matrix
+from cryorecon.engines import refine
+from cryorecon.io.mrc import read_map
+from cryorecon.io.particles import read_particles
+from cryorecon.physics.rotations import exp_map, geodesic_distance_deg
+from cryorecon.run.load import load_observations
+
+N = 60
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory):
+    """Images, the transform of the map on their scale, true rotations and offsets in pixels."""
+    stack = simulated(tmp_path_factory.mktemp("stack"), N, 24, 1.0)
+    particles = read_particles(stack / "particles.star")
+    images = load_observations(particles, 0.9).select(torch.arange(N))
+    rotations = euler_to_matrix(torch.from_numpy(particles.euler_deg())).float()
+    offsets = torch.from_numpy(particles.origins_angst() / particles.pixel_size_angst).float()
+    truth = torch.from_numpy(read_map(stack / "map.mrc").data)
+    model = refine.derivatives(truth, 2, 11.0)
+    predicted = refine.predictions(images, model, refine.Poses(rotations, offsets, offsets))
+    overlap = (images.coefficients * predicted.conj()).real.sum() / predicted.abs().square().sum()
+    return images, refine.derivatives(truth * overlap, 2, 11.0), rotations, offsets
+
+
+@pytest.fixture
+def looked_at(monkeypatch):
+    """Images of each evaluation."""
+    counts = []
+    for name in ("__call__", "value"):
+        of = getattr(refine._Objective, name)
+
+        def spy(self, rotations, offsets_px, of=of):
+            counts.append(len(rotations))
+            return of(self, rotations, offsets_px)
+
+        monkeypatch.setattr(refine._Objective, name, spy)
+    return counts
+
+
+def moved(rotations, offsets, size_rad, generator):
+    turn = size_rad * torch.randn(N, 3, generator=generator)
+    shift = 5 * size_rad * torch.randn(N, 2, generator=generator)
+    return exp_map(turn) @ rotations, offsets + shift
+
+
+def test_images_at_their_maximum_are_left_alone(case, looked_at, generator):
+    images, model, rotations, offsets = case
+    found = refine.refine_poses(images, model, *moved(rotations, offsets, 0.1, generator), 60)
+    assert looked_at[0] == N
+    assert looked_at == sorted(looked_at, reverse=True)
+    assert looked_at[-1] < N / 2
+    looked_at.clear()
+    again = refine.refine_poses(images, model, found.rotations, found.offsets_px, 60)
+    # Damping begins anew, larger: only images for which that matters go on.
+    assert sum(looked_at) < 1.5 * N
+    turned = geodesic_distance_deg(again.rotations, found.rotations)
+    error = geodesic_distance_deg(found.rotations, rotations).median()
+    assert turned.median() < 0.01 * error
+    assert (again.log_likelihood - found.log_likelihood).max() < 0.1
+
+
+def test_an_image_does_not_depend_on_those_beside_it(case, generator):
+    images, model, rotations, offsets = case
+    start = moved(rotations, offsets, 0.1, generator)
+    together = refine.refine_poses(images, model, *start)
+    rows = torch.tensor([3, 17, 40])
+    alone = refine.refine_poses(images.select(rows), model, start[0][rows], start[1][rows])
+    torch.testing.assert_close(alone.rotations, together.rotations[rows], atol=1e-5, rtol=0)
+    torch.testing.assert_close(alone.offsets_px, together.offsets_px[rows], atol=1e-4, rtol=0)
+    torch.testing.assert_close(alone.log_likelihood, together.log_likelihood[rows])
+
+
+def test_more_steps_are_never_less_likely(case, generator):
+    images, model, rotations, offsets = case
+    start = moved(rotations, offsets, 0.1, generator)
+    steps = [refine.refine_poses(images, model, *start, n).log_likelihood for n in range(5)]
+    for fewer, more in pairwise(steps):
+        assert (more >= fewer - 1e-3).all()
+    assert (steps[4] - steps[0]).median() > 1
+
+
+def test_an_image_without_numbers_does_not_stop_the_others(case):
+    """Its likelihood is not finite, which a round tells its users."""
+    images, model, rotations, offsets = case
+    images = images.select(torch.arange(N))
+    images.coefficients[5] = torch.nan
+    found = refine.refine_poses(images, model, rotations, offsets)
+    assert found.log_likelihood.isfinite().sum() == N - 1
+    assert not found.log_likelihood[5].isfinite()
+    assert found.rotations.isfinite().all()
