@@ -125,7 +125,7 @@ def test_refinement_follows_the_gradient_of_the_image_model(scene):
     """Gradient and value against finite differences of the log-likelihood itself."""
     observations, volume, rotations, offsets = scene
     model, sigma = refine.derivatives(volume, 4, 15), 10.0
-    objective = refine._Objective(observations, model, sigma)
+    objective = refine.PoseObjective(observations, model, sigma)
 
     def value(step):
         poses = exp_map(step[:, :3]) @ rotations, offsets + step[:, 3:]

@@ -38,13 +38,13 @@ def looked_at(monkeypatch):
     """Images of each evaluation."""
     counts = []
     for name in ("__call__", "value"):
-        of = getattr(refine._Objective, name)
+        of = getattr(refine.PoseObjective, name)
 
         def spy(self, rotations, offsets_px, of=of):
             counts.append(len(rotations))
             return of(self, rotations, offsets_px)
 
-        monkeypatch.setattr(refine._Objective, name, spy)
+        monkeypatch.setattr(refine.PoseObjective, name, spy)
     return counts
 
 

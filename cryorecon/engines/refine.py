@@ -135,7 +135,7 @@ class Poses:
     log_likelihood: Tensor
 
 
-class _Objective:
+class PoseObjective:
     """Log-likelihood of each image with its gradient and expected curvature in the pose.
 
     Offsets are undone in the image, which leaves every product with the prediction as it is; and
@@ -155,7 +155,7 @@ class _Objective:
         self.prior = torch.zeros(5, dtype=root.dtype, device=root.device)
         self.prior[3:] = self.offset_precision
 
-    def select(self, rows: Tensor) -> _Objective:
+    def select(self, rows: Tensor) -> PoseObjective:
         """Of some of the images."""
         few = copy(self)
         few.target, few.power, few.gain = self.target[rows], self.power[rows], self.gain[rows]
@@ -168,6 +168,13 @@ class _Objective:
         return self._with_prior(residual.square().sum((-2, -1)), offsets_px)
 
     def __call__(self, rotations: Tensor, offsets_px: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Values (n,), gradients (n, 5; per radian about the image's axes, per pixel), curvatures.
+
+        Parameters
+        ----------
+        rotations : Tensor, shape (n, 3, 3)
+        offsets_px : Tensor, shape (n, 2)
+        """
         values = interpolate(self.model.table, rotations, self.plane, self.model.padding)
         # Five derivatives and the residual: one product of all with all says everything.
         rows = values.new_empty(len(rotations), 6, len(self.plane), 2)
@@ -223,7 +230,7 @@ def refine_poses(
         Never less likely than what came in. An image whose next step would gain less than 0.02 of
         log-likelihood is not looked at again.
     """
-    objective = _Objective(observations, model, offset_sigma_px)
+    objective = PoseObjective(observations, model, offset_sigma_px)
     if n_steps == 0:
         return Poses(rotations, offsets_px, objective.value(rotations, offsets_px))
     walk = _Walk(objective, rotations, offsets_px)
@@ -242,7 +249,7 @@ def refine_poses(
 class _Walk:
     """Poses of the images that still move."""
 
-    def __init__(self, objective: _Objective, rotations: Tensor, offsets_px: Tensor) -> None:
+    def __init__(self, objective: PoseObjective, rotations: Tensor, offsets_px: Tensor) -> None:
         self.objective, self.rotations, self.offsets_px = objective, rotations, offsets_px
         self.value, self.gradient, self.curvature = objective(rotations, offsets_px)
         self.damping = torch.full_like(self.value, _DAMPING)

@@ -29,7 +29,7 @@ _EPOCH, _SEARCHED = 0.5, 2.5e-3
 # these are refined besides.
 _ASSIGNED, _NEW_SEARCHES, _TRIED = 1.5e-3, 2, 5e-3
 # Rounds until poses settle; an image's pose steps in one; solving for maps, by padded voxel.
-_HALF_ROUNDS, _REFINED, _SOLVED = 8, 1.4e-3, 2.5e-7
+_HALF_ROUNDS, _REFINED, _SOLVED = 8, 0.9e-3, 2.5e-7
 # An image seen in training at 32 to 64 px by the dense encoder; others take as many times more.
 _TRAINED, _READ = 1.4e-3, 3.3e-4
 _ENCODERS = {"dense": 1.0, "small": 4.0, "paper": 100.0}

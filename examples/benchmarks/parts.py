@@ -19,7 +19,7 @@ from limits import read_truth
 from cryorecon.engines.accumulate import NormalEquations
 from cryorecon.engines.least_squares import least_squares_map
 from cryorecon.engines.observations import centred
-from cryorecon.engines.refine import derivatives, refine_poses
+from cryorecon.engines.refine import PoseObjective, derivatives
 from cryorecon.engines.rmfn import RmfnConfig, Search
 from cryorecon.engines.search import accumulate_grid, grid_expectation
 from cryorecon.physics.fourier import max_band
@@ -27,6 +27,8 @@ from cryorecon.physics.projection import extract_slices, padded_transform
 from cryorecon.run.load import load_observations
 
 BATCH = 250
+# Of an image in a round, as counted over a whole run.
+EVALUATIONS = 3
 
 
 def seconds(work, repeats: int = 5) -> float:
@@ -98,13 +100,14 @@ def search_parts(images, config):
     ]
 
 
-def refine_parts(images, truth, rotations, offsets, rounds: int = 9):
+def refine_parts(images, truth, rotations, offsets, rounds: int = 8):
     """The same of a round of refinement at full band."""
     box, n = images.plane.box, len(images)
     batch = images.select(torch.arange(BATCH))
     m = len(batch.plane)
     model = derivatives(truth, 2, float(max_band(box)))
     a, o = rotations[:BATCH], offsets[:BATCH]
+    objective = PoseObjective(batch, model, 10.0)
     sums = NormalEquations.empty(max_band(box), 2, torch.float32, "cpu")
     matched, weight = batch.matched()
     signal = centred(matched, o, batch.plane)
@@ -116,10 +119,10 @@ def refine_parts(images, truth, rotations, offsets, rounds: int = 9):
     return [
         (
             f"pose step, {BATCH} images",
-            seconds(lambda: refine_poses(batch, model, a, o, 4)) / 5,
+            seconds(lambda: objective(a, o)),
             BATCH * 2 * m * 2 * 25,
             BATCH * m * 8 * 8 * 4,
-            batches * 5,
+            batches * EVALUATIONS,
         ),
         (
             f"insertion, {BATCH} images",

@@ -17,7 +17,7 @@ from cryorecon.engines.accumulate import NormalEquations
 from cryorecon.engines.least_squares import least_squares_map
 from cryorecon.engines.observations import Observations, centred
 from cryorecon.engines.reconstruction import RefineConfig, offsets_for
-from cryorecon.engines.refine import derivatives, predictions, refine_poses, residual_power
+from cryorecon.engines.refine import PoseObjective, Poses, derivatives, predictions, residual_power
 from cryorecon.engines.search import best_grid_pose
 from cryorecon.physics.fourier import half_plane, max_band, to_coefficients
 from cryorecon.physics.masks import soft_ball
@@ -26,6 +26,8 @@ from cryorecon.physics.rotations import random_rotations, so3_grid
 from cryorecon.run.load import normalised
 
 BATCH = 250
+# Of an image in a round, as counted over a whole run.
+EVALUATIONS = 3
 
 
 def some_images(box: int, n: int, generator: torch.Generator) -> Observations:
@@ -64,7 +66,10 @@ def measured(box: int, count: int) -> dict[str, float]:
 
     def steps() -> None:
         for _ in range(count // BATCH):
-            poses = refine_poses(batch, model, rotations, offsets, 4)
+            objective = PoseObjective(batch, model, 10.0)
+            for _ in range(EVALUATIONS):
+                value, *_ = objective(rotations, offsets)
+            poses = Poses(rotations, offsets, value)
             residual_power(batch, predictions(batch, model, poses))
 
     def insert() -> None:
