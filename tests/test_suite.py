@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -151,3 +152,20 @@ def test_the_rate_of_a_pose_search_is_read_from_its_log(suite):
     assert suite_programs.cryodrgn_rate(log) == (
         "epoch 1 of 30, image 300: 3 s an image, 1.7 h an epoch"
     )
+
+
+def test_stacks_are_found_from_any_folder(tmp_path, monkeypatch):
+    """Peers run in folders of their own, the suite in any: within it names were relative."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.chdir(tmp_path)
+    from blind import write_blind
+
+    from cryorecon.io.star import read_star
+    from cryorecon.run.simulate import simulate
+    from cryorecon.run.simulate_config import SimulateConfig
+
+    model = str(files("cryorecon") / "data" / "4ake_chain_a_heavy.pdb")
+    simulate(model, tmp_path / "made", SimulateConfig(n_particles=3, box=16, pixel_size_angst=5))
+    write_blind(tmp_path / "made" / "particles.star", tmp_path / "blind.star")
+    names = read_star(tmp_path / "blind.star")["particles"]["rlnImageName"]
+    assert list(names) == [f"{i:06d}@{tmp_path}/made/particles.mrcs" for i in (1, 2, 3)]

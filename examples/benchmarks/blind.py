@@ -1,4 +1,4 @@
-"""Leave the poses out of a STAR file: no column of angles or origins.
+"""Leave the poses out of a STAR file: no column of angles or origins. Stacks get their whole path.
 
 python examples/benchmarks/blind.py particles.star blind.star
 """
@@ -10,11 +10,15 @@ from cryorecon.io.star import read_star, write_star
 
 
 def write_blind(source: Path, target: Path) -> None:
-    """The particles of `source` without rlnAngle* and rlnOrigin*, all else as it is."""
+    """The particles of `source` without rlnAngle* and rlnOrigin*, for a reader in any folder."""
     tables = read_star(source)
     poses = [c for c in tables["particles"] if c.startswith(("rlnAngle", "rlnOrigin"))]
-    tables["particles"] = tables["particles"].drop(columns=poses)
-    write_star(target, tables)
+    particles = tables["particles"].drop(columns=poses)
+    # Relative names hold in this folder alone; peers are called in folders of their own.
+    section, stack = zip(*(name.split("@") for name in particles["rlnImageName"]), strict=True)
+    whole = {name: Path(name).resolve() for name in set(stack)}
+    particles["rlnImageName"] = [f"{i}@{whole[n]}" for i, n in zip(section, stack, strict=True)]
+    write_star(target, {**tables, "particles": particles})
 
 
 def main() -> None:
