@@ -21,6 +21,7 @@ from cryorecon.maps.fsc import fsc_curve, resolution_at
 from cryorecon.maps.poses import compare_pose_sets
 from cryorecon.physics.fourier import half_plane, lowpass, shift_phases
 from cryorecon.physics.imaging import log_likelihood, predict
+from cryorecon.physics.pose_derivatives import derivatives, slices_with_gradient
 from cryorecon.physics.projection import (
     extract_slices,
     padded_transform,
@@ -104,8 +105,8 @@ def test_slice_gradients_are_those_of_the_transform(scene):
     """Against finite differences of exact slices of a smooth map."""
     observations, volume, rotations, _ = scene
     plane = observations.plane.within(6)
-    model = refine.derivatives(volume, 4, 8)
-    slices, gradient = refine.slices_with_gradient(model, rotations, plane)
+    model = derivatives(volume, 4, 8)
+    slices, gradient = slices_with_gradient(model, rotations, plane)
     assert torch.allclose(
         slices, extract_slices(padded_transform(volume, 4), rotations, plane), atol=1e-9
     )
@@ -124,7 +125,7 @@ def test_slice_gradients_are_those_of_the_transform(scene):
 def test_refinement_follows_the_gradient_of_the_image_model(scene):
     """Gradient and value against finite differences of the log-likelihood itself."""
     observations, volume, rotations, offsets = scene
-    model, sigma = refine.derivatives(volume, 4, 15), 10.0
+    model, sigma = derivatives(volume, 4, 15), 10.0
     objective = refine.PoseObjective(observations, model, sigma)
 
     def value(step):
@@ -154,7 +155,7 @@ def test_refinement_follows_the_gradient_of_the_image_model(scene):
 def test_refinement_finds_the_pose_and_never_gets_worse(scene, generator):
     observations, volume, rotations, offsets = scene
     start = exp_map(0.08 * torch.randn(12, 3, generator=generator).double()) @ rotations
-    model = refine.derivatives(volume, 2, 15)
+    model = derivatives(volume, 2, 15)
     before = refine.refine_poses(observations, model, start, offsets * 0, n_steps=0)
     after = refine.refine_poses(observations, model, start, offsets * 0, n_steps=12)
     assert (after.log_likelihood >= before.log_likelihood).all()
@@ -166,7 +167,7 @@ def test_residuals_at_the_true_poses_are_the_noise(scene):
     """By optics group and shell, from images whose groups have different noise."""
     observations, volume, rotations, offsets = scene
     loud = observations.coefficients.clone()
-    model = refine.derivatives(volume, 2, 15)
+    model = derivatives(volume, 2, 15)
     poses = refine.Poses(rotations, offsets, torch.zeros(12))
     clean = predict(
         padded_transform(volume), rotations, offsets, observations.ctf, observations.plane
@@ -217,7 +218,7 @@ def test_image_scales_are_found(scene, generator):
     """Images of twice the contrast get twice the scale; weak ones stay near 1."""
     observations, volume, rotations, offsets = scene
     poses = refine.Poses(rotations, offsets, torch.zeros(12))
-    predicted = refine.predictions(observations, refine.derivatives(volume, 2, 15), poses)
+    predicted = refine.predictions(observations, derivatives(volume, 2, 15), poses)
     wanted = 0.7 + 0.6 * torch.rand(12, generator=generator).double()
     noise = observations.coefficients - predicted
     scaled = replace(observations, coefficients=predicted * wanted[:, None] + noise)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from cryorecon.physics import points
 from cryorecon.physics import projection as proj
 from cryorecon.physics.fourier import centred_frequencies, half_plane, to_images
 from cryorecon.physics.rotations import exp_map, random_rotations
@@ -20,28 +21,13 @@ def test_backprojection_is_the_adjoint_of_projection(box, padding, generator):
     assert abs(left - right) < 1e-10 * abs(left)
 
 
-@pytest.mark.parametrize("box", [10, 11])
-def test_slices_are_read_and_spread_in_pieces_that_fit_the_cache(box, generator, monkeypatch):
-    plane = half_plane(box)
-    rotations = random_rotations(7, generator)
-    volume = torch.randn(box, box, box, generator=generator, dtype=torch.float64)
-    slices = torch.randn(7, len(plane), generator=generator, dtype=torch.complex128)
-    whole = proj.project(volume, rotations, plane)
-    monkeypatch.setattr(proj, "_POINTS_AT_ONCE", 2 * len(plane))
-    assert torch.allclose(proj.project(volume, rotations, plane), whole, atol=1e-10)
-    left = (whole.conj() * slices).sum().real
-    spread = proj.backproject(slices, rotations, plane)
-    assert abs(left - (volume * spread).sum()) < 1e-10 * abs(left)
-    assert torch.equal(proj.backproject(slices, rotations, plane), spread)
-
-
 def test_spreading_adds_to_what_the_grids_hold(generator):
     plane = half_plane(8)
     rotations = random_rotations(3, generator)
     signal = torch.randn(3, len(plane), generator=generator, dtype=torch.complex64)
     weight = torch.rand(3, len(plane), generator=generator)
     grids = torch.ones(16, 16, 16, dtype=torch.complex64), torch.ones(16, 16, 16)
-    proj.spread_all([(signal, grids[0]), (weight, grids[1])], rotations, plane, 2)
+    points.add([(signal, grids[0]), (weight, grids[1])], rotations, plane, 2)
     for slices, grid in ((signal, grids[0]), (weight, grids[1])):
         double = slices.to(torch.promote_types(slices.dtype, torch.float64))
         exact = proj.insert_slices(double, rotations.double(), plane, 16, 2) + 1

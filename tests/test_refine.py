@@ -12,6 +12,7 @@ from cryorecon.conventions import euler_to_matrix
 from cryorecon.engines import refine
 from cryorecon.io.mrc import read_map
 from cryorecon.io.particles import read_particles
+from cryorecon.physics.pose_derivatives import derivatives
 from cryorecon.physics.rotations import exp_map, geodesic_distance_deg
 from cryorecon.run.load import load_observations
 
@@ -27,10 +28,10 @@ def case(tmp_path_factory):
     rotations = euler_to_matrix(torch.from_numpy(particles.euler_deg())).float()
     offsets = torch.from_numpy(particles.origins_angst() / particles.pixel_size_angst).float()
     truth = torch.from_numpy(read_map(stack / "map.mrc").data)
-    model = refine.derivatives(truth, 2, 11.0)
+    model = derivatives(truth, 2, 11.0)
     predicted = refine.predictions(images, model, refine.Poses(rotations, offsets, offsets))
     overlap = (images.coefficients * predicted.conj()).real.sum() / predicted.abs().square().sum()
-    return images, refine.derivatives(truth * overlap, 2, 11.0), rotations, offsets
+    return images, derivatives(truth * overlap, 2, 11.0), rotations, offsets
 
 
 @pytest.fixture

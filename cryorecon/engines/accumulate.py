@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cryorecon.physics import points
 from cryorecon.physics.fourier import HalfPlane, radius_grid, shell_sums
-from cryorecon.physics.projection import Transform, spread_all
+from cryorecon.physics.projection import Transform
 
 
 @dataclass
@@ -52,7 +53,7 @@ class NormalEquations:
             ``precision * CTF^2``.
         rotations : Tensor, shape (b, 3, 3)
         """
-        spread_all([(signal, self.signal), (weight, self.weight)], rotations, plane, self.padding)
+        points.add([(signal, self.signal), (weight, self.weight)], rotations, plane, self.padding)
 
     def scaled(self, factor: float) -> NormalEquations:
         """The same sums times a factor."""

@@ -17,9 +17,10 @@ from cryorecon.engines.reconstruction import (
     RefineConfig,
     grid_poses,
 )
-from cryorecon.engines.refine import Derivatives, derivatives, refine_poses
+from cryorecon.engines.refine import refine_poses
 from cryorecon.engines.rounds import agreement_band, image_batches, without_solvent
 from cryorecon.physics.fourier import max_band
+from cryorecon.physics.pose_derivatives import Derivatives, derivatives
 from cryorecon.physics.rotations import geodesic_distance_deg
 
 # Poses of the coarse grid that are tried, and how many of them at each higher band; steps of each.

@@ -8,16 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cryorecon.engines.observations import Observations, centred
-from cryorecon.physics.fourier import (
-    HalfPlane,
-    centred_frequencies,
-    crop_or_pad_centred,
-    fft_centred,
-    shell_sums,
-    shift_phases,
+from cryorecon.engines.observations import Observations
+from cryorecon.physics.fourier import shell_sums, shift_phases
+from cryorecon.physics.pose_derivatives import (
+    Derivatives,
+    pose_products,
+    slices_of,
+    squared_residual,
 )
-from cryorecon.physics.projection import gridding_correction, interpolate
 from cryorecon.physics.rotations import exp_map
 
 _LARGEST_TURN_RAD = 0.15
@@ -28,93 +26,6 @@ _LEAST_GAIN = 0.02
 # The expected curvature is less than the true one, for an image's own noise is part of the map:
 # undamped, seven first steps of ten go too far.
 _DAMPING = 1.0
-
-
-@dataclass(frozen=True)
-class Derivatives:
-    """A map's oversampled transform with its gradient in Fourier space.
-
-    Attributes
-    ----------
-    table : Tensor, shape (P, P, P, 8), real
-        Real and imaginary parts of F, dF/dkx, dF/dky, dF/dkz (k in cycles per box).
-    values : Tensor, shape (P, P, P, 2), real
-        F by itself.
-    padding : int
-    """
-
-    table: Tensor
-    values: Tensor
-    padding: int
-
-
-def derivatives(volume: Tensor, padding: int, band: float) -> Derivatives:
-    """Transform of a map and of ``-2 pi i x / N`` times it, for analytic pose gradients.
-
-    Parameters
-    ----------
-    volume : Tensor, shape (N, N, N), real
-    padding : int
-        Oversampling factor.
-    band : float
-        How far, in cycles per box, slices will reach.
-    """
-    box = volume.shape[-1]
-    corrected = volume / gridding_correction(box, padding, volume.dtype, volume.device)
-    axis = centred_frequencies(box, volume.device).to(volume.dtype) * (-2 * torch.pi / box)
-    size = min(box * padding, 2 * (int(band * padding) + 2))
-    grids = []
-    for ramp in (None, axis, axis[:, None], axis[:, None, None]):
-        source = corrected if ramp is None else corrected * ramp
-        transform = fft_centred(crop_or_pad_centred(source, box * padding, 3), 3)
-        transform = crop_or_pad_centred(transform, size, 3)
-        grids.append(torch.view_as_real(transform if ramp is None else transform * 1j))
-    return Derivatives(torch.cat(grids, -1).contiguous(), grids[0].contiguous(), padding)
-
-
-def slices_with_gradient(
-    model: Derivatives, rotations: Tensor, plane: HalfPlane
-) -> tuple[Tensor, Tensor]:
-    """Slices S and their derivatives in a rotation vector w, ``A -> exp(w) A``.
-
-    Returns
-    -------
-    slices : Tensor, shape (b, m), complex
-    gradient : Tensor, shape (b, m, 3), complex
-        Per radian about the image's x, y and z axes.
-    """
-    values = interpolate(model.table, rotations, plane, model.padding)
-    torque = values.new_empty(len(rotations), 3, len(plane), 2)
-    _torque(values, _reference_points(rotations, plane), torque)
-    turned = rotations @ torque.flatten(2)
-    slices = torch.view_as_complex(values[..., :2].contiguous())
-    return slices, torch.view_as_complex(turned.unflatten(2, (-1, 2))).transpose(1, 2)
-
-
-def _reference_points(rotations: Tensor, plane: HalfPlane) -> Tensor:
-    """Where each coefficient lies in the map's transform, ``A.T k``; shape (b, m, 3)."""
-    return plane.frequencies.to(rotations.dtype) @ rotations[..., :2, :]
-
-
-def _torque(values: Tensor, points: Tensor, out: Tensor) -> None:
-    """``grad F x k``, the derivative in a rotation vector of the map's axes.
-
-    To first order exp(w) moves a point k of the map by ``-w x k``, so that F changes by
-    ``-grad F . (w x k) = w . (grad F x k)``.
-
-    Parameters
-    ----------
-    values : Tensor, shape (b, m, 8), real
-        From :attr:`Derivatives.table`.
-    points : Tensor, shape (b, m, 3)
-    out : Tensor, shape (b, 3, m, 2)
-    """
-    gradient = values[..., 2:].unflatten(-1, (3, 2)).unbind(-2)
-    k = points[..., None].unbind(-2)
-    for axis in range(3):
-        one, two = (axis + 1) % 3, (axis + 2) % 3
-        torch.mul(gradient[one], k[two], out=out[:, axis])
-        out[:, axis].addcmul_(gradient[two], k[one], value=-1)
 
 
 @dataclass(frozen=True)
@@ -150,7 +61,6 @@ class PoseObjective:
         self.target = observations.coefficients * root
         self.power = self.target.abs().square().sum(-1)
         self.gain = observations.ctf * root
-        self.waves = self.plane.frequencies.to(root.dtype).T * (2 * torch.pi / self.plane.box)
         self.offset_precision = 1 / offset_sigma_px**2
         self.prior = torch.zeros(5, dtype=root.dtype, device=root.device)
         self.prior[3:] = self.offset_precision
@@ -163,9 +73,10 @@ class PoseObjective:
 
     def value(self, rotations: Tensor, offsets_px: Tensor) -> Tensor:
         """The log-likelihood alone."""
-        values = interpolate(self.model.values, rotations, self.plane, self.model.padding)
-        residual = self._centred(offsets_px) - values * self.gain[..., None]
-        return self._with_prior(residual.square().sum((-2, -1)), offsets_px)
+        left = squared_residual(
+            self.model, self.plane, rotations, offsets_px, self.target, self.gain
+        )
+        return self._with_prior(left, offsets_px)
 
     def __call__(self, rotations: Tensor, offsets_px: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Values (n,), gradients (n, 5; per radian about the image's axes, per pixel), curvatures.
@@ -175,20 +86,11 @@ class PoseObjective:
         rotations : Tensor, shape (n, 3, 3)
         offsets_px : Tensor, shape (n, 2)
         """
-        values = interpolate(self.model.table, rotations, self.plane, self.model.padding)
-        # Five derivatives and the residual: one product of all with all says everything.
-        rows = values.new_empty(len(rotations), 6, len(self.plane), 2)
-        gain = self.gain[..., None]
-        _torque(values, _reference_points(rotations, self.plane) * gain, rows[:, :3])
-        predicted = values[..., :2] * gain
-        real, imaginary = predicted.unbind(-1)
-        for axis in (0, 1):
-            torch.mul(imaginary, -self.waves[axis], out=rows[:, 3 + axis, :, 0])
-            torch.mul(real, self.waves[axis], out=rows[:, 3 + axis, :, 1])
-        torch.sub(self._centred(offsets_px), predicted, out=rows[:, 5])
-        flat = rows.flatten(2)
-        products = flat @ flat.transpose(-1, -2)
-        frame = torch.eye(5, dtype=flat.dtype, device=flat.device).repeat(len(flat), 1, 1)
+        products = pose_products(
+            self.model, self.plane, rotations, offsets_px, self.target, self.gain
+        )
+        frame = torch.eye(5, dtype=products.dtype, device=products.device)
+        frame = frame.repeat(len(products), 1, 1)
         frame[:, :3, :3] = rotations
         gradient = 2 * (frame @ products[:, :5, 5:]).squeeze(-1)
         gradient[:, 3:] -= offsets_px * self.offset_precision
@@ -196,11 +98,8 @@ class PoseObjective:
         value = self._with_prior(products[:, 5, 5], offsets_px)
         return value, gradient, curvature + torch.diag(self.prior)
 
-    def _centred(self, offsets_px: Tensor) -> Tensor:
-        return torch.view_as_real(centred(self.target, offsets_px, self.plane))
-
-    def _with_prior(self, residual_power: Tensor, offsets_px: Tensor) -> Tensor:
-        return self.power - residual_power - (offsets_px**2).sum(-1) * self.offset_precision / 2
+    def _with_prior(self, residual: Tensor, offsets_px: Tensor) -> Tensor:
+        return self.power - residual - (offsets_px**2).sum(-1) * self.offset_precision / 2
 
 
 def refine_poses(
@@ -296,8 +195,7 @@ class _Walk:
 
 def predictions(observations: Observations, model: Derivatives, poses: Poses) -> Tensor:
     """What a map predicts of n images at their poses, shape (n, m), complex."""
-    pairs = interpolate(model.values, poses.rotations, observations.plane, model.padding)
-    slices = torch.view_as_complex(pairs.contiguous())
+    slices = slices_of(model, poses.rotations, observations.plane)
     phases = shift_phases(poses.offsets_px, observations.plane).to(slices.dtype)
     return slices * phases * observations.ctf
 

@@ -21,10 +21,10 @@ from torch import Tensor
 from cryorecon.engines.accumulate import NormalEquations
 from cryorecon.engines.network_map import GRID_MARGIN, FitConfig, NetworkMap
 from cryorecon.engines.observations import Observations, centred
-from cryorecon.engines.refine import derivatives, slices_with_gradient
 from cryorecon.networks.mfn import MfnConfig, paper_bands
 from cryorecon.physics.fourier import max_band, shift_phases
 from cryorecon.physics.masks import Support
+from cryorecon.physics.pose_derivatives import derivatives, slices_with_gradient
 from cryorecon.physics.projection import extract_slices, padded_transform
 from cryorecon.physics.rotations import exp_map
 

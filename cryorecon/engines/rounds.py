@@ -20,9 +20,7 @@ from cryorecon.engines.reconstruction import (
     shell_prior,
 )
 from cryorecon.engines.refine import (
-    Derivatives,
     Poses,
-    derivatives,
     image_scales,
     predictions,
     refine_poses,
@@ -32,6 +30,7 @@ from cryorecon.engines.shrinking import ShrinkingBatch, at_once
 from cryorecon.image_table import kept
 from cryorecon.physics.fourier import HalfPlane, max_band
 from cryorecon.physics.masks import molecule_mask
+from cryorecon.physics.pose_derivatives import Derivatives, derivatives
 from cryorecon.physics.projection import to_volume
 from cryorecon.physics.rotations import geodesic_distance_deg
 from cryorecon.ranks import Ranks

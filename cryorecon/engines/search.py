@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,8 @@ from cryorecon.physics.projection import extract_slices, padded_transform
 # Scores of images against poses: numbers at once on the CPU, bytes each, and most on a GPU.
 _BEST, _EXPECTED = 20_000_000, 40_000_000
 _SCORE_BYTES, _MOST_SCORES = 8, 1_000_000_000
+# Log-likelihood behind the likeliest pose's at which a pose counts for nothing.
+_LEAST = -40.0
 
 
 def offset_grid(range_px: float, step_px: float, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -45,27 +48,25 @@ class GridPosterior:
 
 @dataclass(frozen=True)
 class _Grid:
-    """All poses of a grid: templates as real numbers (r, 2m), their power (r, m), offsets."""
+    """All poses of a grid: templates and their power side by side (r, 3m), offsets."""
 
-    templates: Tensor
-    power: Tensor
+    table: Tensor
     offsets_px: Tensor
 
     @staticmethod
-    def of(templates: Tensor, offsets_px: Tensor) -> _Grid:
-        return _Grid(as_real(templates), templates.abs() ** 2, offsets_px)
+    def of(templates: Tensor, offsets_px: Tensor, temperature: float = 1.0) -> _Grid:
+        table = torch.cat([2 * as_real(templates), -(templates.abs() ** 2)], -1)
+        return _Grid(table / temperature, offsets_px)
 
-    def scores(self, batch: Observations) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-likelihoods (b, s, r), shifted images (b, s, 2m) and weights (b, m)."""
+    def scores(self, batch: Observations) -> tuple[Tensor, Tensor]:
+        """Log-likelihoods over the temperature (b, s, r), and what they come from (b, s, 3m).
+
+        That is shifted images and their weights: one product says ``2 Re <m, S> - <w, |S|^2>``.
+        """
         matched, weights = batch.matched()
         shifted = as_real(centred(matched[:, None, :], self.offsets_px[None], batch.plane))
-        score = torch.baddbmm(
-            -(weights @ self.power.T)[:, None, :].expand(-1, len(self.offsets_px), -1),
-            shifted,
-            self.templates.T.expand(len(batch), -1, -1),
-            alpha=2.0,
-        )
-        return score, shifted, weights
+        rows = torch.cat([shifted, weights[:, None].expand(-1, shifted.shape[1], -1)], -1)
+        return (rows.flatten(0, 1) @ self.table.T).unflatten(0, rows.shape[:2]), rows
 
 
 def best_grid_pose(
@@ -143,29 +144,29 @@ def grid_expectation(
     weight : Tensor, shape (r, m), real
     """
     (r, m), s = templates.shape, len(offsets_px)
-    grid = _Grid.of(templates, offsets_px)
-    signal = templates.real.new_zeros(r, 2 * m)
-    weight = templates.real.new_zeros(r, m)
-    log_poses = torch.log(torch.tensor(float(r * s))).to(weight.device)
+    grid = _Grid.of(templates, offsets_px, temperature)
+    sums = torch.zeros_like(grid.table)
+    log_poses = math.log(r * s)
 
     def expect(part: slice) -> tuple[Tensor, Tensor]:
-        score, shifted, weights = grid.scores(observations.select(part))
-        score.div_(temperature)
-        flat = score.view(len(score), -1)
+        score, rows = grid.scores(observations.select(part))
+        flat = score.flatten(1)
         peak = flat.amax(-1, keepdim=True)
-        flat.sub_(peak).exp_()
+        # Not less: numbers below those of full precision take ten times as long, in exp too.
+        flat.sub_(peak).clamp_(min=_LEAST).exp_()
         total = flat.sum(-1, keepdim=True)
-        flat.div_(total)
-        evidence, by_rotation = (peak + total.log()).squeeze(-1) - log_poses, score.sum(1)
+        evidence = (peak + total.log()).squeeze(-1) - log_poses
+        effective = (total.squeeze(-1) / torch.linalg.vector_norm(flat, dim=-1)).square()
+        rows.div_(total[..., None])
         # Sums change last: until then memory may end, and the part be repeated.
-        signal.addmm_(score.view(-1, r).T, shifted.view(-1, 2 * m))
-        weight.addmm_(by_rotation.T, weights)
-        return evidence, 1 / flat.square_().sum(-1)
+        sums.addmm_(score.view(-1, r).T, rows.view(-1, 3 * m))
+        return evidence, effective
 
     parts = _parts(chunk_elements or _scores_at_once(_EXPECTED, templates), r * s)
     found = [values for _, values in parts.over(len(observations), expect)]
     posterior = GridPosterior(*(torch.cat(p) for p in zip(*found, strict=True)))
-    return posterior, torch.complex(signal[:, :m], signal[:, m:]), weight
+    real, imaginary, weight = sums.split(m, -1)
+    return posterior, torch.complex(real.contiguous(), imaginary.contiguous()), weight
 
 
 def accumulate_grid(

@@ -9,13 +9,13 @@ fall-off. ``insert_slices`` and ``backproject`` are the exact adjoints of ``extr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cryorecon.physics import points
 from cryorecon.physics.fourier import (
     HalfPlane,
     centred_frequencies,
@@ -23,9 +23,6 @@ from cryorecon.physics.fourier import (
     fft_centred,
     ifft_centred,
 )
-
-# Points whose corners and weights (100 bytes each) stay in a core's cache.
-_POINTS_AT_ONCE = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -128,44 +125,6 @@ def padded_transform_adjoint(values: Tensor, box: int, padding: int) -> Tensor:
     return volume / gridding_correction(box, padding, volume.dtype, volume.device)
 
 
-def _sides(rotations: Tensor, plane: HalfPlane, size: int, padding: int) -> tuple[Tensor, Tensor]:
-    """Index of each coefficient's lowest corner, (b * m,), and weights along axes, (2, 3, b * m).
-
-    Of the lower and the upper side along x, y and z.
-    """
-    frequencies = plane.frequencies.to(rotations.dtype) * padding
-    # A.T @ (kx, ky, 0), one row for each of x, y, z.
-    points = (rotations[..., :2, :].permute(2, 0, 1) @ frequencies.T).flatten(1) + size // 2
-    lower = points.floor()
-    upper = points - lower
-    x, y, z = lower.to(torch.int64).unbind(0)
-    return (z * size + y) * size + x, torch.stack([1 - upper, upper])
-
-
-def _corners(rotations: Tensor, plane: HalfPlane, size: int, padding: int) -> tuple[Tensor, Tensor]:
-    """Index of each coefficient's lowest corner, (b * m,), and trilinear weights, (8, b * m).
-
-    Corners come first: everything is computed along the many points, not along the eight.
-    """
-    base, sides = _sides(rotations, plane, size, padding)
-    weights = sides[:, None, 2] * sides[None, :, 1]
-    weights = weights[:, :, None] * sides[None, None, :, 0]
-    return base, weights.flatten(0, 2)
-
-
-def _from_lowest(size: int, device: torch.device) -> Tensor:
-    """What is added to the index of the lowest corner for each of the eight."""
-    steps = torch.arange(8, device=device)
-    return (steps >> 2) * size * size + ((steps >> 1) & 1) * size + (steps & 1)
-
-
-def _in_cache(rotations: Tensor, plane: HalfPlane) -> int:
-    """Rotations to work on at a time: what a CPU's cache holds, all of them elsewhere."""
-    if rotations.device.type != "cpu":
-        return max(1, len(rotations))
-    return max(1, _POINTS_AT_ONCE // max(1, len(plane)))
-
-
 def extract_slices(transform: Transform, rotations: Tensor, plane: HalfPlane) -> Tensor:
     """Central slices of a map's transform by trilinear interpolation.
 
@@ -196,8 +155,7 @@ class _Slices(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(values, rotations)
         ctx.plane, ctx.padding = plane, padding
-        table = torch.view_as_real(values)
-        return torch.view_as_complex(interpolate(table, rotations, plane, padding))
+        return points.read(values, rotations, plane, padding)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
@@ -206,67 +164,8 @@ class _Slices(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             of_values = insert_slices(gradient, rotations, plane, len(values), padding)
         if ctx.needs_input_grad[1]:
-            step, cube = _in_cache(rotations, plane), values.contiguous()
-            pairs = zip(gradient.split(step), rotations.split(step), strict=True)
-            parts = [_in_rotations(cube, *pair, plane, padding) for pair in pairs]
-            of_rotations = torch.cat(parts)
+            of_rotations = points.turn(values, gradient, rotations, plane, padding)
         return of_values, of_rotations, None, None
-
-
-def _in_rotations(
-    values: Tensor, gradient: Tensor, rotations: Tensor, plane: HalfPlane, padding: int
-) -> Tensor:
-    """Derivative in the rotations of ``Re sum conj(gradient) slices``, shape (b, 3, 3)."""
-    size = values.shape[0]
-    base, sides = _sides(rotations, plane, size, padding)
-    corners = values.view(-1)[base + _from_lowest(size, values.device)[:, None]]
-    # Of the weight of each corner, [z, y, x, point].
-    of_weight = (corners * gradient.conj().reshape(-1)).real.view(2, 2, 2, -1)
-    x, y, z = sides.to(of_weight.dtype).unbind(1)
-    along_x, along_y = (of_weight * x).sum(2), of_weight * y[:, None]
-    of_point = torch.stack(
-        [
-            (of_weight.diff(dim=2)[:, :, 0] * z[:, None] * y).sum((0, 1)),
-            (along_x.diff(dim=1)[:, 0] * z).sum(0),
-            (along_y.sum(1) * x).sum(1).diff(dim=0)[0],
-        ]
-    ).view(3, len(rotations), len(plane))
-    rows = of_point.permute(1, 2, 0).to(rotations.dtype)
-    turned = plane.frequencies.to(rotations.dtype).T @ rows * padding
-    return torch.nn.functional.pad(turned, (0, 0, 0, 1))
-
-
-def interpolate(table: Tensor, rotations: Tensor, plane: HalfPlane, padding: int) -> Tensor:
-    """Trilinear interpolation of c real fields at the points of central slices.
-
-    Parameters
-    ----------
-    table : Tensor, shape (P, P, P, c), real
-        Fields on a centred grid with steps of ``1 / padding`` cycles per box.
-    rotations : Tensor, shape (b, 3, 3)
-    plane : HalfPlane of m coefficients
-    padding : int
-
-    Returns
-    -------
-    Tensor, shape (b, m, c)
-    """
-    size, rows = table.shape[0], table.reshape(-1, table.shape[-1])
-
-    corners = _from_lowest(size, table.device)
-
-    def of(some: Tensor) -> Tensor:
-        base, weights = _corners(some, plane, size, padding)
-        return torch.nn.functional.embedding_bag(
-            base[:, None] + corners,
-            rows,
-            per_sample_weights=weights.T.to(rows.dtype).contiguous(),
-            mode="sum",
-        )
-
-    parts = [of(some) for some in rotations.split(_in_cache(rotations, plane))]
-    values = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return values.view(len(rotations), len(plane), rows.shape[1])
 
 
 def insert_slices(
@@ -288,46 +187,8 @@ def insert_slices(
     Tensor, shape (size, size, size)
     """
     grid = slices.new_zeros(size, size, size)
-    spread(slices, rotations, plane, grid, padding)
+    points.add([(slices, grid)], rotations, plane, padding)
     return grid
-
-
-def spread(slices: Tensor, rotations: Tensor, plane: HalfPlane, grid: Tensor, padding: int) -> None:
-    """Add slices to a grid, in place: the adjoint of :func:`extract_slices`.
-
-    The order of additions is that of images and coefficients, the same in every run on a CPU.
-
-    Parameters
-    ----------
-    slices : Tensor, shape (b, m), real or complex
-    rotations : Tensor, shape (b, 3, 3)
-    plane : HalfPlane of m coefficients
-    grid : Tensor, shape (size, size, size), contiguous
-        Real or complex like the slices.
-    padding : int
-    """
-    spread_all([(slices, grid)], rotations, plane, padding)
-
-
-def spread_all(
-    pairs: Sequence[tuple[Tensor, Tensor]], rotations: Tensor, plane: HalfPlane, padding: int
-) -> None:
-    """The same for several sets of slices with grids of one size each."""
-    size, step = pairs[0][1].shape[0], _in_cache(rotations, plane)
-    corners = _from_lowest(size, rotations.device)[:, None]
-    # Row by row neighbours in the list are neighbours on the grid.
-    kx, ky = plane.frequencies.unbind(-1)
-    order = torch.argsort(ky * plane.box + kx)
-    rows = replace(plane, frequencies=plane.frequencies[order])
-    for start in range(0, len(rotations), step):
-        here = slice(start, start + step)
-        base, weights = _corners(rotations[here], rows, size, padding)
-        index = (base + corners).view(-1)
-        wanted = [slices[here, order].to(grid.dtype).reshape(-1) for slices, grid in pairs]
-        found = [weights.to(values.real.dtype) * values for values in wanted]
-        # Grids change once no more memory is asked for: what did not fit can be repeated.
-        for (_, grid), values in zip(pairs, found, strict=True):
-            grid.view(-1).scatter_add_(0, index, values.view(-1))
 
 
 def project(volume: Tensor, rotations: Tensor, plane: HalfPlane, padding: int = 2) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 
 from cryorecon.conventions import euler_to_matrix
 from cryorecon.engines.reconstruction import Reconstruction
-from cryorecon.engines.refine import derivatives, refine_poses
+from cryorecon.engines.refine import refine_poses
 from cryorecon.engines.rmfn import RmfnConfig
 from cryorecon.engines.rounds import refine_round
 from cryorecon.io.mrc import read_map
@@ -24,6 +24,7 @@ from cryorecon.io.particles import read_particles
 from cryorecon.maps.fsc import fsc_curve, resolution_at
 from cryorecon.physics.fourier import max_band
 from cryorecon.physics.masks import Support
+from cryorecon.physics.pose_derivatives import derivatives
 from cryorecon.physics.rotations import exp_map, geodesic_distance_deg
 from cryorecon.run.load import half_sets, load_observations
 

@@ -19,10 +19,11 @@ from limits import read_truth
 from cryorecon.engines.accumulate import NormalEquations
 from cryorecon.engines.least_squares import least_squares_map
 from cryorecon.engines.observations import centred
-from cryorecon.engines.refine import PoseObjective, derivatives
+from cryorecon.engines.refine import PoseObjective
 from cryorecon.engines.rmfn import RmfnConfig, Search
 from cryorecon.engines.search import accumulate_grid, grid_expectation
 from cryorecon.physics.fourier import max_band
+from cryorecon.physics.pose_derivatives import derivatives
 from cryorecon.physics.projection import extract_slices, padded_transform
 from cryorecon.run.load import load_observations
 

@@ -17,10 +17,11 @@ from cryorecon.engines.accumulate import NormalEquations
 from cryorecon.engines.least_squares import least_squares_map
 from cryorecon.engines.observations import Observations, centred
 from cryorecon.engines.reconstruction import RefineConfig, offsets_for
-from cryorecon.engines.refine import PoseObjective, Poses, derivatives, predictions, residual_power
+from cryorecon.engines.refine import PoseObjective, Poses, predictions, residual_power
 from cryorecon.engines.search import best_grid_pose
 from cryorecon.physics.fourier import half_plane, max_band, to_coefficients
 from cryorecon.physics.masks import soft_ball
+from cryorecon.physics.pose_derivatives import derivatives
 from cryorecon.physics.projection import extract_slices, padded_transform
 from cryorecon.physics.rotations import random_rotations, so3_grid
 from cryorecon.run.load import normalised
