@@ -35,6 +35,18 @@ def test_inverse_undoes_forward(box, generator):
 
 
 @pytest.mark.parametrize("box", BOXES)
+@pytest.mark.parametrize(("size", "keep"), [(34, 34), (35, 12), (36, 13), (17, 9)])
+def test_padded_transforms_are_the_middle_of_the_whole_ones(box, size, keep, generator):
+    volume = torch.randn(box, box, box, generator=generator, dtype=torch.float64)
+    crop = fourier.crop_or_pad_centred
+    whole = fourier.fft_centred(crop(volume, size, 3), 3)
+    found = fourier.fft_padded(volume, size, keep, 3)
+    assert torch.allclose(found, crop(whole, keep, 3), atol=1e-10)
+    back = fourier.ifft_centred(crop(found, size, 3), 3)
+    assert torch.allclose(fourier.ifft_cropped(found, size, box, 3), crop(back, box, 3), atol=1e-12)
+
+
+@pytest.mark.parametrize("box", BOXES)
 def test_half_plane_is_sorted_and_holds_one_of_each_pair(box):
     plane = fourier.half_plane(box)
     assert (plane.radius.diff() >= 0).all()

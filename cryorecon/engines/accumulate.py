@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cryorecon.physics import points
 from cryorecon.physics.fourier import HalfPlane, radius_grid, shell_sums
-from cryorecon.physics.projection import Transform
+from cryorecon.physics.projection import Transform, reach
 
 
 @dataclass
@@ -38,7 +38,7 @@ class NormalEquations:
         band: float, padding: int, dtype: torch.dtype, device: torch.device | str
     ) -> NormalEquations:
         """Nothing seen yet; reaches as far as `band` cycles per box."""
-        size = 2 * (int(band * padding) + 2)
+        size = reach(band, padding)
         weight = torch.zeros(size, size, size, dtype=dtype, device=device)
         return NormalEquations(torch.complex(weight, weight.clone()), weight.clone(), padding)
 
@@ -78,8 +78,8 @@ class NormalEquations:
 
     def shells(self) -> Tensor:
         """Shell, in cycles per box, of each grid point; shape (P, P, P), int64."""
-        radius = radius_grid(self.weight.shape[-1], 3, self.weight.device) / self.padding
-        return (radius + 0.5).long()
+        radius = radius_grid(self.weight.shape[-1], 3, self.weight.device)
+        return radius.div_(self.padding).add_(0.5).long()
 
     def shell_mean_weight(self) -> Tensor:
         """Mean weight by shell, shape (n_shells,)."""

@@ -90,7 +90,7 @@ class _RealSpace(Decoder):
 
     def transform(self, band: float) -> Transform:
         """The map's transform up to `band` cycles per box."""
-        return padded_transform(self.density(band), _PADDING).within(band)
+        return padded_transform(self.density(band), _PADDING, band)
 
     def volume(self, band: float) -> Tensor:
         """The map up to `band` cycles per box on the images' grid, within its support."""

@@ -75,9 +75,12 @@ def _rfft_layout(centred: Tensor) -> Tensor:
 
 
 def _convolve(values: Tensor, kernel: Tensor) -> Tensor:
-    box, size = len(values), len(kernel)
-    spectrum = torch.fft.rfftn(values, s=(size,) * 3) * kernel
-    return torch.fft.irfftn(spectrum, s=(size,) * 3)[:box, :box, :box]
+    # Axis by axis: rows of zeros are not transformed, nor what is cut off.
+    box, size, fft = len(values), len(kernel), torch.fft
+    spectrum = fft.fft(fft.rfft(values, n=size, dim=2), n=size, dim=1)
+    spectrum = fft.fft(spectrum, n=size, dim=0).mul_(kernel)
+    spectrum = fft.ifft(fft.ifft(spectrum, dim=0)[:box], dim=1)[:, :box]
+    return fft.irfft(spectrum, n=size, dim=2)[:, :, :box]
 
 
 def _conjugate_gradients(

@@ -155,7 +155,7 @@ def grid_poses(
     grid = so3_grid(nside, torch.float32)[0].to(device)
     shifts = offsets_for(config, plane.box, band).to(device)
     coarse = resample_sums(volume, min(plane.box, 2 * (int(band) + 5)))
-    transform = padded_transform(coarse).within(band)
+    transform = padded_transform(coarse, band=band)
     everyone = images.in_file_order(torch.arange(len(images)))
     for number, block in enumerate(everyone.split(_TURNED_TOGETHER), 1):
         # Drawn for every block, whoever works on it.

@@ -185,7 +185,7 @@ class Search:
         with torch.no_grad():
             volume = self.network.volume(0)
             self.ranks.same(volume)
-            transform = padded_transform(volume).within(self.band)
+            transform = padded_transform(volume, band=self.band)
             templates = extract_slices(transform, rotations, batch.plane)
             posterior, signal, weight = grid_expectation(
                 batch, templates, self.offsets, temperature
@@ -290,7 +290,7 @@ def scaled_to_images(volume: Tensor, images: ImageSet, config: RmfnConfig) -> Te
     smooth = lowpass(volume, float(band), 3)
     batch = images.select(torch.arange(len(images))[:: max(1, len(images) // 500)], band)
     grid = so3_grid(2, torch.float32)[0].to(volume.device)
-    slices = extract_slices(padded_transform(smooth).within(band), grid, batch.plane)
+    slices = extract_slices(padded_transform(smooth, band=band), grid, batch.plane)
     power, shell = slices.abs().square().mean(0), batch.plane.shell
     noise = batch.noise_power[:, shell][batch.group]
     precision = batch.precision()

@@ -192,7 +192,7 @@ def evidence(
     grid : Tensor, shape (r, 3, 3)
     offsets_px : Tensor, shape (s, 2)
     """
-    transform = padded_transform(volume).within(float(observations.plane.radius[-1]))
+    transform = padded_transform(volume, band=float(observations.plane.radius[-1]))
     grid, offsets_px = grid.to(volume.device), offsets_px.to(volume.device)
     templates = extract_slices(transform, grid, observations.plane)
     found = grid_expectation(observations, templates, offsets_px)[0].log_evidence

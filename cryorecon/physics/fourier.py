@@ -53,6 +53,52 @@ def crop_or_pad_centred(array: Tensor, box: int, ndim: int) -> Tensor:
     return array
 
 
+def fft_padded(array: Tensor, size: int, keep: int, ndim: int) -> Tensor:
+    """The middle of the centred DFT of zero-padded samples, without transforming the zeros.
+
+    ``crop(fft_centred(pad(array, size)), keep)``, axis by axis: rows that are still zero, and
+    frequencies that nobody wants, take no time.
+
+    Parameters
+    ----------
+    array : Tensor, shape (..., N, ..., N)
+        Samples, N at most `size`.
+    size, keep : int
+        Points a side of the padded box, and of what is kept of its transform.
+    """
+    for dim in range(-1, -ndim - 1, -1):
+        array = _middle(torch.fft.fft(_wrapped(array, dim, size), dim=dim), dim, keep)
+    return array
+
+
+def ifft_cropped(array: Tensor, size: int, box: int, ndim: int) -> Tensor:
+    """The middle of the samples of a centred transform whose outer frequencies are zero; complex.
+
+    ``crop(ifft_centred(pad(array, size)), box)``, the way back of :func:`fft_padded`.
+    """
+    for dim in range(-ndim, 0):
+        array = _middle(torch.fft.ifft(_wrapped(array, dim, size), dim=dim), dim, box)
+    return array
+
+
+def _wrapped(array: Tensor, dim: int, size: int) -> Tensor:
+    """``ifftshift(pad(array))`` along one axis."""
+    length = array.shape[dim]
+    before, after = array.split([length // 2, length - length // 2], dim)
+    if size == length:
+        return torch.cat([after, before], dim)
+    shape = list(array.shape)
+    shape[dim] = size - length
+    return torch.cat([after, array.new_zeros(shape), before], dim)
+
+
+def _middle(array: Tensor, dim: int, length: int) -> Tensor:
+    """``crop(fftshift(array))`` along one axis."""
+    low, size = length // 2, array.shape[dim]
+    parts = array.narrow(dim, size - low, low), array.narrow(dim, 0, length - low)
+    return torch.cat(parts, dim)
+
+
 def resample_sums(volume: Tensor, box: int) -> Tensor:
     """A map of voxel sums on another grid: the same transform, cropped or padded."""
     return ifft_centred(crop_or_pad_centred(fft_centred(volume, 3), box, 3), 3).real
@@ -99,9 +145,11 @@ def sample_volume(volume: Tensor, box: int, step: float) -> Tensor:
 
 def radius_grid(box: int, ndim: int, device: torch.device | None = None) -> Tensor:
     """Distance from the origin, in samples, of each point of a centred grid; float64."""
-    axis = centred_frequencies(box, device).double()
-    grids = torch.meshgrid(*([axis] * ndim), indexing="ij")
-    return torch.sqrt(sum(grid**2 for grid in grids))  # type: ignore[arg-type]
+    squares = centred_frequencies(box, device).double() ** 2
+    total = squares
+    for _ in range(ndim - 1):
+        total = total[..., None] + squares
+    return total.sqrt_()
 
 
 def lowpass(array: Tensor, band: float, ndim: int, width: float = 2.0) -> Tensor:

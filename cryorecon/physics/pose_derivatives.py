@@ -13,12 +13,11 @@ from cryorecon.physics import compiled
 from cryorecon.physics.fourier import (
     HalfPlane,
     centred_frequencies,
-    crop_or_pad_centred,
-    fft_centred,
+    fft_padded,
     shift_phases,
 )
 from cryorecon.physics.points import as_array, on_cpu, points_for, points_of, read, read_fields
-from cryorecon.physics.projection import gridding_correction
+from cryorecon.physics.projection import gridding_correction, reach
 
 
 @dataclass(frozen=True)
@@ -53,12 +52,11 @@ def derivatives(volume: Tensor, padding: int, band: float) -> Derivatives:
     box = volume.shape[-1]
     corrected = volume / gridding_correction(box, padding, volume.dtype, volume.device)
     axis = centred_frequencies(box, volume.device).to(volume.dtype) * (-2 * torch.pi / box)
-    size = min(box * padding, 2 * (int(band * padding) + 2))
+    size = min(box * padding, reach(band, padding))
     grids = []
     for ramp in (None, axis, axis[:, None], axis[:, None, None]):
         source = corrected if ramp is None else corrected * ramp
-        transform = fft_centred(crop_or_pad_centred(source, box * padding, 3), 3)
-        transform = crop_or_pad_centred(transform, size, 3)
+        transform = fft_padded(source, box * padding, size, 3)
         grids.append(torch.view_as_real(transform if ramp is None else transform * 1j))
     return Derivatives(torch.cat(grids, -1).contiguous(), grids[0].contiguous(), padding)
 

@@ -20,8 +20,8 @@ from cryorecon.physics.fourier import (
     HalfPlane,
     centred_frequencies,
     crop_or_pad_centred,
-    fft_centred,
-    ifft_centred,
+    fft_padded,
+    ifft_cropped,
 )
 
 
@@ -42,10 +42,15 @@ class Transform:
 
     def within(self, band: float) -> Transform:
         """The part that slices up to radius `band` (cycles per box) read: a smaller cube."""
-        size = 2 * (int(band * self.padding) + 2)
+        size = reach(band, self.padding)
         if size >= self.values.shape[-1]:
             return self
         return Transform(crop_or_pad_centred(self.values, size, 3), self.padding)
+
+
+def reach(band: float, padding: int) -> int:
+    """Points a side of the grid that slices up to a radius of `band` cycles per box read."""
+    return 2 * (int(band * padding) + 2)
 
 
 def gridding_correction(
@@ -62,7 +67,7 @@ def gridding_correction(
     return axis[:, None, None] * axis[None, :, None] * axis[None, None, :]
 
 
-def padded_transform(volume: Tensor, padding: int = 2) -> Transform:
+def padded_transform(volume: Tensor, padding: int = 2, band: float | None = None) -> Transform:
     """Oversampled transform of a map, corrected for the interpolation to come.
 
     Parameters
@@ -71,10 +76,14 @@ def padded_transform(volume: Tensor, padding: int = 2) -> Transform:
         Indexed [z, y, x].
     padding : int
         Oversampling factor of the transform.
+    band : float, optional
+        How far slices will reach, in cycles per box: the part of :meth:`Transform.within`.
     """
     box = volume.shape[-1]
     corrected = volume / gridding_correction(box, padding, volume.dtype, volume.device)
-    return Transform(fft_centred(crop_or_pad_centred(corrected, box * padding, 3), 3), padding)
+    size = box * padding
+    keep = size if band is None else min(size, reach(band, padding))
+    return Transform(fft_padded(corrected, size, keep, 3), padding)
 
 
 def gridded_transform(volume: Tensor, padding: int = 2) -> Transform:
@@ -89,7 +98,7 @@ def gridded_transform(volume: Tensor, padding: int = 2) -> Transform:
     """
     box = volume.shape[-1]
     fallen = volume * gridding_correction(box, padding, volume.dtype, volume.device)
-    return Transform(fft_centred(crop_or_pad_centred(fallen, box * padding, 3), 3), padding)
+    return Transform(fft_padded(fallen, box * padding, box * padding, 3), padding)
 
 
 def to_volume(transform: Transform, box: int) -> Tensor:
@@ -110,18 +119,18 @@ def to_volume(transform: Transform, box: int) -> Tensor:
     -------
     Tensor, shape (N, N, N), real
     """
-    values = crop_or_pad_centred(transform.values, box * transform.padding, 3)
-    volume = crop_or_pad_centred(ifft_centred(values, 3).real, box, 3)
+    size = box * transform.padding
+    values = transform.values
+    if len(values) > size:
+        values = crop_or_pad_centred(values, size, 3)
+    volume = ifft_cropped(values, size, box, 3).real
     return volume / gridding_correction(box, transform.padding, volume.dtype, volume.device)
 
 
 def padded_transform_adjoint(values: Tensor, box: int, padding: int) -> Tensor:
     """Adjoint of :func:`padded_transform`: (P, P, P) complex to (N, N, N) real."""
-    size = values.shape[-1]
-    if size < box * padding:
-        values = crop_or_pad_centred(values, box * padding, 3)
-    volume = ifft_centred(values, 3).real * float(box * padding) ** 3
-    volume = crop_or_pad_centred(volume, box, 3)
+    size = box * padding
+    volume = ifft_cropped(values, size, box, 3).real * float(size) ** 3
     return volume / gridding_correction(box, padding, volume.dtype, volume.device)
 
 
