@@ -179,7 +179,8 @@ class Amortized:
             [
                 {"params": list(self.reader.encoder.parameters()), "lr": config.encoder_rate},
                 {"params": list(self.decoder.parameters()), "lr": config.decoder_rate},
-            ]
+            ],
+            fused=torch.device(device).type in ("cpu", "cuda"),
         )
         self.seen = 0
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)

@@ -76,7 +76,9 @@ class NetworkMap:
         self.fit_config = fit or FitConfig()
         self.network = ResidualMfn(config, generator).to(device)
         self.optimizer = torch.optim.Adam(
-            self.network.parameters(), lr=self.fit_config.learning_rate
+            self.network.parameters(),
+            lr=self.fit_config.learning_rate,
+            fused=torch.device(device).type in ("cpu", "cuda"),
         )
         self.support = support
         self.scale = 1.0
