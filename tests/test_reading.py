@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import simulated
 
 from cryorecon.engines import stream
 from cryorecon.engines.observations import ImageSet
 from cryorecon.errors import CryoreconError
 from cryorecon.io import mrc, text_table
+from cryorecon.io.particles import read_particles
+from cryorecon.io.read_ahead import ReadAhead
 from cryorecon.io.text_table import TextTable
 from cryorecon.physics import fourier
 from cryorecon.run import load
@@ -117,6 +122,7 @@ def test_training_reads_each_block_once_a_pass_in_file_order(generator, monkeypa
     rows_of = stream.Stream(n, 20, generator)
     for _ in range(n // 20):
         rows = next(rows_of)
+        ahead.expect(rows_of.upcoming)
         batch = ahead.select(rows)
         assert torch.equal(batch.coefficients[:, 0].real.long(), order[rows])
         assert torch.equal(batch.ctf[:, -1].long(), order[rows] + 1)
@@ -125,6 +131,43 @@ def test_training_reads_each_block_once_a_pass_in_file_order(generator, monkeypa
     assert torch.equal(torch.cat(asked).sort().values, torch.arange(n))
     for rows in asked:
         assert torch.equal(place[rows].diff(), torch.ones(len(rows) - 1, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("part", [16, 5])
+def test_blocks_of_a_training_are_told_before_they_are_read(generator, monkeypatch, part):
+    """Also the parts of blocks that are too large to be read at once."""
+    monkeypatch.setattr(stream, "_BLOCK", 16)
+    monkeypatch.setattr(stream, "_BLOCKS_AT_ONCE", 4)
+    monkeypatch.setattr(stream, "_BLOCKS_KEPT", 8)
+    monkeypatch.setattr(stream, "_PIXELS_AT_ONCE", part * 8 * 8)
+    n, asked, told = 640, [], []
+    images = image_set(n, asked)
+    images.source.expect = told.append
+    ahead, rows_of = stream.read_ahead(images), stream.Stream(n, 20, generator)
+    for _ in range(2 * n // 20):
+        rows = next(rows_of)
+        ahead.expect(rows_of.upcoming)
+        assert torch.equal(ahead.select(rows).coefficients[:, 0].real.long(), rows)
+    wanted = {tuple(rows.tolist()) for rows in told}
+    untold = [rows for rows in asked if tuple(rows.tolist()) not in wanted]
+    # The first of each pass.
+    assert len(untold) <= 2 * 4
+    assert max(map(len, asked)) == part
+
+
+def test_images_that_are_expected_are_those_of_the_file(tmp_path):
+    particles = read_particles(simulated(tmp_path / "stack", 20, 16, 1.0) / "particles.star")
+    ahead, rows = ReadAhead(particles), np.arange(20)
+    for _ in range(2):
+        for now, later in pairwise([rows[:7], rows[5:9], rows[:0], rows[::-1]]):
+            ahead.expect(later)
+            assert np.array_equal(ahead.images(now), particles.images(now))
+    stack = tmp_path / "stack" / "particles.mrcs"
+    stack.write_bytes(stack.read_bytes()[:-10])
+    ahead.expect(rows[15:])
+    assert np.array_equal(ahead.images(rows[:5]), particles.images(rows[:5]))
+    with pytest.raises(CryoreconError, match="no longer be read"):
+        ahead.images(rows[15:])
 
 
 def test_rows_in_file_order(generator):

@@ -216,6 +216,7 @@ class Amortized:
             If the loss is not finite; no parameter has changed then.
         """
         rows = next(self._rows)
+        self._ahead.expect(self._rows.upcoming)
         # For the whole batch, whoever works on which part of it.
         wanted = self.config.reverse > 0
         plane = self.images.plane

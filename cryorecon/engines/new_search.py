@@ -19,6 +19,7 @@ from cryorecon.engines.reconstruction import (
 )
 from cryorecon.engines.refine import refine_poses
 from cryorecon.engines.rounds import agreement_band, image_batches, without_solvent
+from cryorecon.engines.shrinking import ShrinkingBatch
 from cryorecon.physics.fourier import max_band
 from cryorecon.physics.pose_derivatives import Derivatives, derivatives
 from cryorecon.physics.rotations import geodesic_distance_deg
@@ -171,14 +172,21 @@ def _climbed(
     batches = image_batches(own.plane.within(ladder.band), own.device)
     while some := list(islice(tried, _BLOCKS)):
         rows, rotations, offsets_px = (torch.cat(parts) for parts in zip(*some, strict=True))
-        search = partial(_better, own, ladder, held, rows, (rotations, offsets_px))
+        search = partial(_better, own, ladder, held, rows, (rotations, offsets_px), batches)
         yield from (result for _, result in batches.over(len(rows), search))
 
 
 def _better(
-    own: ImageSet, ladder: _Ladder, held: _Pairs, rows: Tensor, tried: _Pairs, span: slice
+    own: ImageSet,
+    ladder: _Ladder,
+    held: _Pairs,
+    rows: Tensor,
+    tried: _Pairs,
+    batches: ShrinkingBatch,
+    span: slice,
 ) -> _Found:
     mine = rows[span]
+    own.expect(rows[span.stop : span.stop + batches.size])
     known = held[0][mine].to(own.device), held[1][mine].to(own.device)
     some = tried[0][span], tried[1][span]
     gain, *pose = ladder.climb(own.select(mine, ladder.band), known, some)

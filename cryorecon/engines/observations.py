@@ -107,7 +107,7 @@ class ImageSet:
     plane : HalfPlane of m coefficients
     source : callable
         Given rows (b,) and a number k, the first k coefficients of these images, shape (b, k),
-        complex, and their CTF, real.
+        complex, and their CTF, real. It may have a method `expect`, see :meth:`expect`.
     noise_power : Tensor, shape (groups, n_shells), real
         Expected ``|noise|^2`` of a coefficient, by optics group and shell.
     group : Tensor, shape (n,), int32
@@ -184,6 +184,12 @@ class ImageSet:
         moved = (taken_to(v, self.device) for v in (coefficients, ctf, self.group[rows].long()))
         coefficients, ctf, group = moved
         return Observations(plane, coefficients, ctf, noise, group)
+
+    def expect(self, rows: Tensor) -> None:
+        """Tell which images will be selected next: they are read while others are worked on."""
+        expect = getattr(self.source, "expect", None)
+        if expect is not None:
+            expect(self.rows[rows].long())
 
     def in_file_order(self, rows: Tensor) -> Tensor:
         """Rows, ascending ones, as the disk gives them fastest."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -157,12 +158,14 @@ def grid_poses(
     coarse = resample_sums(volume, min(plane.box, 2 * (int(band) + 5)))
     transform = padded_transform(coarse, band=band)
     everyone = images.in_file_order(torch.arange(len(images)))
-    for number, block in enumerate(everyone.split(_TURNED_TOGETHER), 1):
+    blocks = [*everyone.split(_TURNED_TOGETHER), everyone[:0]]
+    for number, (block, following) in enumerate(pairwise(blocks), 1):
         # Drawn for every block, whoever works on it.
         turned = grid @ random_rotations(1, generator, torch.float32)[0].to(device)
         rows = images.mine(block)
         if len(rows) > 0:
             templates = extract_slices(transform, turned, plane)
+            images.expect(images.mine(following))
             batch = images.select(rows)
             rotation, offset = best_grid_pose(batch, templates, shifts, count=count)
             yield rows, turned[rotation], shifts[offset]

@@ -176,6 +176,7 @@ def _refined(
     batches = image_batches(images.plane, images.device)
 
     def refine(span: slice) -> list[_Refined]:
+        images.expect(rows[span.stop : span.stop + batches.size])
         both = images.select(rows[span])
         of_half = state.half[rows[span]]
         return [

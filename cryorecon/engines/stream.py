@@ -10,12 +10,15 @@ import torch
 from torch import Tensor
 
 from cryorecon.engines.observations import ImageSet, Source
+from cryorecon.physics.fourier import HalfPlane
 
 # Neighbours in the STAR file are read together; batches are drawn from a few such blocks at once.
 _BLOCK = 512
 _BLOCKS_AT_ONCE = 8
 # These and those that the last rows of the blocks before lie in.
 _BLOCKS_KEPT = 2 * _BLOCKS_AT_ONCE
+# Of a block that are read at once: eight megabytes.
+_PIXELS_AT_ONCE = 1 << 21
 
 
 class Stream:
@@ -35,6 +38,8 @@ class Stream:
         self.n, self.batch, self.generator = n, min(batch, n), generator
         self._ready = torch.empty(0, dtype=torch.int64)
         self._blocks: list[int] = []
+        # Rows that will be shuffled together next; none at the end of a pass.
+        self.upcoming = self._ready
 
     def __iter__(self) -> Iterator[Tensor]:
         return self
@@ -46,14 +51,18 @@ class Stream:
         return rows
 
     def _load(self) -> None:
-        starts = range(0, self.n, _BLOCK)
         if not self._blocks:
-            self._blocks = torch.randperm(len(starts), generator=self.generator).tolist()
+            count = -(-self.n // _BLOCK)
+            self._blocks = torch.randperm(count, generator=self.generator).tolist()
         some, self._blocks = self._blocks[:_BLOCKS_AT_ONCE], self._blocks[_BLOCKS_AT_ONCE:]
-        firsts = [starts[i] for i in some]
-        rows = torch.cat([torch.arange(i, min(i + _BLOCK, self.n)) for i in firsts])
+        rows = self._rows_of(some)
         rows = rows[torch.randperm(len(rows), generator=self.generator)]
         self._ready = torch.cat([self._ready, rows])
+        self.upcoming = self._rows_of(self._blocks[:_BLOCKS_AT_ONCE])
+
+    def _rows_of(self, blocks: list[int]) -> Tensor:
+        parts = [torch.arange(i * _BLOCK, min((i + 1) * _BLOCK, self.n)) for i in blocks]
+        return torch.cat([self._ready[:0], *parts])
 
     def state(self) -> dict[str, Any]:
         """What is left of this pass over the images, without the generator."""
@@ -63,6 +72,7 @@ class Stream:
     def load(self, state: dict[str, Any]) -> None:
         """Go on from what :meth:`state` gave."""
         self._ready, self._blocks = state["ready"], state["blocks"].tolist()
+        self.upcoming = self._rows_of(self._blocks[:_BLOCKS_AT_ONCE])
 
 
 def read_ahead(images: ImageSet) -> ImageSet:
@@ -77,7 +87,7 @@ def read_ahead(images: ImageSet) -> ImageSet:
         Up to the frequencies that are wanted.
     """
     order = images.in_file_order(torch.arange(len(images)))
-    source = _Blocks(images.source, images.rows[order], len(images.plane))
+    source = _Blocks(images.source, images.rows[order], images.plane)
     return replace(
         images,
         source=source,
@@ -91,31 +101,69 @@ def read_ahead(images: ImageSet) -> ImageSet:
 class _Blocks:
     """A source that keeps the blocks that were used last, as many as there are places."""
 
-    def __init__(self, source: Source, rows: Tensor, count: int) -> None:
-        self.source, self.rows, self.count = source, rows, count
+    def __init__(self, source: Source, rows: Tensor, plane: HalfPlane) -> None:
+        self.source, self.rows, self.count = source, rows, len(plane)
         blocks = -(-len(rows) // _BLOCK)
         held = min(_BLOCKS_KEPT, blocks) * _BLOCK
-        self.kept = torch.empty(held, count, dtype=torch.complex64), torch.empty(held, count)
+        kept = torch.empty(held, self.count, dtype=torch.complex64)
+        self.kept = kept, torch.empty(held, self.count)
         # Place of each block, the one that was used longest ago first.
         self.places: dict[int, int] = {}
+        self.expected: list[int] = []
+        self.told = rows[:0]
+        # Images of a block that are read at once.
+        self.part = max(1, min(_BLOCK, _PIXELS_AT_ONCE // plane.box**2))
+
+    def expect(self, rows: Tensor) -> None:
+        """Begin to read the blocks of rows that will be asked for soon, together."""
+        if torch.equal(rows, self.told):
+            return
+        self.told = rows
+        self.expected = [b for b in (rows // _BLOCK).unique().tolist() if b not in self.places]
+        if self.expected:
+            self._expect(self._of(self.expected[0])[: self.part])
 
     def __call__(self, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
         block = rows // _BLOCK
         needed = block.unique()
-        places = torch.tensor([self._place(number) for number in needed.tolist()])
+        self._keep(needed.tolist())
+        places = torch.tensor([self.places[number] for number in needed.tolist()])
         where = places[torch.searchsorted(needed, block)] * _BLOCK + rows % _BLOCK
         coefficients, ctf = self.kept
         return coefficients[where, :count], ctf[where, :count]
 
+    def _keep(self, needed: list[int]) -> None:
+        """Have these blocks in their places; of those that are expected together, all."""
+        new = [number for number in needed if number not in self.places]
+        if not set(new).isdisjoint(self.expected):
+            new = self.expected + [number for number in new if number not in self.expected]
+            self.expected = []
+        for number in needed:  # Not to be put out for the new ones.
+            if number in self.places:
+                self.places[number] = self.places.pop(number)
+        parts = [(n, i) for n in new for i in range(0, len(self._of(n)), self.part)]
+        for i, (number, first) in enumerate(parts):
+            for after, start in parts[i + 1 : i + 2]:
+                self._expect(self._of(after)[start : start + self.part])
+            rows = self._of(number)[first : first + self.part]
+            place = self._place(number) * _BLOCK + first
+            for kept, found in zip(self.kept, self.source(rows, self.count), strict=True):
+                kept[place : place + len(rows)] = found
+
+    def _of(self, number: int) -> Tensor:
+        """The images of a block."""
+        return self.rows[number * _BLOCK : (number + 1) * _BLOCK].long()
+
+    def _expect(self, rows: Tensor) -> None:
+        expect = getattr(self.source, "expect", None)
+        if expect is not None:
+            expect(rows)
+
     def _place(self, number: int) -> int:
-        if number in self.places:
-            place = self.places.pop(number)
-        else:
+        """Where a block lies: if need be, in the place of the one that was used longest ago."""
+        if number not in self.places:
             place = len(self.places)
-            if place * _BLOCK == len(self.kept[0]):
+            if place * _BLOCK >= len(self.kept[0]):
                 place = self.places.pop(next(iter(self.places)))
-            rows = self.rows[number * _BLOCK : (number + 1) * _BLOCK].long()
-            for kept, new in zip(self.kept, self.source(rows, self.count), strict=True):
-                kept[place * _BLOCK : place * _BLOCK + len(rows)] = new
-        self.places[number] = place
-        return place
+            self.places[number] = place
+        return self.places[number]

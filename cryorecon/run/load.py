@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -16,6 +16,7 @@ from cryorecon.engines.observations import ImageSet, Source
 from cryorecon.errors import CryoreconError
 from cryorecon.io.mrc import read_map
 from cryorecon.io.particles import Particles
+from cryorecon.io.read_ahead import ReadAhead
 from cryorecon.physics.ctf import CtfParameters, ctf
 from cryorecon.physics.fourier import HalfPlane, half_plane, to_coefficients
 from cryorecon.physics.imaging import noise_power_outside
@@ -54,10 +55,14 @@ def normalised(images: Tensor, outside: Tensor) -> Tensor:
 class _FromDisk:
     """A source that reads, normalises and transforms the images each time."""
 
-    particles: Particles
+    reader: ReadAhead
     optics: CtfParameters
     plane: HalfPlane
     outside: Tensor
+
+    def expect(self, rows: Tensor) -> None:
+        """Read these rows, wanted next, while others are worked on."""
+        self.reader.expect(rows.numpy())
 
     def __call__(self, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
         plane, raw = self.plane.first(count), self._raw(rows)
@@ -70,18 +75,20 @@ class _FromDisk:
             gain[some] = self.ctf(rows[some], count)
         return coefficients, gain
 
-    def images(self, rows: Tensor) -> Tensor:
-        """Normalised images of some rows, shape (b, N, N)."""
+    def images(self, rows: Tensor, following: Tensor) -> Tensor:
+        """Normalised images of some rows, shape (b, N, N), while the following ones are read."""
+        self.expect(following)
         return normalised(self._raw(rows), self.outside)
 
     def _raw(self, rows: Tensor) -> Tensor:
-        images = torch.from_numpy(self.particles.images(rows.numpy()))
-        refuse_blank(self.particles, rows, images)
+        images = torch.from_numpy(self.reader.images(rows.numpy()))
+        refuse_blank(self.reader.particles, rows, images)
         return images
 
     def ctf(self, rows: Tensor, count: int) -> Tensor:
         """CTF of some images at the first coefficients."""
-        frequencies, pixel = self.plane.frequencies[:count], self.particles.pixel_size_angst
+        frequencies = self.plane.frequencies[:count]
+        pixel = self.reader.particles.pixel_size_angst
         return ctf(frequencies, self.optics[rows], self.plane.box, pixel).float()
 
 
@@ -100,9 +107,15 @@ class _InMemory:
     first: int
     others: _FromDisk
 
+    def expect(self, rows: Tensor) -> None:
+        """Have those read that are not held."""
+        self.others.expect(rows[self._away(rows)])
+
+    def _away(self, rows: Tensor) -> Tensor:
+        return (rows < self.first) | (rows >= self.first + len(self.gain))
+
     def __call__(self, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        place = rows - self.first
-        away = (place < 0) | (place >= len(self.gain))
+        place, away = rows - self.first, self._away(rows)
         if not bool(away.any()):
             return self.coefficients[place, :count], self.gain[place, :count]
         coefficients = torch.empty(len(rows), count, dtype=self.coefficients.dtype)
@@ -157,7 +170,7 @@ def load_observations(
     plane, n = half_plane(particles.box), len(particles)
     radius_px = diameter / 2 * particles.box
     outside = 1 - soft_ball(particles.box, radius_px, 2.0, 2)
-    disk = _FromDisk(particles, particles.ctf_parameters(), plane, outside)
+    disk = _FromDisk(ReadAhead(particles), particles.ctf_parameters(), plane, outside)
     first, end = ranks.bounds(n)[ranks.index : ranks.index + 2]
     if keep == "auto":
         needed = memory_needed(end - first, particles.box)
@@ -173,15 +186,14 @@ def load_observations(
     power = torch.zeros(int(group.max()) + 1, plane.n_shells)
     heard = _spread(group)
     done = 0
-    for rows in map(torch.from_numpy, particles.in_file_order(_BLOCK)):
-        rows = rows[(rows >= first) & (rows < end)]
+    for rows, following in with_next(_mine(particles, first, end)):
         done += len(rows)
         if progress is not None:
             progress(min(n, done * ranks.count), n)
-        rows = rows if held else rows[heard[rows]]
+        rows, following = (r if held else r[heard[r]] for r in (rows, following))
         if len(rows) == 0:
             continue
-        images = disk.images(rows)
+        images = disk.images(rows, following)
         if held:
             store.coefficients[rows - first] = to_coefficients(images, plane)
             store.gain[rows - first] = disk.ctf(rows, len(plane))
@@ -194,6 +206,25 @@ def load_observations(
     source: Source = store if held else disk
     rows, noise = torch.arange(n, dtype=torch.int32), power / counts[:, None]
     return ImageSet(plane, source, noise, group, torch.ones(n), rows, ranks, n, _place(particles))
+
+
+def _mine(particles: Particles, first: int, end: int) -> Iterator[Tensor]:
+    """Rows from `first` to `end` in file order, some at a time."""
+    for rows in map(torch.from_numpy, particles.in_file_order(_BLOCK)):
+        mine = rows[(rows >= first) & (rows < end)]
+        if len(mine) > 0:
+            yield mine
+
+
+def with_next(parts: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each part with the one after it, which is empty at the end."""
+    before = None
+    for part in parts:
+        if before is not None:
+            yield before, part
+        before = part
+    if before is not None:
+        yield before, before[:0]
 
 
 def _place(particles: Particles) -> Tensor | None:

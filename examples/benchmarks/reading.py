@@ -6,9 +6,10 @@ Makes a stack of 64 px images (the 2,000 of examples/benchmarks/memory.py again 
 through it as the engines do: the mini-batches of engine amortized's training, the 1,200 random
 images of engine rmfn's search, its assignment and rounds, the blocks of moments. "Reading" is
 what brings pixels to memory, checked for NaN; "coefficients" adds normalising, the Fourier
-transform and the CTF. Cold: the kernel is told to forget the file before; wall time counts, and a
-plain read goes before each, since a disk's speed changes within minutes. Warm: the file is in the
-page cache; CPU time counts, so that other programs on the machine matter less.
+transform and the CTF, while the next images are read. Cold: the kernel is told to forget the file
+before; wall time counts, and a plain read goes before each, since a disk's speed changes within
+minutes. Warm: the file is in the page cache; CPU time counts, so that other programs on the machine
+matter less. "Waiting" is the wall time that cold coefficients take beyond warm ones.
 """
 
 import argparse
@@ -30,8 +31,9 @@ from cryorecon.engines.observations import ImageSet
 from cryorecon.engines.stream import Stream, read_ahead
 from cryorecon.io.mrc import open_stack, stack_writer
 from cryorecon.io.particles import Particles, read_particles
+from cryorecon.io.read_ahead import ReadAhead
 from cryorecon.io.star import read_star, write_star
-from cryorecon.run.load import load_observations
+from cryorecon.run.load import load_observations, with_next
 
 BATCH = AmortizedConfig().batch
 CHUNK = 1 << 20
@@ -65,30 +67,38 @@ def plain(stack: Path) -> int:
     return done
 
 
-def only_read(particles: Particles, images: ImageSet) -> ImageSet:
-    """The same images, of which nothing is made once they are read."""
+class OnlyRead:
+    """A source of images of which nothing is made once they are read."""
 
-    def source(rows: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        particles.images(rows.numpy())
+    def __init__(self, particles: Particles) -> None:
+        self.images = ReadAhead(particles)
+
+    def expect(self, rows: torch.Tensor) -> None:
+        self.images.expect(rows.numpy())
+
+    def __call__(self, rows: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        self.images.images(rows.numpy())
         nothing = torch.zeros(len(rows), count)
         return nothing, nothing
-
-    few = images.within(0.0)
-    return dataclasses.replace(few, source=source)
 
 
 def training(images: ImageSet, ahead: bool) -> Iterator[int]:
     """One pass of engine amortized; by single images, or block by block."""
     generator = torch.Generator().manual_seed(0)
     source = read_ahead(images) if ahead else images
-    for rows in islice(Stream(len(images), BATCH, generator), len(images) // BATCH):
+    stream = Stream(len(images), BATCH, generator)
+    for rows in islice(stream, len(images) // BATCH):
+        if ahead:
+            source.expect(stream.upcoming)
         source.select(rows)
         yield len(rows)
 
 
 def in_order(images: ImageSet) -> Iterator[int]:
     """An assignment, or a round of refinement."""
-    for rows in images.in_file_order(torch.arange(len(images))).split(500):
+    parts = images.in_file_order(torch.arange(len(images))).split(500)
+    for rows, following in with_next(parts):
+        images.expect(following)
         images.select(rows)
         yield len(rows)
 
@@ -102,8 +112,11 @@ def search(images: ImageSet) -> Iterator[int]:
 
 def moments(particles: Particles) -> Iterator[int]:
     """One pass."""
-    for rows in particles.in_file_order(128):
-        particles.images(rows)
+    ahead = ReadAhead(particles)
+    parts = map(torch.from_numpy, particles.in_file_order(128))
+    for rows, following in with_next(parts):
+        ahead.expect(following.numpy())
+        ahead.images(rows.numpy())
         yield len(rows)
 
 
@@ -136,6 +149,17 @@ def warm(work: Callable[[], int], repeats: int) -> float:
     return max(found)
 
 
+def waiting(work: Callable[[], int], stack: Path, repeats: int) -> float:
+    """Share of the wall time from disk that is not taken from the page cache; medians."""
+    slow, fast = [], []
+    for _ in range(repeats):
+        slow.append(1 / cold(work, stack))
+        start = time.perf_counter()
+        size = work()
+        fast.append((time.perf_counter() - start) / size)
+    return 1 - statistics.median(fast) / statistics.median(slow)
+
+
 def beside_plain(work: Callable[[], int], stack: Path, repeats: int) -> tuple[float, float]:
     """Bytes a second, cold, and their ratio to a plain read's just before: medians of some runs."""
     rates, ratios = [], []
@@ -158,7 +182,8 @@ def main() -> None:
     particles = read_particles(star)
     images = load_observations(particles, 0.8, keep="disk")
     near = images.within(13.0)
-    raw, size = only_read(particles, images), 4 * particles.box**2
+    raw = dataclasses.replace(images.within(0.0), source=OnlyRead(particles))
+    size = 4 * particles.box**2
     ways: list[tuple[str, Callable[[], Iterator[int]], Callable[[], Iterator[int]] | None]] = [
         ("training, single images", lambda: training(raw, False), lambda: training(near, False)),
         ("training, blocks read ahead", lambda: training(raw, True), lambda: training(near, True)),
@@ -168,17 +193,25 @@ def main() -> None:
         ("moments", lambda: moments(particles), None),
     ]
     floor = warm(lambda: plain(stack), args.repeats)
-    print("| GB/s (of the plain read) | reading, cold | reading, warm | coefficients, warm |")
-    print("|---|---|---|---|")
-    print(f"| plain sequential read | | {floor / 1e9:.2f} (1) | |", flush=True)
+    head = (
+        "GB/s (of the plain read)",
+        "reading, cold",
+        "reading, warm",
+        "coefficients, warm",
+        "waiting",
+    )
+    print(f"| {' | '.join(head)} |\n{'|---' * len(head)}|")
+    print(f"| plain sequential read | | {floor / 1e9:.2f} (1) | | |", flush=True)
     for name, reading, transformed in ways:
         once = partial(counted, reading, size)
         rate, ratio = beside_plain(once, stack, args.repeats)
         fast = warm(once, args.repeats)
         cells = [f"{rate / 1e9:.2f} ({ratio:.2f})", f"{fast / 1e9:.2f} ({fast / floor:.2f})"]
         if transformed is not None:
-            made = warm(partial(counted, transformed, size), 1)
+            once = partial(counted, transformed, size)
+            made = warm(once, 1)
             cells.append(f"{made / 1e9:.2f}, {1e6 * size / made:.0f} us an image")
+            cells.append(f"{100 * waiting(once, stack, 3):.0f} %")
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 

@@ -26,12 +26,13 @@ from cryorecon.engines.moments.sums_full import check_full
 from cryorecon.errors import CryoreconError
 from cryorecon.io.files import sha256_of
 from cryorecon.io.particles import Particles, read_particles
+from cryorecon.io.read_ahead import ReadAhead
 from cryorecon.physics.ctf import CtfParameters, ctf
 from cryorecon.physics.fourier import HalfPlane, half_plane, max_band
 from cryorecon.physics.imaging import noise_powers_outside, noise_unmixing
 from cryorecon.physics.masks import soft_ball
 from cryorecon.ranks import ALONE, Ranks
-from cryorecon.run.load import normalised, refuse_blank
+from cryorecon.run.load import normalised, refuse_blank, with_next
 from cryorecon.run.moments.store import Progress, load_progress, new_sums, save_progress
 from cryorecon.run.stopping import Stop, StoppedError, listening
 
@@ -148,7 +149,7 @@ def _third_radius(options: MomentsOptions, radius: int) -> int:
 class _Reader:
     """Blocks of images with what the sums need to know of them."""
 
-    particles: Particles
+    images: ReadAhead
     geometry: MomentsGeometry
     optics: CtfParameters | None
     offsets_px: Tensor
@@ -161,7 +162,7 @@ class _Reader:
         origins = torch.from_numpy(particles.origins_angst() / particles.pixel_size_angst)
         radius_px, plane = geometry.diameter / 2 * geometry.box, half_plane(geometry.box)
         return _Reader(
-            particles,
+            ReadAhead(particles),
             geometry,
             particles.ctf_parameters() if geometry.ctf else None,
             origins,
@@ -170,11 +171,15 @@ class _Reader:
             noise_unmixing(radius_px, plane),
         )
 
-    def read(self, rows: Tensor, frequencies: Tensor) -> MomentBatch:
-        """Images of some rows, normalised and centred, with CTF and noise."""
+    def read(self, rows: Tensor, frequencies: Tensor, following: Tensor) -> MomentBatch:
+        """Images of some rows, normalised and centred, with CTF and noise.
+
+        The following ones are read while these are worked on.
+        """
         geometry, box = self.geometry, self.geometry.box
-        images = torch.from_numpy(self.particles.images(rows.numpy()))
-        refuse_blank(self.particles, rows, images)
+        self.images.expect(following.numpy())
+        images = torch.from_numpy(self.images.images(rows.numpy()))
+        refuse_blank(self.images.particles, rows, images)
         if geometry.normalised:
             images = normalised(images, self.outside)
             radius_px = geometry.diameter / 2 * box
@@ -308,10 +313,11 @@ def _pass(
     sums: MomentSums = done.sums
     reader, total = _Reader.of(particles, sums.geometry), len(particles)
     seen = saved = done.images_done
-    for rows in map(torch.from_numpy, particles.in_file_order(_BLOCK * ranks.count, seen)):
-        own = rows[ranks.index * _BLOCK :][:_BLOCK]
-        if len(own) > 0:
-            sums.add(reader.read(own, sums.frequencies))
+    blocks = map(torch.from_numpy, particles.in_file_order(_BLOCK * ranks.count, seen))
+    mine = slice(ranks.index * _BLOCK, (ranks.index + 1) * _BLOCK)
+    for rows, following in with_next(blocks):
+        if len(rows[mine]) > 0:
+            sums.add(reader.read(rows[mine], sums.frequencies, following[mine]))
         seen += len(rows)
         if progress is not None:
             progress(seen, total)

@@ -1,0 +1,48 @@
+"""Images that are wanted next are read while others are worked on."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cryorecon.io.particles import Particles
+
+# Batches that are held, or being read, besides that in work.
+_HELD = 2
+
+
+class ReadAhead:
+    """Images of particles, which a thread of its own begins to read when they are expected.
+
+    Parameters
+    ----------
+    particles : Particles
+    """
+
+    def __init__(self, particles: Particles) -> None:
+        self.particles = particles
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+        self._expected: list[tuple[NDArray[np.int64], Future[NDArray[np.float32]]]] = []
+
+    def expect(self, rows: NDArray[np.int64]) -> None:
+        """Begin to read rows that :meth:`images` will soon be asked for, just so.
+
+        Those in work and the next are held; what was expected before them is forgotten.
+        """
+        if len(rows) == 0 or any(np.array_equal(rows, known) for known, _ in self._expected):
+            return
+        mine = rows.copy()
+        self._expected.append((mine, self._reader.submit(self.particles.images, mine)))
+        for _, forgotten in self._expected[:-_HELD]:
+            forgotten.cancel()
+        del self._expected[:-_HELD]
+
+    def images(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """As :meth:`Particles.images`; at once if they were expected and are there."""
+        for place, (known, found) in enumerate(self._expected):
+            if np.array_equal(rows, known):
+                del self._expected[: place + 1]
+                return found.result()
+        return self.particles.images(rows)
