@@ -137,3 +137,16 @@ def test_adding_wants_a_grid_that_is_whole(generator):
     grid = torch.zeros(24, 24, 48, dtype=torch.complex64)[..., ::2]
     with pytest.raises(ValueError, match="contiguous"):
         points.add([(slices, grid)], rotations, plane, 2)
+
+
+def test_no_slices_at_all(threads, generator):
+    """What a process has of a batch whose images are all another's."""
+    plane, volume, rotations, target = case(12, torch.float32, generator)
+    model = pose_derivatives.derivatives(volume, 2, float(plane.radius[-1]))
+    images = (model, plane, rotations[:0], torch.zeros(0, 2), target[:0], target.real[:0])
+    assert pose_derivatives.pose_products(*images).shape == (0, 6, 6)
+    assert pose_derivatives.squared_residual(*images).shape == (0,)
+    grid = padded_transform(volume).values
+    assert points.read(grid, rotations[:0], plane, 2).shape == (0, len(plane))
+    assert points.turn(grid, target[:0], rotations[:0], plane, 2).shape == (0, 3, 3)
+    assert not insert_slices(target[:0], rotations[:0], plane, 24, 2).any()

@@ -48,7 +48,7 @@ def in_threads(work: Callable[[int, int], None], count: int, points: int) -> Non
         Takes the first item and the one after the last; lets other threads go on.
     """
     threads = min(torch.get_num_threads(), count, max(1, points // _POINTS_A_THREAD))
-    if threads == 1:
+    if threads <= 1:
         work(0, count)
         return
     bounds = [count * i // threads for i in range(threads + 1)]
