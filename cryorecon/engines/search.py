@@ -15,7 +15,7 @@ from cryorecon.physics.fourier import HalfPlane
 from cryorecon.physics.projection import extract_slices, padded_transform
 
 # Scores of images against poses: numbers at once on the CPU, bytes each, and most on a GPU.
-_BEST, _EXPECTED = 20_000_000, 40_000_000
+_BEST, _EXPECTED = 4_000_000, 40_000_000
 _SCORE_BYTES, _MOST_SCORES = 8, 1_000_000_000
 # Log-likelihood behind the likeliest pose's at which a pose counts for nothing.
 _LEAST = -40.0
