@@ -222,12 +222,36 @@ def test_several_processes_leave_a_folder_in_which_a_job_works(script, few, tmp_
 
 # Stands in for SLURM's: two nodes, both of them this machine.
 SRUN = """#!/bin/sh
+while [ "${1#--}" != "$1" ]; do shift; done
 "$@" & first=$!
 "$@" & second=$!
 wait $first; one=$?
 wait $second; two=$?
 exit $((one | two))
 """
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_the_slurm_script_runs_as_a_step_with_all_cores(nodes, tmp_path):
+    """SLURM tells steps, not the script, of the time limit; and gives them cores only if asked."""
+    said = '#!/bin/sh\necho "cores $SRUN_CPUS_PER_TASK, threads $OMP_NUM_THREADS: $@"\n'
+    for name, body in (("srun", said), ("scontrol", "#!/bin/sh\necho first\necho second\n")):
+        (tmp_path / name).write_text(body)
+        (tmp_path / name).chmod(0o755)
+    slurm = Path(__file__).parents[1] / "examples/pipelines/slurm.sh"
+    given = {"SLURM_NNODES": str(nodes), "SLURM_JOB_NODELIST": "-", "SLURM_JOB_ID": "7"}
+    given |= {"SLURM_GPUS_ON_NODE": "4", "SLURM_CPUS_PER_TASK": "32"}
+    done = subprocess.run(
+        ["bash", str(slurm), "p.star", str(tmp_path / "job"), "--seed", "3"], check=True,
+        capture_output=True, text=True, env=given | {"PATH": f"{tmp_path}:/usr/bin:/bin"},
+    )  # fmt: skip
+    where = "--standalone"
+    if nodes > 1:
+        where = "--nnodes 2 --rdzv-backend c10d --rdzv-id 7 --rdzv-endpoint first:29500"
+    job = f"-m cryorecon abinitio p.star -o {tmp_path / 'job'} --seed 3"
+    wanted = f"srun: --ntasks-per-node=1 torchrun {where} --nproc-per-node 4 {job}"
+    assert f"srun: {done.stdout.partition(': ')[2]}".strip() == wanted
+    assert done.stdout.startswith("cores 32, threads 8")
 
 
 @pytest.mark.slow

@@ -21,12 +21,20 @@ shift 2
 processes=${PROCESSES:-${SLURM_GPUS_ON_NODE:-2}}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((${SLURM_CPUS_PER_TASK:-$processes} / processes))}
 
-launch=(torchrun --standalone --nproc-per-node "$processes")
+# Since SLURM 22.05 a step no longer takes the cores of its job by itself.
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-}
+[ -n "$SRUN_CPUS_PER_TASK" ] || unset SRUN_CPUS_PER_TASK
+
+# As a step also on one node: steps hear of the time limit, the script itself does not.
+launch=(srun --ntasks-per-node=1 torchrun)
 if [ "${SLURM_NNODES:-1}" -gt 1 ]; then
     first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-    launch=(srun torchrun --nnodes "$SLURM_NNODES" --nproc-per-node "$processes"
-        --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "$first:${PORT:-29500}")
+    launch+=(--nnodes "$SLURM_NNODES" --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID"
+        --rdzv-endpoint "$first:${PORT:-29500}")
+else
+    launch+=(--standalone)
 fi
+launch+=(--nproc-per-node "$processes")
 
 if [ -e "$out/job.yaml" ]; then
     exec "${launch[@]}" -m cryorecon abinitio --continue "$out"
