@@ -24,20 +24,20 @@ _COEFFICIENTS = 1600
 # Seconds: loading the libraries, drawing, writing.
 _FIXED = 10.0
 # Search: an epoch of the network's steps, and an image in it.
-_EPOCH, _SEARCHED = 0.5, 2.5e-3
+_EPOCH, _SEARCHED = 0.5, 0.8e-3
 # An image against all poses of the finer grid, as in the assignment; new searches, in which some of
 # these are refined besides.
-_ASSIGNED, _NEW_SEARCHES, _TRIED = 1.5e-3, 2, 5e-3
+_ASSIGNED, _NEW_SEARCHES, _TRIED = 1.4e-3, 2, 2.6e-3
 # Rounds until poses settle; an image's pose steps in one; solving for maps, by padded voxel.
-_HALF_ROUNDS, _REFINED, _SOLVED = 8, 0.9e-3, 2.5e-7
+_HALF_ROUNDS, _REFINED, _SOLVED = 8, 0.5e-3, 4e-7
 # An image seen in training at 32 to 64 px by the dense encoder; others take as many times more.
-_TRAINED, _READ = 1.4e-3, 3.3e-4
+_TRAINED = 0.9e-3
 _ENCODERS = {"dense": 1.0, "small": 4.0, "paper": 100.0}
 _NETWORK_DECODER = 4.0
 # An image of 64 px averaged to radius 16; a step of the fit at radius 8, more with third moments; a
 # Gaussian's share of the information.
 _AVERAGED, _FIT_STEP, _THIRD, _INFORMED = 5e-4, 2.3e-2, 2.0, 0.25
-_BACKPROJECTED = 3e-4
+_BACKPROJECTED = 2e-4
 
 # Bytes: the libraries; tables of a search; by voxel of the box: transforms, gradients, sums.
 _PROGRAM, _SEARCH, _BY_VOXEL = 350e6, 650e6, 660
