@@ -122,8 +122,8 @@ def test_training_reads_each_block_once_a_pass_in_file_order(generator, monkeypa
     rows_of = stream.Stream(n, 20, generator)
     for _ in range(n // 20):
         rows = next(rows_of)
-        ahead.expect(rows_of.upcoming)
         batch = ahead.select(rows)
+        ahead.expect(rows_of.upcoming)
         assert torch.equal(batch.coefficients[:, 0].real.long(), order[rows])
         assert torch.equal(batch.ctf[:, -1].long(), order[rows] + 1)
         seen.append(rows)
@@ -146,13 +146,31 @@ def test_blocks_of_a_training_are_told_before_they_are_read(generator, monkeypat
     ahead, rows_of = stream.read_ahead(images), stream.Stream(n, 20, generator)
     for _ in range(2 * n // 20):
         rows = next(rows_of)
-        ahead.expect(rows_of.upcoming)
         assert torch.equal(ahead.select(rows).coefficients[:, 0].real.long(), rows)
+        ahead.expect(rows_of.upcoming)
     wanted = {tuple(rows.tolist()) for rows in told}
     untold = [rows for rows in asked if tuple(rows.tolist()) not in wanted]
-    # The first of each pass.
+    # The first of each pass: whatever its blocks, nobody could know of them.
     assert len(untold) <= 2 * 4
+    assert len(told) >= len(asked) - 2 * 4
     assert max(map(len, asked)) == part
+
+
+def test_groups_of_blocks_are_read_while_the_one_before_is_used(generator, monkeypatch):
+    """What a thread has begun to read is not forgotten until it is asked for."""
+    monkeypatch.setattr(stream, "_BLOCK", 16)
+    monkeypatch.setattr(stream, "_BLOCKS_AT_ONCE", 4)
+    monkeypatch.setattr(stream, "_BLOCKS_KEPT", 8)
+    asked, told = [], []
+    images = image_set(640, asked)
+    images.source.expect = lambda rows: told.append((len(asked), rows))
+    ahead, rows_of = stream.read_ahead(images), stream.Stream(640, 20, generator)
+    for _ in range(640 // 20):
+        ahead.select(next(rows_of))
+        ahead.expect(rows_of.upcoming)
+    # Within the next two reads: the part in work, then the one that was told.
+    for before, rows in told:
+        assert any(torch.equal(rows, other) for other in asked[before : before + 2])
 
 
 def test_images_that_are_expected_are_those_of_the_file(tmp_path):

@@ -216,7 +216,6 @@ class Amortized:
             If the loss is not finite; no parameter has changed then.
         """
         rows = next(self._rows)
-        self._ahead.expect(self._rows.upcoming)
         # For the whole batch, whoever works on which part of it.
         wanted = self.config.reverse > 0
         plane = self.images.plane
@@ -231,6 +230,8 @@ class Amortized:
         self.optimizer.zero_grad()
         mine = self.images.ranks.share(torch.arange(len(rows)))
         found = torch.stack(self.parts(mine, work, self.optimizer.zero_grad)).sum(0)
+        # Only now: the blocks of this batch may be those that were expected before.
+        self._ahead.expect(self._rows.upcoming)
         self._add_up(found)
         torch.nn.utils.clip_grad_norm_(self.reader.encoder.parameters(), 1.0)
         self.optimizer.step()

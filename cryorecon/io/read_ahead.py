@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from cryorecon.io.particles import Particles
 
-# Batches that are held, or being read, besides that in work.
-_HELD = 2
+# Batches that are held, or being read: that in work, the next, and one that another loop waits for.
+_HELD = 3
 
 
 class ReadAhead:
@@ -29,7 +29,7 @@ class ReadAhead:
     def expect(self, rows: NDArray[np.int64]) -> None:
         """Begin to read rows that :meth:`images` will soon be asked for, just so.
 
-        Those in work and the next are held; what was expected before them is forgotten.
+        What is not asked for before several others are expected is forgotten.
         """
         if len(rows) == 0 or any(np.array_equal(rows, known) for known, _ in self._expected):
             return
@@ -43,6 +43,6 @@ class ReadAhead:
         """As :meth:`Particles.images`; at once if they were expected and are there."""
         for place, (known, found) in enumerate(self._expected):
             if np.array_equal(rows, known):
-                del self._expected[: place + 1]
+                del self._expected[place]
                 return found.result()
         return self.particles.images(rows)

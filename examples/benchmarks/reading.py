@@ -88,9 +88,9 @@ def training(images: ImageSet, ahead: bool) -> Iterator[int]:
     source = read_ahead(images) if ahead else images
     stream = Stream(len(images), BATCH, generator)
     for rows in islice(stream, len(images) // BATCH):
+        source.select(rows)
         if ahead:
             source.expect(stream.upcoming)
-        source.select(rows)
         yield len(rows)
 
 
