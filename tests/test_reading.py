@@ -156,6 +156,21 @@ def test_blocks_of_a_training_are_told_before_they_are_read(generator, monkeypat
     assert max(map(len, asked)) == part
 
 
+@pytest.mark.parametrize("batch", [20, 90, 200, 640])
+@pytest.mark.parametrize("n", [640, 641, 200, 30])
+def test_batches_may_lie_in_more_blocks_than_are_kept(generator, monkeypatch, n, batch):
+    """A large batch; the rest of a group, a short last one, and the first of the next pass."""
+    monkeypatch.setattr(stream, "_BLOCK", 16)
+    monkeypatch.setattr(stream, "_BLOCKS_AT_ONCE", 4)
+    monkeypatch.setattr(stream, "_BLOCKS_KEPT", 8)
+    ahead = stream.read_ahead(image_set(n, []))
+    rows_of = stream.Stream(n, batch, generator)
+    for _ in range(3 * n // min(n, batch)):
+        rows = next(rows_of)
+        assert torch.equal(ahead.select(rows).coefficients[:, 0].real.long(), rows)
+        ahead.expect(rows_of.upcoming)
+
+
 def test_groups_of_blocks_are_read_while_the_one_before_is_used(generator, monkeypatch):
     """What a thread has begun to read is not forgotten until it is asked for."""
     monkeypatch.setattr(stream, "_BLOCK", 16)

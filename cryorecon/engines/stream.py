@@ -104,7 +104,8 @@ class _Blocks:
     def __init__(self, source: Source, rows: Tensor, plane: HalfPlane) -> None:
         self.source, self.rows, self.count = source, rows, len(plane)
         blocks = -(-len(rows) // _BLOCK)
-        held = min(_BLOCKS_KEPT, blocks) * _BLOCK
+        self.most = min(_BLOCKS_KEPT, blocks)
+        held = self.most * _BLOCK
         kept = torch.empty(held, self.count, dtype=torch.complex64)
         self.kept = kept, torch.empty(held, self.count)
         # Place of each block, the one that was used longest ago first.
@@ -125,17 +126,22 @@ class _Blocks:
 
     def __call__(self, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
         block = rows // _BLOCK
-        needed = block.unique()
-        self._keep(needed.tolist())
-        places = torch.tensor([self.places[number] for number in needed.tolist()])
-        where = places[torch.searchsorted(needed, block)] * _BLOCK + rows % _BLOCK
-        coefficients, ctf = self.kept
-        return coefficients[where, :count], ctf[where, :count]
+        coefficients = torch.empty(len(rows), count, dtype=torch.complex64)
+        ctf = torch.empty(len(rows), count)
+        # Large batches lie in more blocks than there are places.
+        for needed in block.unique().split(self.most):
+            self._keep(needed.tolist())
+            places = torch.tensor([self.places[number] for number in needed.tolist()])
+            mine = torch.isin(block, needed).nonzero()[:, 0]
+            where = places[torch.searchsorted(needed, block[mine])] * _BLOCK + rows[mine] % _BLOCK
+            coefficients[mine], ctf[mine] = (kept[where, :count] for kept in self.kept)
+        return coefficients, ctf
 
     def _keep(self, needed: list[int]) -> None:
         """Have these blocks in their places; of those that are expected together, all."""
         new = [number for number in needed if number not in self.places]
-        if not set(new).isdisjoint(self.expected):
+        together = len({*needed, *self.expected})
+        if together <= self.most and not set(new).isdisjoint(self.expected):
             new = self.expected + [number for number in new if number not in self.expected]
             self.expected = []
         for number in needed:  # Not to be put out for the new ones.
@@ -163,7 +169,7 @@ class _Blocks:
         """Where a block lies: if need be, in the place of the one that was used longest ago."""
         if number not in self.places:
             place = len(self.places)
-            if place * _BLOCK >= len(self.kept[0]):
+            if place == self.most:
                 place = self.places.pop(next(iter(self.places)))
             self.places[number] = place
         return self.places[number]

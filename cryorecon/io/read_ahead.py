@@ -11,6 +11,8 @@ from cryorecon.io.particles import Particles
 
 # Batches that are held, or being read: that in work, the next, and one that another loop waits for.
 _HELD = 3
+# Larger ones are read when they are asked for, bytes.
+_LARGEST = 256e6
 
 
 class ReadAhead:
@@ -31,7 +33,12 @@ class ReadAhead:
 
         What is not asked for before several others are expected is forgotten.
         """
-        if len(rows) == 0 or any(np.array_equal(rows, known) for known, _ in self._expected):
+        large = 4.0 * len(rows) * self.particles.box**2 > _LARGEST
+        if (
+            large
+            or len(rows) == 0
+            or any(np.array_equal(rows, known) for known, _ in self._expected)
+        ):
             return
         mine = rows.copy()
         self._expected.append((mine, self._reader.submit(self.particles.images, mine)))

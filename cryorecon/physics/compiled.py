@@ -107,8 +107,9 @@ def _weigh_rows(_: Any, table: Any, places: Any, weights: Any, found: Any, at: A
 @_compiled
 def _place(size, padding, rotation, kx, ky, base, side):
     """Lowest corner of each coefficient and how far beyond it along x, y, z; False if outside."""
-    zero, centre, end = kx.dtype.type(0), kx.dtype.type(size // 2), kx.dtype.type(size - 1)
-    step, inside = kx.dtype.type(padding), True
+    zero, centre = kx.dtype.type(0), kx.dtype.type(size // 2)
+    # The last point is inside, also where rounding leads beyond it.
+    end, step, inside = kx.dtype.type(size - 1 + 1e-3), kx.dtype.type(padding), True
     for j in range(len(kx)):
         x = (rotation[0, 0] * kx[j] + rotation[1, 0] * ky[j]) * step + centre
         y = (rotation[0, 1] * kx[j] + rotation[1, 1] * ky[j]) * step + centre
@@ -116,7 +117,11 @@ def _place(size, padding, rotation, kx, ky, base, side):
         # Also false for what is no number.
         here = x >= zero and x < end and y >= zero and y < end and z >= zero and z < end
         inside = inside and here
-        ix, iy, iz = np.int32(x), np.int32(y), np.int32(z)
+        ix, iy, iz = (
+            min(np.int32(x), size - 2),
+            min(np.int32(y), size - 2),
+            min(np.int32(z), size - 2),
+        )
         base[j] = (np.int64(iz) * size + iy) * size + ix
         side[0, j] = x - kx.dtype.type(ix)
         side[1, j] = y - kx.dtype.type(iy)
@@ -325,6 +330,15 @@ def _multiply(rows, found):
 
 
 @_compiled
+def _power(parts):
+    """Sum of squares, exact enough to tell likelihoods apart by a hundredth."""
+    total = 0.0
+    for j in range(parts.shape[1]):
+        total += parts[0, j] * parts[0, j] + parts[1, j] * parts[1, j]
+    return total
+
+
+@_compiled
 def pose_products(table, at, wave, images, first, end, found):
     """See :func:`pose_derivatives.pose_products`, for images `first` to `end`.
 
@@ -353,6 +367,7 @@ def pose_products(table, at, wave, images, first, end, found):
         _centre(target[i], offsets[i], kx, ky, wave, rows[10:])
         _fill(read_rows, rotations[i], gain[i], kx, ky, wave, rows)
         _multiply(rows, found[i])
+        found[i, 5, 5] = _power(rows[10:])
 
 
 @_compiled
@@ -369,9 +384,7 @@ def squared_residual(grid, at, wave, images, first, end, found):
             continue
         _read_one(grid, size, base, side, values)
         _centre(target[i], offsets[i], kx, ky, wave, left)
-        total = kx.dtype.type(0)
         for j in range(m):
-            re = left[0, j] - gain[i, j] * values[j].real
-            im = left[1, j] - gain[i, j] * values[j].imag
-            total += re * re + im * im
-        found[i] = total
+            left[0, j] -= gain[i, j] * values[j].real
+            left[1, j] -= gain[i, j] * values[j].imag
+        found[i] = _power(left)

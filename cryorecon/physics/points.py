@@ -17,6 +17,9 @@ from torch import Tensor
 from cryorecon.physics import compiled
 from cryorecon.physics.fourier import HalfPlane
 
+# Points whose corners and weights (100 bytes each) stay in a core's cache.
+_POINTS_AT_ONCE = 1 << 16
+
 
 def on_cpu(tensor: Tensor) -> bool:
     """Whether the compiled loops can take a tensor."""
@@ -41,6 +44,13 @@ def points_for(
     kx, ky = as_array(plane.frequencies.T, real)
     at = len(grid), padding, as_array(rotations, real), kx, ky
     return at, len(rotations) * len(plane)
+
+
+def require_shape(values: Tensor, at: Points) -> None:
+    """Refuse values that are not those of the points: loops would read foreign memory."""
+    expected = len(at[2]), len(at[3])
+    if values.shape != expected:
+        raise ValueError(f"values of {tuple(values.shape)} at points of {expected}")
 
 
 def read(grid: Tensor, rotations: Tensor, plane: HalfPlane, padding: int) -> Tensor:
@@ -87,6 +97,7 @@ def turn(grid: Tensor, slopes: Tensor, rotations: Tensor, plane: HalfPlane, padd
     """
     if on_cpu(grid):
         at, count = points_for(grid, rotations, plane, padding)
+        require_shape(slopes, at)
         found = grid.real.new_empty(len(rotations), 2, 3)
         flat, sloping = as_array(grid).reshape(-1), as_array(slopes, grid.dtype)
         target = found.numpy()
@@ -115,8 +126,10 @@ def add(
 
     Raises
     ------
+    FloatingPointError
+        If a slice is turned by what is no number.
     IndexError
-        If a slice leaves the grid, or is turned by no number.
+        If a slice leaves the grid.
     """
     if not on_cpu(rotations):
         _add_by_torch(pairs, rotations, plane, padding)
@@ -125,11 +138,14 @@ def add(
         if not grid.is_contiguous():
             raise ValueError("slices are added to contiguous grids only")
         if not _added(slices, grid, points_for(grid, rotations, plane, padding)):
+            if not bool(rotations.isfinite().all()):
+                raise FloatingPointError("a rotation of a slice is not finite")
             raise IndexError("a slice leaves the grid that it is added to")
 
 
 def _added(slices: Tensor, grid: Tensor, points: tuple[Points, int]) -> bool:
     at, count = points
+    require_shape(slices, at)
     values, flat = as_array(slices, grid.dtype), grid.view(-1).numpy()
     inside: list[bool] = []
 
@@ -151,6 +167,10 @@ def read_fields(table: Tensor, rotations: Tensor, plane: HalfPlane, padding: int
     -------
     Tensor, shape (b, m, c)
     """
+    together = max(1, _POINTS_AT_ONCE // max(1, len(plane)))
+    if on_cpu(table) and len(rotations) > together:
+        parts = rotations.split(together)
+        return torch.cat([read_fields(table, part, plane, padding) for part in parts])
     size, rows = table.shape[0], table.reshape(-1, table.shape[-1])
     base, weights = _corners(rotations, plane, size, padding)
     values = torch.nn.functional.embedding_bag(
@@ -175,7 +195,7 @@ def _sides(rotations: Tensor, plane: HalfPlane, size: int, padding: int) -> tupl
     frequencies = plane.frequencies.to(rotations.dtype) * padding
     # A.T @ (kx, ky, 0), one row for each of x, y, z.
     points = (rotations[..., :2, :].permute(2, 0, 1) @ frequencies.T).flatten(1) + size // 2
-    lower = points.floor()
+    lower = points.floor().clamp(max=size - 2)
     upper = points - lower
     x, y, z = lower.to(torch.int64).unbind(0)
     return (z * size + y) * size + x, torch.stack([1 - upper, upper])

@@ -16,7 +16,15 @@ from cryorecon.physics.fourier import (
     fft_padded,
     shift_phases,
 )
-from cryorecon.physics.points import as_array, on_cpu, points_for, points_of, read, read_fields
+from cryorecon.physics.points import (
+    as_array,
+    on_cpu,
+    points_for,
+    points_of,
+    read,
+    read_fields,
+    require_shape,
+)
 from cryorecon.physics.projection import gridding_correction, reach
 
 
@@ -189,12 +197,14 @@ def _compiled_loop(
     """Run one of the loops over images: rotations, offsets, targets and gains."""
     rotations, *rest = images
     at, count = points_for(grid, rotations, plane, model.padding)
-    values, result, kx = as_array(grid).reshape(-1), found.numpy(), at[3]
+    for values in rest[1:]:
+        require_shape(values, at)
+    flat, result, kx = as_array(grid).reshape(-1), found.numpy(), at[3]
     each = tuple(map(as_array, rest))
     wave = kx.dtype.type(2 * math.pi / plane.box)
 
     def work(first: int, end: int) -> None:
-        loop(values, at, wave, each, first, end, result)
+        loop(flat, at, wave, each, first, end, result)
 
     compiled.in_threads(work, len(rotations), count)
     return found

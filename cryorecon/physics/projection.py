@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from cryorecon.physics import points
 from cryorecon.physics.fourier import (
@@ -167,6 +168,7 @@ class _Slices(torch.autograd.Function):
         return points.read(values, rotations, plane, padding)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         values, rotations = ctx.saved_tensors
         plane, padding, of_values, of_rotations = ctx.plane, ctx.padding, None, None
