@@ -166,6 +166,10 @@ def test_stacks_are_found_from_any_folder(tmp_path, monkeypatch):
 
     model = str(files("cryorecon") / "data" / "4ake_chain_a_heavy.pdb")
     simulate(model, tmp_path / "made", SimulateConfig(n_particles=3, box=16, pixel_size_angst=5))
-    write_blind(tmp_path / "made" / "particles.star", tmp_path / "blind.star")
-    names = read_star(tmp_path / "blind.star")["particles"]["rlnImageName"]
-    assert list(names) == [f"{i:06d}@{tmp_path}/made/particles.mrcs" for i in (1, 2, 3)]
+    made = tmp_path / "made" / "particles.star"
+    write_blind(made, tmp_path / "blind.star")
+    tables = [read_star(p)["particles"] for p in (tmp_path / "blind.star", made)]
+    for table in tables:
+        names = [f"{i:06d}@{tmp_path}/made/particles.mrcs" for i in (1, 2, 3)]
+        assert list(table["rlnImageName"]) == names
+    assert ["rlnAngleRot" in table for table in tables] == [False, True]

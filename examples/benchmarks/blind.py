@@ -1,6 +1,8 @@
 """Leave the poses out of a STAR file: no column of angles or origins. Stacks get their whole path.
 
-python examples/benchmarks/blind.py particles.star blind.star
+    python examples/benchmarks/blind.py particles.star blind.star
+
+In both files, so that images have the same names in them.
 """
 
 import argparse
@@ -10,15 +12,16 @@ from cryorecon.io.star import read_star, write_star
 
 
 def write_blind(source: Path, target: Path) -> None:
-    """The particles of `source` without rlnAngle* and rlnOrigin*, for a reader in any folder."""
+    """The particles of `source` without rlnAngle* and rlnOrigin*; both for a reader in any folder."""
     tables = read_star(source)
-    poses = [c for c in tables["particles"] if c.startswith(("rlnAngle", "rlnOrigin"))]
-    particles = tables["particles"].drop(columns=poses)
+    particles = tables["particles"]
     # Relative names hold in this folder alone; peers are called in folders of their own.
     section, stack = zip(*(name.split("@") for name in particles["rlnImageName"]), strict=True)
     whole = {name: Path(name).resolve() for name in set(stack)}
     particles["rlnImageName"] = [f"{i}@{whole[n]}" for i, n in zip(section, stack, strict=True)]
-    write_star(target, {**tables, "particles": particles})
+    write_star(source, tables)
+    poses = [c for c in particles if c.startswith(("rlnAngle", "rlnOrigin"))]
+    write_star(target, {**tables, "particles": particles.drop(columns=poses)})
 
 
 def main() -> None:
