@@ -12,7 +12,7 @@ from cryorecon.io.star import read_star, write_star
 
 
 def write_blind(source: Path, target: Path) -> None:
-    """The particles of `source` without rlnAngle* and rlnOrigin*; both for a reader in any folder."""
+    """The particles of `source` without rlnAngle* and rlnOrigin*; both readable from any folder."""
     tables = read_star(source)
     particles = tables["particles"]
     # Relative names hold in this folder alone; peers are called in folders of their own.
