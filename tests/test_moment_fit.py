@@ -376,9 +376,9 @@ def test_both_steps_in_one_command(tmp_path, stack_32, no_pictures, coarse_align
 def test_an_interrupted_job_is_marked_and_told_how_to_go_on(
     tmp_path, stack_32, monkeypatch, capsys
 ):
-    def stop(self, rows, frequencies):
+    def stop(self, *given):
         signal.raise_signal(signal.SIGINT)
-        return read(self, rows, frequencies)
+        return read(self, *given)
 
     read = moments_run._Reader.read
     monkeypatch.setattr(moments_run._Reader, "read", stop)

@@ -130,12 +130,17 @@ def _place(size, padding, rotation, kx, ky, base, side):
 
 
 @_compiled
+def _fetch_cell(grid, lowest, row, layer):
+    """Ask for the eight points around a coefficient: pairs along x lie side by side."""
+    _fetch(grid, lowest), _fetch(grid, lowest + row)
+    _fetch(grid, lowest + layer), _fetch(grid, lowest + layer + row)
+
+
+@_compiled
 def _read_one(grid, size, base, side, found):
     m, row, layer, one = len(base), size, size * size, side.dtype.type(1)
     for j in range(m):
-        b = base[min(j + _AHEAD, m - 1)]
-        _fetch(grid, b), _fetch(grid, b + row)
-        _fetch(grid, b + layer), _fetch(grid, b + layer + row)
+        _fetch_cell(grid, base[min(j + _AHEAD, m - 1)], row, layer)
         fx, fy, fz = side[0, j], side[1, j], side[2, j]
         w0, w1, w2, w3 = (one - fz) * (one - fy), (one - fz) * fy, fz * (one - fy), fz * fy
         b = base[j]
@@ -171,9 +176,7 @@ def _add_one(values, grid, size, base, side, first_layer, end_layer):
     m, row, layer, one = len(base), size, size * size, side.dtype.type(1)
     begin, end = first_layer * layer, end_layer * layer
     for j in range(m):
-        b = base[min(j + _AHEAD, m - 1)]
-        _fetch(grid, b), _fetch(grid, b + row)
-        _fetch(grid, b + layer), _fetch(grid, b + layer + row)
+        _fetch_cell(grid, base[min(j + _AHEAD, m - 1)], row, layer)
         b, fx, fy, fz = base[j], side[0, j], side[1, j], side[2, j]
         lower, upper = values[j] * (one - fx), values[j] * fx
         front, back = one - fy, fy
@@ -219,9 +222,7 @@ def add(values, grid, at, first_layer, end_layer):
 def _turn_one(grid, size, base, side, slopes, kx, ky, found):
     m, row, layer, one = len(base), size, size * size, side.dtype.type(1)
     for j in range(m):
-        b = base[min(j + _AHEAD, m - 1)]
-        _fetch(grid, b), _fetch(grid, b + row)
-        _fetch(grid, b + layer), _fetch(grid, b + layer + row)
+        _fetch_cell(grid, base[min(j + _AHEAD, m - 1)], row, layer)
         fx, fy, fz = side[0, j], side[1, j], side[2, j]
         ex, ey, ez = one - fx, one - fy, one - fz
         b, re, im = base[j], slopes[j].real, slopes[j].imag
@@ -273,11 +274,10 @@ def turn(grid, at, slopes, first, end, found):
 def _read_rows(table, size, base, side, found):
     m, row, layer, one = len(base), 8 * size, 8 * size * size, side.dtype.type(1)
     for j in range(m):
-        b = 8 * base[min(j + _AHEAD, m - 1)]
-        c, d, e = b + row, b + layer, b + layer + row
         # Two lines of the cache where the pair along x lies across its bounds.
-        _fetch(table, b), _fetch(table, c), _fetch(table, d), _fetch(table, e)
-        _fetch(table, b + 8), _fetch(table, c + 8), _fetch(table, d + 8), _fetch(table, e + 8)
+        ahead = 8 * base[min(j + _AHEAD, m - 1)]
+        _fetch_cell(table, ahead, row, layer)
+        _fetch_cell(table, ahead + 8, row, layer)
         fx, fy, fz = side[0, j], side[1, j], side[2, j]
         w0, w1, w2, w3 = (one - fz) * (one - fy), (one - fz) * fy, fz * (one - fy), fz * fy
         ex, b = one - fx, 8 * base[j]
