@@ -106,7 +106,8 @@ def test_all_engines_from_start_to_finish(tmp_path):
     short = ["half_rounds=5", "joint_rounds=1"]
     settings = [f"{name}.{pair}" for name in ("rmfn", "amortized") for pair in short]
     settings += [
-        "amortized.images_seen=16000",
+        # With 16,000 one seed of ten does not converge.
+        "amortized.images_seen=24000",
         "moments.iterations=40",
         "moments.settling=10",
         "moments.beads=10",
