@@ -28,9 +28,10 @@ export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-}
 # As a step also on one node: steps hear of the time limit, the script itself does not.
 launch=(srun --ntasks-per-node=1 torchrun)
 if [ "${SLURM_NNODES:-1}" -gt 1 ]; then
-    first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    # Not through head: a list that it cuts short would end the script.
+    hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
     launch+=(--nnodes "$SLURM_NNODES" --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID"
-        --rdzv-endpoint "$first:${PORT:-29500}")
+        --rdzv-endpoint "${hosts%%$'\n'*}:${PORT:-29500}")
 else
     launch+=(--standalone)
 fi
