@@ -235,7 +235,10 @@ exit $((one | two))
 def test_the_slurm_script_runs_as_a_step_with_all_cores(nodes, tmp_path):
     """SLURM tells steps, not the script, of the time limit; and gives them cores only if asked."""
     said = '#!/bin/sh\necho "cores $SRUN_CPUS_PER_TASK, threads $OMP_NUM_THREADS: $@"\n'
-    for name, body in (("srun", said), ("scontrol", "#!/bin/sh\necho first\nsleep 0.2\necho second\n")):
+    for name, body in (
+        ("srun", said),
+        ("scontrol", "#!/bin/sh\necho first\nsleep 0.2\necho second\n"),
+    ):
         (tmp_path / name).write_text(body)
         (tmp_path / name).chmod(0o755)
     slurm = Path(__file__).parents[1] / "examples/pipelines/slurm.sh"

@@ -14,6 +14,7 @@ from cryorecon.engines import stream
 from cryorecon.engines.observations import ImageSet
 from cryorecon.errors import CryoreconError
 from cryorecon.io import mrc, text_table
+from cryorecon.io.mrc import StackReader
 from cryorecon.io.particles import read_particles
 from cryorecon.io.read_ahead import ReadAhead
 from cryorecon.io.text_table import TextTable
@@ -34,10 +35,30 @@ def test_sections_come_in_runs_with_gaps_and_repeats(tmp_path, dtype, gap, monke
     stored = data.astype(dtype)
     path.write_bytes(path.read_bytes()[:1024] + stored.tobytes())
     header = mrc.Header(data.shape, stored.dtype, 1024, 2.0)
+    monkeypatch.setattr(mrc, "_PIECE_BYTES", 100)
+    reader = StackReader()
     for sections in ([0, 1, 2, 29], [3, 3, 5], [7], [0, 2, 4, 5, 6, 6, 20], list(range(30))):
         found = np.empty((len(sections), N, N), np.float32)
-        mrc.read_sections(path, header, np.array(sections), found)
+        reader.read(path, header, np.array(sections), found)
         assert np.array_equal(found, data[sections])
+
+
+def test_a_reader_goes_from_stack_to_stack(tmp_path):
+    paths, headers, held = [tmp_path / "a.mrcs", tmp_path / "b.mrcs"], [], []
+    for value, path in enumerate(paths):
+        with mrc.stack_writer(path, N, 2.0) as writer:
+            writer.append(np.full((3, N, N), value, np.float32))
+        headers.append(mrc.read_header(path))
+    reader, found = StackReader(), np.empty((1, N, N), np.float32)
+    for number in (0, 0, 1, 0, 1, 1):
+        reader.read(paths[number], headers[number], np.array([1]), found)
+        assert (found == number).all()
+        held.append(reader._file)
+    assert held[0] is held[1]
+    assert held[4] is held[5]
+    assert [file.closed for file in held] == [True] * 4 + [False] * 2
+    reader.close()
+    assert held[-1].closed
 
 
 def test_a_stack_that_has_become_shorter_is_told(tmp_path):
@@ -47,10 +68,10 @@ def test_a_stack_that_has_become_shorter_is_told(tmp_path):
     header = mrc.read_header(path)
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(CryoreconError, match="no longer be read"):
-        mrc.read_sections(path, header, np.arange(3), np.empty((3, N, N), np.float32))
-    path.unlink()
+        StackReader().read(path, header, np.arange(3), np.empty((3, N, N), np.float32))
+    path.unlink()  # From a reader that does not hold it.
     with pytest.raises(CryoreconError, match="no longer be read"):
-        mrc.read_sections(path, header, np.arange(3), np.empty((3, N, N), np.float32))
+        StackReader().read(path, header, np.arange(3), np.empty((3, N, N), np.float32))
 
 
 def test_a_long_table_on_disk_is_the_same(monkeypatch):
@@ -110,16 +131,22 @@ def image_set(n, asked, place=None):
     )
 
 
+def blocks_of_16(monkeypatch):
+    """Four of them are shuffled together, eight are kept."""
+    monkeypatch.setattr(stream, "_TOGETHER", 64)
+    monkeypatch.setattr(stream, "_SMALLEST_BLOCK", 16)
+    monkeypatch.setattr(stream, "_BLOCK_BYTES", 0)
+    assert stream.block_size(8) == 16
+
+
 def test_training_reads_each_block_once_a_pass_in_file_order(generator, monkeypatch):
-    monkeypatch.setattr(stream, "_BLOCK", 16)
-    monkeypatch.setattr(stream, "_BLOCKS_AT_ONCE", 4)
-    monkeypatch.setattr(stream, "_BLOCKS_KEPT", 8)
+    blocks_of_16(monkeypatch)
     n, asked = 1000, []
     place = torch.randperm(n, generator=generator).int()
     images = image_set(n, asked, place)
     ahead, seen = stream.read_ahead(images), []
     order = torch.argsort(place)
-    rows_of = stream.Stream(n, 20, generator)
+    rows_of = stream.Stream(n, 20, 8, generator)
     for _ in range(n // 20):
         rows = next(rows_of)
         batch = ahead.select(rows)
@@ -136,14 +163,12 @@ def test_training_reads_each_block_once_a_pass_in_file_order(generator, monkeypa
 @pytest.mark.parametrize("part", [16, 5])
 def test_blocks_of_a_training_are_told_before_they_are_read(generator, monkeypatch, part):
     """Also the parts of blocks that are too large to be read at once."""
-    monkeypatch.setattr(stream, "_BLOCK", 16)
-    monkeypatch.setattr(stream, "_BLOCKS_AT_ONCE", 4)
-    monkeypatch.setattr(stream, "_BLOCKS_KEPT", 8)
+    blocks_of_16(monkeypatch)
     monkeypatch.setattr(stream, "_PIXELS_AT_ONCE", part * 8 * 8)
     n, asked, told = 640, [], []
     images = image_set(n, asked)
     images.source.expect = told.append
-    ahead, rows_of = stream.read_ahead(images), stream.Stream(n, 20, generator)
+    ahead, rows_of = stream.read_ahead(images), stream.Stream(n, 20, 8, generator)
     for _ in range(2 * n // 20):
         rows = next(rows_of)
         assert torch.equal(ahead.select(rows).coefficients[:, 0].real.long(), rows)
@@ -157,14 +182,14 @@ def test_blocks_of_a_training_are_told_before_they_are_read(generator, monkeypat
 
 
 @pytest.mark.parametrize("batch", [20, 90, 200, 640])
+@pytest.mark.parametrize("part", [16, 5])
 @pytest.mark.parametrize("n", [640, 641, 200, 30])
-def test_batches_may_lie_in_more_blocks_than_are_kept(generator, monkeypatch, n, batch):
+def test_batches_may_lie_in_more_blocks_than_are_kept(generator, monkeypatch, n, batch, part):
     """A large batch; the rest of a group, a short last one, and the first of the next pass."""
-    monkeypatch.setattr(stream, "_BLOCK", 16)
-    monkeypatch.setattr(stream, "_BLOCKS_AT_ONCE", 4)
-    monkeypatch.setattr(stream, "_BLOCKS_KEPT", 8)
+    blocks_of_16(monkeypatch)
+    monkeypatch.setattr(stream, "_PIXELS_AT_ONCE", part * 8 * 8)
     ahead = stream.read_ahead(image_set(n, []))
-    rows_of = stream.Stream(n, batch, generator)
+    rows_of = stream.Stream(n, batch, 8, generator)
     for _ in range(3 * n // min(n, batch)):
         rows = next(rows_of)
         assert torch.equal(ahead.select(rows).coefficients[:, 0].real.long(), rows)
@@ -173,19 +198,36 @@ def test_batches_may_lie_in_more_blocks_than_are_kept(generator, monkeypatch, n,
 
 def test_groups_of_blocks_are_read_while_the_one_before_is_used(generator, monkeypatch):
     """What a thread has begun to read is not forgotten until it is asked for."""
-    monkeypatch.setattr(stream, "_BLOCK", 16)
-    monkeypatch.setattr(stream, "_BLOCKS_AT_ONCE", 4)
-    monkeypatch.setattr(stream, "_BLOCKS_KEPT", 8)
+    blocks_of_16(monkeypatch)
     asked, told = [], []
     images = image_set(640, asked)
     images.source.expect = lambda rows: told.append((len(asked), rows))
-    ahead, rows_of = stream.read_ahead(images), stream.Stream(640, 20, generator)
+    ahead, rows_of = stream.read_ahead(images), stream.Stream(640, 20, 8, generator)
     for _ in range(640 // 20):
         ahead.select(next(rows_of))
         ahead.expect(rows_of.upcoming)
-    # Within the next two reads: the part in work, then the one that was told.
+    # Within the next three reads: the part in work, then the two that were told.
     for before, rows in told:
-        assert any(torch.equal(rows, other) for other in asked[before : before + 2])
+        assert any(torch.equal(rows, other) for other in asked[before : before + 3])
+
+
+def test_a_training_does_not_wait_for_what_is_not_read_yet(generator, monkeypatch):
+    blocks_of_16(monkeypatch)
+    asked, there = [], []
+    images = image_set(640, asked)
+    images.source.expect = lambda rows: None
+    images.source.ready = lambda rows: bool(there)
+    ahead, rows_of = stream.read_ahead(images), stream.Stream(640, 4, 8, generator)
+
+    def steps(count):
+        for _ in range(count):
+            ahead.select(next(rows_of))
+            ahead.expect(rows_of.upcoming)
+        return len(asked)
+
+    assert steps(8) == steps(4) == 4  # The first group, one block after the other.
+    there.append(True)
+    assert steps(3) == 4 + 3
 
 
 def test_images_that_are_expected_are_those_of_the_file(tmp_path):
@@ -201,6 +243,32 @@ def test_images_that_are_expected_are_those_of_the_file(tmp_path):
     assert np.array_equal(ahead.images(rows[:5]), particles.images(rows[:5]))
     with pytest.raises(CryoreconError, match="no longer be read"):
         ahead.images(rows[15:])
+
+
+def test_images_read_ahead_are_checked(tmp_path):
+    particles = read_particles(simulated(tmp_path / "stack", 5, 16, 1.0) / "particles.star")
+    with open(tmp_path / "stack" / "particles.mrcs", "r+b") as file:
+        file.seek(1024 + 3 * 16 * 16 * 4)
+        file.write(np.float32(np.nan).tobytes())
+    ahead = ReadAhead(particles)
+    ahead.expect(np.arange(5))
+    with pytest.raises(CryoreconError, match=r"image 4 .* NaN"):
+        ahead.images(np.arange(5))
+
+
+@pytest.mark.parametrize(("box", "images"), [(32, 4096), (64, 4096), (128, 1024), (256, 512)])
+def test_blocks_of_a_training_take_64_megabytes(box, images):
+    assert stream.block_size(box) == images
+
+
+def test_a_training_goes_on_with_other_blocks(generator):
+    """A state of a program whose blocks were smaller: the pass begins anew, no row is unknown."""
+    n = 10_000
+    rows_of = stream.Stream(n, 64, 64, generator)
+    state = rows_of.state() | {"blocks": torch.arange(20), "block": 512}
+    rows_of.load(state)
+    seen = torch.cat([next(rows_of) for _ in range(-(-n // 64))])
+    assert torch.equal(seen[:n].sort().values, torch.arange(n))
 
 
 def test_rows_in_file_order(generator):

@@ -107,7 +107,8 @@ class ImageSet:
     plane : HalfPlane of m coefficients
     source : callable
         Given rows (b,) and a number k, the first k coefficients of these images, shape (b, k),
-        complex, and their CTF, real. It may have a method `expect`, see :meth:`expect`.
+        complex, and their CTF, real. It may have methods `expect`, see :meth:`expect`, and `ready`,
+        which tells whether rows that were expected need not be waited for.
     noise_power : Tensor, shape (groups, n_shells), real
         Expected ``|noise|^2`` of a coefficient, by optics group and shell.
     group : Tensor, shape (n,), int32

@@ -12,13 +12,28 @@ from torch import Tensor
 from cryorecon.engines.observations import ImageSet, Source
 from cryorecon.physics.fourier import HalfPlane
 
-# Neighbours in the STAR file are read together; batches are drawn from a few such blocks at once.
-_BLOCK = 512
-_BLOCKS_AT_ONCE = 8
-# These and those that the last rows of the blocks before lie in.
-_BLOCKS_KEPT = 2 * _BLOCKS_AT_ONCE
-# Of a block that are read at once: eight megabytes.
-_PIXELS_AT_ONCE = 1 << 21
+# Batches are drawn from this many images at once, which lie in one block of neighbours or in some.
+_TOGETHER = 4096
+# What lies between blocks costs a disk as long as reading eight megabytes.
+_BLOCK_BYTES = 64e6
+_SMALLEST_BLOCK = 512
+# Those that are shuffled together, and those that the last rows of the group before lie in.
+_GROUPS_KEPT = 2
+# Of a block that are read at once: two megabytes, so that no step of a training waits long.
+_PIXELS_AT_ONCE = 1 << 19
+# Parts of a block that are being read, or wait to be loaded.
+_TOLD = 2
+
+
+def block_size(box: int) -> int:
+    """Images of a block, neighbours in the STAR file that are read together.
+
+    A power of two, so that blocks make up what is shuffled together.
+    """
+    size = _TOGETHER
+    while size > _SMALLEST_BLOCK and 4.0 * size * box**2 > 1.1 * _BLOCK_BYTES:
+        size //= 2
+    return size
 
 
 class Stream:
@@ -32,10 +47,14 @@ class Stream:
         Images.
     batch : int
         Rows of a batch, all images where there are fewer.
+    box : int
+        Samples a side of an image.
     """
 
-    def __init__(self, n: int, batch: int, generator: torch.Generator) -> None:
+    def __init__(self, n: int, batch: int, box: int, generator: torch.Generator) -> None:
         self.n, self.batch, self.generator = n, min(batch, n), generator
+        self.block = block_size(box)
+        self._at_once = max(1, _TOGETHER // self.block)
         self._ready = torch.empty(0, dtype=torch.int64)
         self._blocks: list[int] = []
         # Rows that will be shuffled together next; none at the end of a pass.
@@ -52,27 +71,30 @@ class Stream:
 
     def _load(self) -> None:
         if not self._blocks:
-            count = -(-self.n // _BLOCK)
+            count = -(-self.n // self.block)
             self._blocks = torch.randperm(count, generator=self.generator).tolist()
-        some, self._blocks = self._blocks[:_BLOCKS_AT_ONCE], self._blocks[_BLOCKS_AT_ONCE:]
+        some, self._blocks = self._blocks[: self._at_once], self._blocks[self._at_once :]
         rows = self._rows_of(some)
         rows = rows[torch.randperm(len(rows), generator=self.generator)]
         self._ready = torch.cat([self._ready, rows])
-        self.upcoming = self._rows_of(self._blocks[:_BLOCKS_AT_ONCE])
+        self.upcoming = self._rows_of(self._blocks[: self._at_once])
 
     def _rows_of(self, blocks: list[int]) -> Tensor:
-        parts = [torch.arange(i * _BLOCK, min((i + 1) * _BLOCK, self.n)) for i in blocks]
+        size = self.block
+        parts = [torch.arange(i * size, min((i + 1) * size, self.n)) for i in blocks]
         return torch.cat([self._ready[:0], *parts])
 
     def state(self) -> dict[str, Any]:
         """What is left of this pass over the images, without the generator."""
         blocks = torch.tensor(self._blocks, dtype=torch.int64)
-        return {"ready": self._ready.clone(), "blocks": blocks}
+        return {"ready": self._ready.clone(), "blocks": blocks, "block": self.block}
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from what :meth:`state` gave."""
         self._ready, self._blocks = state["ready"], state["blocks"].tolist()
-        self.upcoming = self._rows_of(self._blocks[:_BLOCKS_AT_ONCE])
+        if state.get("block") != self.block:  # Of a program with others: a new pass.
+            self._blocks = []
+        self.upcoming = self._rows_of(self._blocks[: self._at_once])
 
 
 def read_ahead(images: ImageSet) -> ImageSet:
@@ -99,77 +121,127 @@ def read_ahead(images: ImageSet) -> ImageSet:
 
 
 class _Blocks:
-    """A source that keeps the blocks that were used last, as many as there are places."""
+    """A source that keeps the blocks that were loaded last, as many as there are places."""
 
     def __init__(self, source: Source, rows: Tensor, plane: HalfPlane) -> None:
         self.source, self.rows, self.count = source, rows, len(plane)
-        blocks = -(-len(rows) // _BLOCK)
-        self.most = min(_BLOCKS_KEPT, blocks)
-        held = self.most * _BLOCK
+        self.block = block_size(plane.box)
+        blocks = -(-len(rows) // self.block)
+        self.most = min(_GROUPS_KEPT * max(1, _TOGETHER // self.block), blocks)
+        held = self.most * self.block
         kept = torch.empty(held, self.count, dtype=torch.complex64)
         self.kept = kept, torch.empty(held, self.count)
-        # Place of each block, the one that was used longest ago first.
+        # Place of each block, the one that was loaded first before others; of whole ones, a table.
         self.places: dict[int, int] = {}
-        self.expected: list[int] = []
+        self.place_of = torch.full((blocks,), -1)
+        # Parts of blocks, which are still to be loaded: number and first image in the block.
+        self.coming: list[tuple[int, int]] = []
         self.told = rows[:0]
+        # Blocks that are not to be put out for others.
+        self.wanted: set[int] = set()
         # Images of a block that are read at once.
-        self.part = max(1, min(_BLOCK, _PIXELS_AT_ONCE // plane.box**2))
+        self.part = max(1, min(self.block, _PIXELS_AT_ONCE // plane.box**2))
 
     def expect(self, rows: Tensor) -> None:
-        """Begin to read the blocks of rows that will be asked for soon, together."""
+        """Load the next part of the blocks of rows that will be asked for soon, if it is read.
+
+        To be called at every step, for the same rows until others follow: parts are read while
+        steps are worked on.
+        """
         if torch.equal(rows, self.told):
+            if all(self._ready(part) for part in self.coming[:1]):
+                self._load_next()
             return
         self.told = rows
-        self.expected = [b for b in (rows // _BLOCK).unique().tolist() if b not in self.places]
-        if self.expected:
-            self._expect(self._of(self.expected[0])[: self.part])
+        wanted = (rows // self.block).unique().tolist()
+        self.wanted = set(wanted)
+        self.coming = self._parts([block for block in wanted if self.place_of[block] < 0])
+        self._tell(self.coming[:_TOLD])
 
     def __call__(self, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        block = rows // _BLOCK
+        block = rows // self.block
+        place = self.place_of[block]
+        if bool((place >= 0).all()):
+            return self._kept(rows, place, count)
         coefficients = torch.empty(len(rows), count, dtype=torch.complex64)
         ctf = torch.empty(len(rows), count)
         # Large batches lie in more blocks than there are places.
         for needed in block.unique().split(self.most):
             self._keep(needed.tolist())
-            places = torch.tensor([self.places[number] for number in needed.tolist()])
             mine = torch.isin(block, needed).nonzero()[:, 0]
-            where = places[torch.searchsorted(needed, block[mine])] * _BLOCK + rows[mine] % _BLOCK
-            coefficients[mine], ctf[mine] = (kept[where, :count] for kept in self.kept)
+            found = self._kept(rows[mine], self.place_of[block[mine]], count)
+            coefficients[mine], ctf[mine] = found
+        return coefficients, ctf
+
+    def _kept(self, rows: Tensor, place: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """What is kept of rows whose blocks have these places."""
+        where = place * self.block + rows % self.block
+        coefficients, ctf = (kept[where, :count] for kept in self.kept)
         return coefficients, ctf
 
     def _keep(self, needed: list[int]) -> None:
         """Have these blocks in their places; of those that are expected together, all."""
-        new = [number for number in needed if number not in self.places]
-        together = len({*needed, *self.expected})
-        if together <= self.most and not set(new).isdisjoint(self.expected):
-            new = self.expected + [number for number in new if number not in self.expected]
-            self.expected = []
-        for number in needed:  # Not to be put out for the new ones.
-            if number in self.places:
-                self.places[number] = self.places.pop(number)
-        parts = [(n, i) for n in new for i in range(0, len(self._of(n)), self.part)]
-        for i, (number, first) in enumerate(parts):
-            for after, start in parts[i + 1 : i + 2]:
-                self._expect(self._of(after)[start : start + self.part])
-            rows = self._of(number)[first : first + self.part]
-            place = self._place(number) * _BLOCK + first
-            for kept, found in zip(self.kept, self.source(rows, self.count), strict=True):
-                kept[place : place + len(rows)] = found
+        expected = {number for number, _ in self.coming}
+        together = expected.union(needed)
+        if expected.isdisjoint(needed) or len(together) > self.most:
+            together = set(needed)
+        self.wanted = together
+        new = [n for n in needed if self.place_of[n] < 0 and n not in expected & together]
+        later = [part for part in self.coming if part[0] not in together]
+        self.coming = [part for part in self.coming if part[0] in together] + self._parts(new)
+        while self.coming:
+            self._load_next()
+        self.coming, self.wanted = later, {number for number, _ in later}
 
-    def _of(self, number: int) -> Tensor:
-        """The images of a block."""
-        return self.rows[number * _BLOCK : (number + 1) * _BLOCK].long()
+    def _parts(self, blocks: list[int]) -> list[tuple[int, int]]:
+        return [(n, i) for n in blocks for i in range(0, self._length(n), self.part)]
 
-    def _expect(self, rows: Tensor) -> None:
+    def _load_next(self) -> None:
+        """Load the next part of what is coming, while those after it are read."""
+        if not self.coming:
+            return
+        (number, first), *self.coming = self.coming
+        if first > 0 and number not in self.places:  # Put out for others: from its beginning.
+            (number, first), *again = self._parts([number])
+            self.coming = again + [part for part in self.coming if part[0] != number]
+        self._tell([(number, first), *self.coming[:_TOLD]])
+        rows = self._of((number, first))
+        place = self._place(number)
+        here = slice(place * self.block + first, place * self.block + first + len(rows))
+        for kept, found in zip(self.kept, self.source(rows, self.count), strict=True):
+            kept[here] = found
+        if first + len(rows) == self._length(number):
+            self.place_of[number] = place
+
+    def _tell(self, parts: list[tuple[int, int]]) -> None:
+        """Begin to read parts of blocks."""
         expect = getattr(self.source, "expect", None)
         if expect is not None:
-            expect(rows)
+            for part in parts:
+                expect(self._of(part))
+
+    def _ready(self, part: tuple[int, int]) -> bool:
+        """Whether a part that was told need not be waited for."""
+        ready = getattr(self.source, "ready", None)
+        return ready is None or ready(self._of(part))
+
+    def _of(self, part: tuple[int, int]) -> Tensor:
+        """The images of a part of a block."""
+        number, first = part
+        start = number * self.block + first
+        end = min(start + self.part, (number + 1) * self.block)
+        return self.rows[start:end].long()
+
+    def _length(self, number: int) -> int:
+        return min(self.block, len(self.rows) - number * self.block)
 
     def _place(self, number: int) -> int:
-        """Where a block lies: if need be, in the place of the one that was used longest ago."""
+        """Where a block lies: if need be, in the place of the one that was loaded first."""
         if number not in self.places:
             place = len(self.places)
             if place == self.most:
-                place = self.places.pop(next(iter(self.places)))
+                oldest = next(n for n in self.places if n not in self.wanted)
+                place = self.places.pop(oldest)
+                self.place_of[oldest] = -1
             self.places[number] = place
         return self.places[number]

@@ -21,6 +21,7 @@ from cryorecon.io.files import replacing
 _HEADER_BYTES = 1024
 # Reading on is faster than beginning anew behind a gap of this size.
 _GAP_BYTES = 1 << 16
+_PIECE_BYTES = 1 << 18
 # Far from where sums of squares overflow, and from any map.
 _LARGEST_VOXEL = 1e12
 _VOXEL_ANGST = (0.01, 1000.0)
@@ -115,30 +116,43 @@ def open_stack(path: str | Path) -> NDArray[np.generic]:
     return np.memmap(path, header.dtype, "r", header.offset, header.shape)
 
 
-def read_sections(
-    path: str | Path, header: Header, sections: NDArray[np.integer], images: NDArray[np.float32]
-) -> None:
-    """Read sections of a stack into memory, each run of neighbours at once, small gaps included.
+class StackReader:
+    """Reads sections of stacks; the stack that was read last stays open.
 
-    Nothing is mapped: reading in file order is as fast as the disk, and what was read is not
-    counted as the process's memory.
-
-    Parameters
-    ----------
-    sections : array of int, shape (b,)
-        Ascending.
-    images : array, shape (b, N, N), contiguous
-        Is filled.
-
-    Raises
-    ------
-    CryoreconError
-        If the file is gone, or has become shorter than its header said.
+    Of a file that stays open the kernel reads on, ahead of what it is asked for.
     """
-    size = header.shape[1] * header.shape[2] * header.dtype.itemsize
-    bounds = np.flatnonzero(np.diff(sections) > 1 + _GAP_BYTES // size) + 1
-    try:
-        with open(path, "rb", buffering=0) as file:
+
+    def __init__(self) -> None:
+        self._path: Path | None = None
+        self._file: RawIOBase | None = None
+
+    def read(
+        self, path: Path, header: Header, sections: NDArray[np.integer], images: NDArray[np.float32]
+    ) -> None:
+        """Read sections into memory, each run of neighbours at once, small gaps included.
+
+        Nothing is mapped: reading in file order is as fast as the disk, and what was read is not
+        counted as the process's memory.
+
+        Parameters
+        ----------
+        path : Path
+        header : Header
+            Of this file.
+        sections : array of int, shape (b,)
+            Ascending.
+        images : array, shape (b, N, N), contiguous
+            Is filled.
+
+        Raises
+        ------
+        CryoreconError
+            If the file is gone, or has become shorter than its header said.
+        """
+        size = header.shape[1] * header.shape[2] * header.dtype.itemsize
+        bounds = np.flatnonzero(np.diff(sections) > 1 + _GAP_BYTES // size) + 1
+        try:
+            file = self._opened(path)
             for start, end in pairwise([0, *bounds.tolist(), len(sections)]):
                 first, last = int(sections[start]), int(sections[end - 1])
                 alone = bool((np.diff(sections[start:end]) == 1).all())
@@ -148,17 +162,34 @@ def read_sections(
                 _fill(file, raw, header.offset + first * size)
                 if not direct:
                     images[start:end] = raw if alone else raw[sections[start:end] - first]
-    except (OSError, EOFError) as error:
-        raise CryoreconError(
-            f"{path} can no longer be read as it was: {error}", "Leave stacks alone during a job"
-        ) from error
+        except (OSError, EOFError) as error:
+            raise CryoreconError(
+                f"{path} can no longer be read as it was: {error}",
+                "Leave stacks alone during a job",
+            ) from error
+
+    def _opened(self, path: Path) -> RawIOBase:
+        if self._file is None or path != self._path:
+            self.close()
+            self._path, self._file = path, open(path, "rb", buffering=0)  # noqa: SIM115
+        return self._file
+
+    def close(self) -> None:
+        """Close the stack that was read last."""
+        if self._file is not None:
+            self._file.close()
+        self._file = None
+
+    def __del__(self) -> None:
+        self.close()
 
 
 def _fill(file: RawIOBase, raw: NDArray[np.generic], offset: int) -> None:
     view, done = raw.reshape(-1).view(np.uint8).data, 0
     file.seek(offset)
     while done < len(view):
-        count = file.readinto(view[done:])
+        # Asked for much at once, the kernel does not read on while it is copied.
+        count = file.readinto(view[done : done + _PIECE_BYTES])
         if not count:
             raise EOFError(f"it ends {len(view) - done} bytes early")
         done += count

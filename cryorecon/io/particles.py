@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from cryorecon.errors import CryoreconError
 from cryorecon.io.cryodrgn_input import is_stack, read_stack_table
 from cryorecon.io.cryosparc import is_cryosparc_file, read_cryosparc
-from cryorecon.io.mrc import Header, read_sections
+from cryorecon.io.mrc import Header, StackReader
 from cryorecon.io.optics import optics_index, pixel_size_of, require_within
 from cryorecon.io.stacks import check_stacks, parse_image_names, resolve_stacks
 from cryorecon.io.star import Tables, integers, numbers, star_blocks, write_star
@@ -100,30 +100,40 @@ class Particles:
             If a pixel is NaN or infinite, or so large that sums of squares would be.
         """
         index = np.asarray(rows, dtype=np.int64)
-        stack_of, section = self._stack_of[index], self._section[index]
-        images = np.empty((len(index), self.box, self.box), np.float32)
+        images = self.read(index, StackReader())
+        self.check(index, images)
+        return images
+
+    def read(self, rows: NDArray[np.int64], reader: StackReader) -> NDArray[np.float32]:
+        """The same whatever they hold, by a reader that may have read what lies before them."""
+        stack_of, section = self._stack_of[rows], self._section[rows]
+        images = np.empty((len(rows), self.box, self.box), np.float32)
         order = None if _ascending(stack_of, section) else np.lexsort((section, stack_of))
         if order is not None:
             stack_of, section = stack_of[order], section[order]
         for stack in np.unique(stack_of):
             first, end = np.searchsorted(stack_of, [stack, stack + 1])
             path, header = self._stacks[stack], self._headers[stack]
-            read_sections(path, header, section[first:end], images[first:end])
+            reader.read(path, header, section[first:end], images[first:end])
         if order is not None:
             found, images = images, np.empty_like(images)
             images[order] = found
+        return images
+
+    def check(self, rows: NDArray[np.int64], images: NDArray[np.float32]) -> None:
+        """Refuse images of some rows that :meth:`images` would not give."""
+        flat = images.reshape(len(images), 1, self.box**2)
         with np.errstate(invalid="ignore", over="ignore"):
-            squares = np.einsum("byx,byx->b", images, images)
+            squares = (flat @ flat.transpose(0, 2, 1))[:, 0, 0]
         bad = np.flatnonzero(~(squares < _LARGEST_SUM_OF_SQUARES))
         if len(bad):
-            row = index[bad[0]]
+            row = rows[bad[0]]
             raise CryoreconError(
                 f"{self.path}, row {self.rows[row] + 1}: image {self._section[row] + 1} of "
                 f"{self._stacks[self._stack_of[row]]} holds NaN, infinite or huge pixels "
-                f"({len(bad)} of {len(index)} images read)",
+                f"({len(bad)} of {len(images)} images read)",
                 "Remove these rows or write the stack again",
             )
-        return images
 
     def file_order(self) -> NDArray[np.int64]:
         """Rows in the order in which the stacks hold them."""

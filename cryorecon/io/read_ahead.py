@@ -7,6 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 from numpy.typing import NDArray
 
+from cryorecon.io.mrc import StackReader
 from cryorecon.io.particles import Particles
 
 # Batches that are held, or being read: that in work, the next, and one that another loop waits for.
@@ -26,6 +27,7 @@ class ReadAhead:
     def __init__(self, particles: Particles) -> None:
         self.particles = particles
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+        self._stacks = StackReader()
         self._expected: list[tuple[NDArray[np.int64], Future[NDArray[np.float32]]]] = []
 
     def expect(self, rows: NDArray[np.int64]) -> None:
@@ -41,15 +43,28 @@ class ReadAhead:
         ):
             return
         mine = rows.copy()
-        self._expected.append((mine, self._reader.submit(self.particles.images, mine)))
+        self._expected.append((mine, self._begin(mine)))
         for _, forgotten in self._expected[:-_HELD]:
             forgotten.cancel()
         del self._expected[:-_HELD]
 
+    def ready(self, rows: NDArray[np.int64]) -> bool:
+        """Whether :meth:`images` would not wait for rows that were expected."""
+        return all(found.done() for known, found in self._expected if np.array_equal(rows, known))
+
     def images(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """As :meth:`Particles.images`; at once if they were expected and are there."""
+        images = self._found(rows).result()
+        # Here and not by the thread, which may be behind the disk already.
+        self.particles.check(rows, images)
+        return images
+
+    def _found(self, rows: NDArray[np.int64]) -> Future[NDArray[np.float32]]:
         for place, (known, found) in enumerate(self._expected):
             if np.array_equal(rows, known):
                 del self._expected[place]
-                return found.result()
-        return self.particles.images(rows)
+                return found
+        return self._begin(rows)
+
+    def _begin(self, rows: NDArray[np.int64]) -> Future[NDArray[np.float32]]:
+        return self._reader.submit(self.particles.read, rows, self._stacks)

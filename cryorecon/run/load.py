@@ -64,6 +64,10 @@ class _FromDisk:
         """Read these rows, wanted next, while others are worked on."""
         self.reader.expect(rows.numpy())
 
+    def ready(self, rows: Tensor) -> bool:
+        """Whether these rows, which were expected, have been read."""
+        return self.reader.ready(rows.numpy())
+
     def __call__(self, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
         plane, raw = self.plane.first(count), self._raw(rows)
         coefficients = torch.empty(len(rows), count, dtype=torch.complex64)
@@ -110,6 +114,10 @@ class _InMemory:
     def expect(self, rows: Tensor) -> None:
         """Have those read that are not held."""
         self.others.expect(rows[self._away(rows)])
+
+    def ready(self, rows: Tensor) -> bool:
+        """Whether those that are not held have been read."""
+        return self.others.ready(rows[self._away(rows)])
 
     def _away(self, rows: Tensor) -> Tensor:
         return (rows < self.first) | (rows >= self.first + len(self.gain))

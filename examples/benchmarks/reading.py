@@ -76,6 +76,9 @@ class OnlyRead:
     def expect(self, rows: torch.Tensor) -> None:
         self.images.expect(rows.numpy())
 
+    def ready(self, rows: torch.Tensor) -> bool:
+        return self.images.ready(rows.numpy())
+
     def __call__(self, rows: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         self.images.images(rows.numpy())
         nothing = torch.zeros(len(rows), count)
@@ -86,7 +89,7 @@ def training(images: ImageSet, ahead: bool) -> Iterator[int]:
     """One pass of engine amortized; by single images, or block by block."""
     generator = torch.Generator().manual_seed(0)
     source = read_ahead(images) if ahead else images
-    stream = Stream(len(images), BATCH, generator)
+    stream = Stream(len(images), BATCH, images.plane.box, generator)
     for rows in islice(stream, len(images) // BATCH):
         source.select(rows)
         if ahead:
