@@ -2,8 +2,9 @@
 
 Search: from Haar-random poses, mini-batches see every pose of a grid at low band; their
 posterior, spread by a falling temperature, adds to running normal equations that the network's
-coarsest scale follows. Refine: Gauss-Newton steps on each image's pose, against its half set's
-own map, at a band that follows the half maps' agreement. Finish: the same against the joint map.
+coarsest scale follows. The likelier of two goes on at a higher band. Refine: Gauss-Newton steps on
+each image's pose, against its half set's own map, at a band that follows the half maps'
+agreement. Finish: the same against the joint map.
 """
 
 from __future__ import annotations
@@ -49,6 +50,10 @@ class RmfnConfig(RefineConfig):
         Wiener prior of the search relative to the mean weight of a shell.
     n_starts : int
         Searches from different random poses; the likeliest goes on.
+    fine_cycles : float
+        Band, in cycles per particle diameter, at which it does, see :mod:`engines.fine_search`.
+    fine_epochs : int
+        Most epochs there, the first of which gathers images; none: refinement follows at once.
     volume : "rmfn" or "grid"
         What the search holds its map in: the network, or the solved grid itself.
     width : int
@@ -64,10 +69,17 @@ class RmfnConfig(RefineConfig):
     excess_memory: float = 0.8
     search_prior: float = 0.05
     n_starts: int = 2
+    fine_cycles: float = 4.8
+    fine_epochs: int = 14
     volume: Literal["rmfn", "grid"] = "rmfn"
     width: int = 128
     final_steps: int = 60
     fit: FitConfig = field(default_factory=FitConfig)
+
+    def fine_band(self, box: int) -> int:
+        """Radius at which the search ends, in cycles per box."""
+        wanted = round(self.fine_cycles / self.diameter)
+        return max(self.search_band(box), min(wanted, max_band(box) - 2))
 
     def bands(self, box: int) -> tuple[int, ...]:
         """Bands of the network's scales: search, middle (geometric mean), all."""
@@ -159,6 +171,10 @@ class Search:
         prior = shell_prior(sums, self.config.search_prior, self.band)
         self.network.fit(sums, prior, 0, n_steps)
 
+    def _kept(self) -> float:
+        """Share of the sums that stays at each batch."""
+        return self.config.memory
+
     def batches(self) -> list[Tensor]:
         """Rows of an epoch's mini-batches, in random order."""
         n = len(self.observations)
@@ -200,7 +216,7 @@ class Search:
         self.excess = (self.excess * (kept + (1 - kept) * left / len(rows))).clamp(min=1)
         found = self.ranks.everyones(posterior.log_evidence, self.ranks.sizes(len(rows)))
         old = self.sums
-        self.sums = new if old is None else old.scaled(self.config.memory).plus(new)
+        self.sums = new if old is None else old.scaled(self._kept()).plus(new)
         self._follow(self.sums)
         self._epoch.append(found)
         # One copy at the end of a step: each waits for the device.

@@ -23,8 +23,9 @@ from cryorecon.physics.fourier import half_plane
 _COEFFICIENTS = 1600
 # Seconds: loading the libraries, drawing, writing.
 _FIXED = 10.0
-# Search: an epoch of the network's steps, and an image in it.
-_EPOCH, _SEARCHED = 0.5, 0.8e-3
+# Search: an epoch of the network's steps, an image in it; an image in one of the finer epochs.
+_EPOCH, _SEARCHED, _SEARCHED_ON = 0.5, 0.8e-3, 3.2e-3
+_FINE_EPOCHS = 7
 # An image against all poses of the finer grid, as in the assignment; new searches, in which some of
 # these are refined besides.
 _ASSIGNED, _NEW_SEARCHES, _TRIED = 1.4e-3, 2, 2.6e-3
@@ -93,6 +94,7 @@ def abinitio_cost(
 def _search(config: RmfnConfig, n: int) -> Cost:
     epochs = config.n_starts * len(config.temperatures)
     seconds = epochs * (_EPOCH + min(n, config.search_images) * _SEARCHED) + n * _ASSIGNED
+    seconds += min(config.fine_epochs, _FINE_EPOCHS) * min(n, config.search_images) * _SEARCHED_ON
     seconds += 0.1 * config.final_steps if config.volume == "rmfn" else 0.0
     network = _NETWORK_SEARCH if config.volume == "rmfn" else 0.0
     return Cost(seconds, _PROGRAM + _SEARCH + network)

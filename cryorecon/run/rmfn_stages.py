@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from cryorecon.engines.fine_search import FineSearch
 from cryorecon.engines.grid_map import GridMap
 from cryorecon.engines.network_map import NetworkMap
 from cryorecon.engines.observations import ImageSet
@@ -34,9 +35,12 @@ class RmfnStages(Stages):
 
     def begin(self, images: ImageSet, half: torch.Tensor) -> Reconstruction:
         """Search, then give every image its best pose."""
-        self.network = self.search(images)
+        self.network, excess = self.search(images)
         with torch.no_grad():
             volume = self.network.volume(0)
+        config, box = self.config, images.plane.box
+        if config.fine_epochs > 0 and config.fine_band(box) > config.search_band(box):
+            volume = self._finer(volume, excess, images)
         return self._assigned(volume, images, half)
 
     def engine_state(self) -> Entry:
@@ -100,11 +104,10 @@ class RmfnStages(Stages):
         self.job.say("every image has a first pose")
         return state
 
-    def search(self, images: ImageSet) -> NetworkMap | GridMap:
-        """Run the starts and keep the likeliest one's map."""
+    def search(self, images: ImageSet) -> tuple[NetworkMap | GridMap, torch.Tensor]:
+        """Run the starts and keep the likeliest one's map, and the power that it leaves."""
         config = self.config
-        n_held = min(HELD_OUT, len(images) // 5)
-        n = min(config.search_images, len(images) - n_held)
+        n, n_held = self._counts(images)
         band_angst = self._angst(config.search_band(images.plane.box), images.plane.box)
         saved = self.job.checkpoint.get(self.part)
         run = _Starts() if saved is None else _Starts(**saved["search"])
@@ -125,7 +128,35 @@ class RmfnStages(Stages):
             self._keep_search(run, force=run.start == config.n_starts)
         assert run.best is not None
         refuse_noise(run.best["held_out_evidence"], run.best["held_out_error"])
-        return self._network(run.best["network"], images)
+        return self._network(run.best["network"], images), run.best["excess"]
+
+    def _counts(self, images: ImageSet) -> tuple[int, int]:
+        """How many images a search sees, and by how many others it is judged."""
+        held = min(HELD_OUT, len(images) // 5)
+        return min(self.config.search_images, len(images) - held), held
+
+    def _finer(
+        self, volume: torch.Tensor, excess: torch.Tensor, images: ImageSet
+    ) -> torch.Tensor:  # fmt: skip
+        """Go on from the search's map at a higher band."""
+        config, box = self.config, images.plane.box
+        (n, n_held), band = self._counts(images), config.fine_band(box)
+        self.job.say(f"searching on from the likelier map at {self._angst(band, box):.1f} A")
+        order = torch.randperm(len(images), generator=self.generator)
+        shared = (config, images.select(order[:n], band), self.generator, self.mask, images.ranks)
+        search = FineSearch(*shared, start=volume, unexplained=excess)
+        with self.job.bar("Search, finer", n * config.fine_epochs) as bar:
+            for epoch in range(config.fine_epochs):
+                where = f"searched on, epoch {epoch + 1}"
+                self._epoch(search, 1.0, where, n * epoch, bar)
+                if search.settled:
+                    break
+        search.judge(images.select(order[n : n + n_held], band))
+        self.job.say(
+            f"after {epoch + 1} epochs: log-evidence {search.log_evidence:.2f} an image, "
+            f"{search.held_out_evidence:.2f} of {n_held} held out"
+        )
+        return search.network.volume(0)
 
     def _one_start(self, run: _Starts, images: ImageSet, n: int, n_held: int) -> Search:
         """All epochs of a start, or those that are left of it."""
@@ -144,21 +175,24 @@ class RmfnStages(Stages):
         title = f"Search {run.start + 1}/{config.n_starts}"
         with self.job.bar(title, n * len(config.temperatures)) as bar:
             while run.epochs < len(config.temperatures):
-                self._epoch(search, run, n * run.epochs, bar)
+                where = f"start {run.start + 1}, epoch {run.epochs + 1}"
+                temperature = config.temperatures[run.epochs]
+                self._epoch(search, temperature, where, n * run.epochs, bar)
                 run.epochs += 1
                 run.state = search.state()
                 self._keep_search(run)
         search.judge(images.select(held, band))
         return search
 
-    def _epoch(self, search: Search, run: _Starts, done: int, bar: Update) -> None:
+    def _epoch(
+        self, search: Search, temperature: float, where: str, done: int, bar: Update
+    ) -> None:  # fmt: skip
         band_angst = self._angst(search.band, search.observations.plane.box)
         for number, batch in enumerate(search.batches(), 1):
             try:
-                effective = search.step(batch, self.config.temperatures[run.epochs])
+                effective = search.step(batch, temperature)
             except FloatingPointError as error:
-                where = f"start {run.start + 1}, epoch {run.epochs + 1}, batch {number}"
-                raise broken(f"The search ({where})", error) from error
+                raise broken(f"The search ({where}, batch {number})", error) from error
             done += len(batch)
             bar(done, f"{band_angst:.1f} A, {effective:.1f} poses an image")
         search.end_epoch()
