@@ -115,7 +115,8 @@ class RmfnStages(Stages):
             self.job.say(f"searching from random poses at {band_angst:.1f} A with {n} images")
         else:
             self.generator.set_state(saved["generator"])
-            self.job.say(f"search: start {run.start + 1} goes on after {run.epochs} epochs")
+            if run.start < config.n_starts:
+                self.job.say(f"search: start {run.start + 1} goes on after {run.epochs} epochs")
         while run.start < config.n_starts:
             search = self._one_start(run, images, n, n_held)
             self.job.say(
