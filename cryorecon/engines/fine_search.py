@@ -9,10 +9,8 @@ from torch import Tensor
 
 from cryorecon.engines.accumulate import NormalEquations
 from cryorecon.engines.grid_map import GridMap
-from cryorecon.engines.reconstruction import offsets_for
 from cryorecon.engines.rmfn import Search
 from cryorecon.physics.masks import Support
-from cryorecon.physics.rotations import so3_grid
 
 # Epochs before a map may count as settled, and by how much two must exceed the two before.
 _FEWEST, _GAIN = 5, 0.1
@@ -41,15 +39,11 @@ class FineSearch(Search):
     _course: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        config, box = self.config, self.observations.plane.box
-        self.band = config.fine_band(box)
-        self.observations = self.observations.within(self.band)
+        self._look(self.config.fine_band(self.observations.plane.box))
         device = self.observations.device
         # The solved grid: the network's first scale follows it too slowly in its last shells.
-        self.network = GridMap((self.band,), Support(config.diameter / 2, self.mask))
+        self.network = GridMap((self.band,), Support(self.config.diameter / 2, self.mask))
         self.network.fit_volume(self.start.to(device), 0, 0, 0, self.generator)
-        self.grid = so3_grid(config.search_nside, torch.float32)[0].to(device)
-        self.offsets = offsets_for(config, box, self.band).to(device)
         self.excess = torch.ones(self.observations.plane.n_shells, device=device)
         known = min(len(self.unexplained), len(self.excess))
         self.excess[:known] = self.unexplained[:known].to(device)

@@ -150,14 +150,19 @@ class Search:
 
     def __post_init__(self) -> None:
         config, box = self.config, self.observations.plane.box
-        self.band = config.search_band(box)
-        self.observations = self.observations.within(self.band)
         device = self.observations.device
+        self._look(config.search_band(box))
         self.network = new_map(config, box, self.generator, self.mask, device)
-        self.grid = so3_grid(config.search_nside, torch.float32)[0].to(device)
-        self.offsets = offsets_for(config, box, self.band).to(device)
         self.excess = excess_power(self.observations)
         self._start_from_random_poses()
+
+    def _look(self, band: int) -> None:
+        """Take images up to a band, and the poses that are compared there."""
+        self.band, box = band, self.observations.plane.box
+        self.observations = self.observations.within(band)
+        device = self.observations.device
+        self.grid = so3_grid(self.config.search_nside, torch.float32)[0].to(device)
+        self.offsets = offsets_for(self.config, box, band).to(device)
 
     def _start_from_random_poses(self) -> None:
         matched, weight = self.observations.matched()
