@@ -256,8 +256,8 @@ def test_images_read_ahead_are_checked(tmp_path):
         ahead.images(np.arange(5))
 
 
-@pytest.mark.parametrize(("box", "images"), [(32, 4096), (64, 4096), (128, 1024), (256, 512)])
-def test_blocks_of_a_training_take_64_megabytes(box, images):
+@pytest.mark.parametrize(("box", "images"), [(32, 8192), (64, 8192), (128, 2048), (256, 512)])
+def test_blocks_of_a_training_take_128_megabytes(box, images):
     assert stream.block_size(box) == images
 
 

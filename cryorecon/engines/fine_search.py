@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cryorecon.engines.accumulate import NormalEquations
 from cryorecon.engines.grid_map import GridMap
+from cryorecon.engines.observations import Observations
 from cryorecon.engines.rmfn import Search
 from cryorecon.physics.masks import Support
 
-# Epochs before a map may count as settled, and by how much two must exceed the two before.
-_FEWEST, _GAIN = 5, 0.1
+# Epochs before a map may count as settled, and the share of the evidence that two must bring.
+_FEWEST, _GAIN = 3, 1e-3
 
 
 @dataclass(kw_only=True)
@@ -27,16 +29,21 @@ class FineSearch(Search):
 
     Attributes
     ----------
+    held_out : Observations
+        Images that no search has seen: by their evidence it is known when to end. That of the
+        images seen rises and falls with the noise that they are judged by.
     start : Tensor, shape (M, M, M)
         The search's map, on any grid that holds it.
     unexplained : Tensor, shape (s,)
         Its :attr:`Search.excess`.
+    course : list of float
+        Evidence of the images held out, after each epoch.
     """
 
+    held_out: Observations
     start: Tensor
     unexplained: Tensor
-    _gathering: bool = True
-    _course: list[float] = field(default_factory=list)
+    course: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._look(self.config.fine_band(self.observations.plane.box))
@@ -50,25 +57,38 @@ class FineSearch(Search):
 
     def end_epoch(self) -> None:
         """As for any search; the first time the map learns of the images."""
-        if self._gathering:
+        if not self.course:
             assert self.sums is not None
             # As much as later sums hold, of which each batch forgets a share.
-            steady = 1 / max(1 - self.config.memory, 1 / len(self._epoch))
+            steady = 1 / max(1 - self.config.fine_memory, 1 / len(self._epoch))
             self.sums = self.sums.scaled(steady / len(self._epoch))
-            self._gathering = False
-            self._follow(self.sums)
+            super()._follow(self.sums)
         super().end_epoch()
-        self._course.append(self.log_evidence)
+        self.held_out_evidence, self.held_out_error = self._evidence(self.held_out)
+        self.course.append(self.held_out_evidence)
 
     @property
     def settled(self) -> bool:
-        """Whether the last epochs' evidence hardly exceeds that of those before."""
-        before, last = sum(self._course[-4:-2]) / 2, sum(self._course[-2:]) / 2
-        return len(self._course) >= _FEWEST and last - before < _GAIN
+        """Whether the last two epochs brought hardly any evidence beyond that of those before."""
+        if len(self.course) < _FEWEST:
+            return False
+        before, last = max(self.course[:-2]), max(self.course[-2:])
+        return last - before < _GAIN * abs(before)
 
     def _kept(self) -> float:
-        return 1.0 if self._gathering else super()._kept()
+        return self.config.fine_memory if self.course else 1.0
 
     def _follow(self, sums: NormalEquations, n_steps: int | None = None) -> None:
-        if not self._gathering:
+        if self.course:
             super()._follow(sums, n_steps)
+
+    def state(self) -> dict[str, Any]:
+        """As of any search, and the course."""
+        return {**super().state(), "course": list(self.course)}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state` gave."""
+        super().load(state)
+        assert isinstance(self.network, GridMap)
+        self.network.to(self.observations.device)
+        self.course = list(state["course"])

@@ -54,6 +54,9 @@ class RmfnConfig(RefineConfig):
         Band, in cycles per particle diameter, at which it does, see :mod:`engines.fine_search`.
     fine_epochs : int
         Most epochs there, the first of which gathers images; none: refinement follows at once.
+    fine_images, fine_memory
+        `search_images` and `memory` there. Between two hands a map moves the faster the sooner it
+        forgets, and more images do more for it than more epochs.
     volume : "rmfn" or "grid"
         What the search holds its map in: the network, or the solved grid itself.
     width : int
@@ -71,6 +74,8 @@ class RmfnConfig(RefineConfig):
     n_starts: int = 2
     fine_cycles: float = 4.8
     fine_epochs: int = 14
+    fine_images: int = 2000
+    fine_memory: float = 0.8
     volume: Literal["rmfn", "grid"] = "rmfn"
     width: int = 128
     final_steps: int = 60
@@ -239,12 +244,16 @@ class Search:
 
     def judge(self, held_out: Observations) -> None:
         """Evidence of images that took no part in the search, and of those that did."""
+        self.held_out_evidence, self.held_out_error = self._evidence(held_out)
+        self.log_evidence = self._evidence(self.observations)[0]
+
+    def _evidence(self, images: Observations) -> tuple[float, float]:
+        """Mean log-evidence of an image at its true noise, and its standard error."""
         with torch.no_grad():
             volume = self.network.volume(0)
-            found = evidence(held_out.within(self.band), volume, self.grid, self.offsets)
-            seen = evidence(self.observations, volume, self.grid, self.offsets)
-        self.held_out_evidence, self.held_out_error = self.ranks.numbers(*found)
-        (self.log_evidence,) = self.ranks.numbers(seen[0])
+            found = evidence(images.within(self.band), volume, self.grid, self.offsets)
+        mean, error = self.ranks.numbers(*found)
+        return mean, error
 
     def state(self) -> dict[str, Any]:
         """Between two epochs: all that the search has changed, by reference."""

@@ -12,17 +12,17 @@ from torch import Tensor
 from cryorecon.engines.observations import ImageSet, Source
 from cryorecon.physics.fourier import HalfPlane
 
-# Batches are drawn from this many images at once, which lie in one block of neighbours or in some.
+# Batches are drawn from at least so many images at once, of one block of neighbours or of some.
 _TOGETHER = 4096
 # What lies between blocks costs a disk as long as reading eight megabytes.
-_BLOCK_BYTES = 64e6
-_SMALLEST_BLOCK = 512
+_BLOCK_BYTES = 128e6
+_SMALLEST_BLOCK, _LARGEST_BLOCK = 512, 8192
 # Those that are shuffled together, and those that the last rows of the group before lie in.
 _GROUPS_KEPT = 2
-# Of a block that are read at once: two megabytes, so that no step of a training waits long.
-_PIXELS_AT_ONCE = 1 << 19
-# Parts of a block that are being read, or wait to be loaded.
-_TOLD = 2
+# Of a block that are read at once: eight megabytes, so that no step of a training waits long.
+_PIXELS_AT_ONCE = 1 << 21
+# Parts of a block that are being read, or wait to be loaded, besides the one that is asked for.
+_TOLD = 1
 
 
 def block_size(box: int) -> int:
@@ -30,7 +30,7 @@ def block_size(box: int) -> int:
 
     A power of two, so that blocks make up what is shuffled together.
     """
-    size = _TOGETHER
+    size = _LARGEST_BLOCK
     while size > _SMALLEST_BLOCK and 4.0 * size * box**2 > 1.1 * _BLOCK_BYTES:
         size //= 2
     return size

@@ -35,12 +35,13 @@ class RmfnStages(Stages):
 
     def begin(self, images: ImageSet, half: torch.Tensor) -> Reconstruction:
         """Search, then give every image its best pose."""
-        self.network, excess = self.search(images)
+        config, box, found = self.config, images.plane.box, self.search(images)
+        assert found.best is not None
+        self.network = self._network(found.best["network"], images)
         with torch.no_grad():
             volume = self.network.volume(0)
-        config, box = self.config, images.plane.box
         if config.fine_epochs > 0 and config.fine_band(box) > config.search_band(box):
-            volume = self._finer(volume, excess, images)
+            volume = self._finer(found, volume, images)
         return self._assigned(volume, images, half)
 
     def engine_state(self) -> Entry:
@@ -104,13 +105,13 @@ class RmfnStages(Stages):
         self.job.say("every image has a first pose")
         return state
 
-    def search(self, images: ImageSet) -> tuple[NetworkMap | GridMap, torch.Tensor]:
-        """Run the starts and keep the likeliest one's map, and the power that it leaves."""
+    def search(self, images: ImageSet) -> Starts:
+        """Run the starts, all of which see the same images, and keep the likeliest."""
         config = self.config
         n, n_held = self._counts(images)
         band_angst = self._angst(config.search_band(images.plane.box), images.plane.box)
         saved = self.job.checkpoint.get(self.part)
-        run = _Starts() if saved is None else _Starts(**saved["search"])
+        run = Starts() if saved is None else Starts(**saved["search"])
         if saved is None:
             self.job.say(f"searching from random poses at {band_angst:.1f} A with {n} images")
         else:
@@ -125,11 +126,11 @@ class RmfnStages(Stages):
             )
             if run.best is None or search.log_evidence > run.best["log_evidence"]:
                 run.best = frozen(search.state())
-            run.start, run.epochs, run.order, run.state = run.start + 1, 0, None, None
+            run.start, run.epochs, run.state = run.start + 1, 0, None
             self._keep_search(run, force=run.start == config.n_starts)
         assert run.best is not None
         refuse_noise(run.best["held_out_evidence"], run.best["held_out_error"])
-        return self._network(run.best["network"], images), run.best["excess"]
+        return run
 
     def _counts(self, images: ImageSet) -> tuple[int, int]:
         """How many images a search sees, and by how many others it is judged."""
@@ -137,41 +138,58 @@ class RmfnStages(Stages):
         return min(self.config.search_images, len(images) - held), held
 
     def _finer(
-        self, volume: torch.Tensor, excess: torch.Tensor, images: ImageSet
+        self, run: Starts, volume: torch.Tensor, images: ImageSet
     ) -> torch.Tensor:  # fmt: skip
-        """Go on from the search's map at a higher band."""
-        config, box = self.config, images.plane.box
-        (n, n_held), band = self._counts(images), config.fine_band(box)
-        self.job.say(f"searching on from the likelier map at {self._angst(band, box):.1f} A")
-        order = torch.randperm(len(images), generator=self.generator)
-        shared = (config, images.select(order[:n], band), self.generator, self.mask, images.ranks)
-        search = FineSearch(*shared, start=volume, unexplained=excess)
+        """Go on from the search's map at a higher band, with more images."""
+        config, band = self.config, self.config.fine_band(images.plane.box)
+        n_held = self._counts(images)[1]
+        n = min(config.fine_images, len(images) - n_held)
+        search = self._fine_search(run, volume, images, n, n_held)
+        band_angst = self._angst(band, images.plane.box)
+        done = len(search.course)
+        again = f", after {done} epochs" if done else ""
+        self.job.say(f"searching on from the likelier map at {band_angst:.1f} A{again}")
         with self.job.bar("Search, finer", n * config.fine_epochs) as bar:
-            for epoch in range(config.fine_epochs):
-                where = f"searched on, epoch {epoch + 1}"
-                self._epoch(search, 1.0, where, n * epoch, bar)
-                if search.settled:
-                    break
-        search.judge(images.select(order[n : n + n_held], band))
+            while len(search.course) < config.fine_epochs and not search.settled:
+                done = len(search.course)
+                self._epoch(search, 1.0, f"searched on, epoch {done + 1}", n * done, bar)
+                run.fine = search.state()
+                self._keep_search(run)
         self.job.say(
-            f"after {epoch + 1} epochs: log-evidence {search.log_evidence:.2f} an image, "
-            f"{search.held_out_evidence:.2f} of {n_held} held out"
+            f"after {len(search.course)} epochs with {n} images: log-evidence "
+            f"{search.held_out_evidence:.2f} an image of {n_held} held out"
         )
         return search.network.volume(0)
 
-    def _one_start(self, run: _Starts, images: ImageSet, n: int, n_held: int) -> Search:
+    def _fine_search(
+        self, run: Starts, volume: torch.Tensor, images: ImageSet, n: int, n_held: int
+    ) -> FineSearch:
+        """As it was left, or from its beginning."""
+        assert run.order is not None
+        assert run.best is not None
+        band = self.config.fine_band(images.plane.box)
+        seen, held = (images.select(rows, band) for rows in _seen_and_held(run.order, n, n_held))
+        shared = (self.config, seen, self.generator, self.mask, images.ranks)
+        known = {"held_out": held, "start": volume, "unexplained": run.best["excess"]}
+        search = FineSearch(*shared, **known)
+        if run.fine is not None:
+            search.load(run.fine)
+        return search
+
+    def _one_start(self, run: Starts, images: ImageSet, n: int, n_held: int) -> Search:
         """All epochs of a start, or those that are left of it."""
         config, box = self.config, images.plane.box
         band = config.search_band(box)
         at = self.generator.get_state()
-        fresh = run.order is None
         if run.order is None:
-            run.order = torch.randperm(len(images), generator=self.generator)
-        rows, held = run.order[:n], run.order[n : n + n_held]
+            order = torch.randperm(len(images), generator=self.generator)
+            most = max(n, min(config.fine_images, len(images) - n_held))
+            run.order = torch.cat(_seen_and_held(order, most, n_held))
+        rows, held = _seen_and_held(run.order, n, n_held)
         seen = images.select(rows, band)
         search = Search(config, seen, self.generator, self.mask, images.ranks)
-        if not fresh:
-            search.load(run.state or {})
+        if run.state is not None:
+            search.load(run.state)
             self.generator.set_state(at)
         title = f"Search {run.start + 1}/{config.n_starts}"
         with self.job.bar(title, n * len(config.temperatures)) as bar:
@@ -198,7 +216,7 @@ class RmfnStages(Stages):
             bar(done, f"{band_angst:.1f} A, {effective:.1f} poses an image")
         search.end_epoch()
 
-    def _keep_search(self, run: _Starts, *, force: bool = False) -> None:
+    def _keep_search(self, run: Starts, *, force: bool = False) -> None:
         def pack() -> Entry:
             return {"search": dict(vars(run)), "generator": self.generator.get_state()}
 
@@ -206,7 +224,7 @@ class RmfnStages(Stages):
 
 
 @dataclass
-class _Starts:
+class Starts:
     """How far the search has come.
 
     Attributes
@@ -214,9 +232,10 @@ class _Starts:
     start, epochs : int
         Starts that are done; epochs of the next one that are.
     order : Tensor, shape (n,), optional
-        Images of the start that is going on, in the order in which they were drawn.
-    state, best : dict, optional
-        Of the start that is going on, and of the likeliest that is done.
+        Images as they were drawn: the first are seen, the last are held out.
+    state, best, fine : dict, optional
+        Of the start that is going on, of the likeliest that is done, and of the search that goes
+        on from it.
     """
 
     start: int = 0
@@ -224,3 +243,8 @@ class _Starts:
     order: torch.Tensor | None = None
     state: Entry | None = None
     best: Entry | None = None
+    fine: Entry | None = None
+
+
+def _seen_and_held(order: torch.Tensor, n: int, n_held: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return order[:n], order[len(order) - n_held :]
