@@ -116,7 +116,7 @@ INDEPENDENT = RmfnConfig(
 HALVES = {"halves": "independent", "symmetry": "C2", "engine": INDEPENDENT}
 # The states after which the run dies, one after the other; together they lie in every stage.
 CASES = {
-    "rmfn": (rmfn, {}, (1, 4, 2, 4)),
+    "rmfn": (rmfn, {}, (1, 4, 2, 4, 4)),
     "perturbed": (perturbed, {}, (1, 2)),
     "amortized": (amortized, {}, (5,)),
     "amortized-subset": (amortized, {"subset": 60}, (3, 7, 2, 3)),
@@ -140,6 +140,8 @@ def test_a_killed_job_goes_on_to_the_same_map(case, few, tmp_path, monkeypatch):
     assert not (job / "initial_model.mrc").exists()
     continue_job(job, QUIET)
     assert np.array_equal(map_of(job), map_of(tmp_path / "whole"))
+    if case == "rmfn":
+        assert "searching on from the likelier map at 12.8 A, after" in log_of(job)
     names = {path.name for path in (tmp_path / "whole").iterdir()}
     assert {path.name for path in job.iterdir()} - {"RELION_JOB_EXIT_FAILURE"} == names
     assert "checkpoint.pt" not in names

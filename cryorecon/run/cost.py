@@ -24,7 +24,7 @@ _COEFFICIENTS = 1600
 # Seconds: loading the libraries, drawing, writing.
 _FIXED = 10.0
 # Search: an epoch of the network's steps, an image in it; an image in one of the finer epochs.
-_EPOCH, _SEARCHED, _SEARCHED_ON = 0.5, 0.8e-3, 3.2e-3
+_EPOCH, _SEARCHED, _SEARCHED_ON = 0.5, 0.8e-3, 2.2e-3
 _FINE_EPOCHS = 7
 # An image against all poses of the finer grid, as in the assignment; new searches, in which some of
 # these are refined besides.
@@ -94,7 +94,7 @@ def abinitio_cost(
 def _search(config: RmfnConfig, n: int) -> Cost:
     epochs = config.n_starts * len(config.temperatures)
     seconds = epochs * (_EPOCH + min(n, config.search_images) * _SEARCHED) + n * _ASSIGNED
-    seconds += min(config.fine_epochs, _FINE_EPOCHS) * min(n, config.search_images) * _SEARCHED_ON
+    seconds += min(config.fine_epochs, _FINE_EPOCHS) * min(n, config.fine_images) * _SEARCHED_ON
     seconds += 0.1 * config.final_steps if config.volume == "rmfn" else 0.0
     network = _NETWORK_SEARCH if config.volume == "rmfn" else 0.0
     return Cost(seconds, _PROGRAM + _SEARCH + network)
