@@ -35,6 +35,10 @@ class RmfnStages(Stages):
 
     def begin(self, images: ImageSet, half: torch.Tensor) -> Reconstruction:
         """Search, then give every image its best pose."""
+        return self._assigned(self.first_map(images), images, half)
+
+    def first_map(self, images: ImageSet) -> torch.Tensor:
+        """What the whole search ends with: a coarse map on a grid that holds it."""
         config, box, found = self.config, images.plane.box, self.search(images)
         assert found.best is not None
         self.network = self._network(found.best["network"], images)
@@ -42,7 +46,7 @@ class RmfnStages(Stages):
             volume = self.network.volume(0)
         if config.fine_epochs > 0 and config.fine_band(box) > config.search_band(box):
             volume = self._finer(found, volume, images)
-        return self._assigned(volume, images, half)
+        return volume
 
     def engine_state(self) -> Entry:
         """The network."""

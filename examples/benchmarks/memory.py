@@ -123,7 +123,7 @@ def _search(star: Path, folder: Path, mark: Callable[[str], None], engine: str) 
         mark("noise")
         stages = _stages(job, config, generator, particles.pixel_size_angst, options, particles)
         if engine == "rmfn":
-            stages.search(images)
+            stages.first_map(images)
         else:
             order = torch.randperm(len(images), generator=generator)
             run = stages._new(images.apart(order[HELD_OUT:].sort().values))
