@@ -17,6 +17,7 @@ import torch
 from limits import read_truth
 
 from cryorecon.engines.accumulate import NormalEquations
+from cryorecon.engines.fine_search import FineSearch
 from cryorecon.engines.least_squares import least_squares_map
 from cryorecon.engines.observations import centred
 from cryorecon.engines.refine import PoseObjective
@@ -26,10 +27,13 @@ from cryorecon.physics.fourier import max_band
 from cryorecon.physics.pose_derivatives import derivatives
 from cryorecon.physics.projection import extract_slices, padded_transform
 from cryorecon.run.load import load_observations
+from cryorecon.run.stages import HELD_OUT
 
 BATCH = 250
 # Of an image in a round, as counted over a whole run.
 EVALUATIONS = 3
+# Of the search that goes on, where it is easy.
+FINE_EPOCHS = 3
 
 
 def seconds(work, repeats: int = 5) -> float:
@@ -52,53 +56,65 @@ def machine() -> tuple[float, float]:
     return 2 * 2048**3 / product, 2 * 4 * 64e6 / copy
 
 
-def search_parts(images, config):
-    """(name, seconds, operations, bytes, times) of the parts of one mini-batch of the search."""
-    generator = torch.Generator().manual_seed(0)
-    band = config.search_band(images.plane.box)
-    search = Search(config, images.select(torch.arange(1000), band), generator)
-    batch = search.observations.select(torch.arange(config.search_batch))
+def grid_parts(search, where, batches):
+    """(name, seconds, operations, bytes, times) of a mini-batch against all poses of a grid."""
+    batch = search.observations.select(torch.arange(search.config.search_batch))
+    plane, grid, offsets = batch.plane, search.grid, search.offsets
     with torch.no_grad():
-        transform = padded_transform(search.network.volume(0)).within(band)
-    grid, offsets, m = search.grid, search.offsets, len(batch.plane)
-    templates = extract_slices(transform, grid, batch.plane)
-    posterior = grid_expectation(batch, templates, offsets)
-    n, r, s = len(batch), len(grid), len(offsets)
-    batches = len(config.temperatures) * 1000 // config.search_batch * config.n_starts
-    side = search.network.grid_size(0)
-    width = config.width
-    layers = 2 * side**3 * (2 * width**2 + 4 * width)
-    return [
+        transform = padded_transform(search.network.volume(0), band=search.band)
+    templates = extract_slices(transform, grid, plane)
+    signal, weight = grid_expectation(batch, templates, offsets)[1:]
+    n, r, s, m = len(batch), len(grid), len(offsets), len(plane)
+    sums = accumulate_grid(signal, weight, grid, plane)
+    parts = [
         (
-            "slices of the grid",
-            seconds(lambda: extract_slices(transform, grid, batch.plane)),
+            f"slices of the grid, {where}",
+            seconds(lambda: extract_slices(transform, grid, plane)),
             0,
             r * m * 8 * 8,
             batches,
         ),
         (
-            "posterior and its sums",
+            f"posterior and its sums, {where}",
             seconds(lambda: grid_expectation(batch, templates, offsets)),
-            2 * 2 * n * s * r * 2 * m + 20 * n * s * r,
+            2 * 2 * n * s * r * 3 * m + 20 * n * s * r,
             0,
             batches,
         ),
         (
-            "insertion of the sums",
-            seconds(lambda: accumulate_grid(posterior[1], posterior[2], grid, batch.plane)),
+            f"insertion of the sums, {where}",
+            seconds(lambda: accumulate_grid(signal, weight, grid, plane)),
             0,
             r * m * 8 * 3 * 8,
             batches,
         ),
-        (
-            f"structure step, {side}^3 points",
-            seconds(lambda: search._follow(accumulate_grid(*posterior[1:], grid, batch.plane), 4))
-            / 4,
-            3 * layers,
-            0,
-            batches * config.fit.n_steps,
-        ),
     ]
+    return parts, sums
+
+
+def search_parts(images, config):
+    """The parts of a mini-batch of the starts, and of one of the search that goes on."""
+    generator = torch.Generator().manual_seed(0)
+    box, size = images.plane.box, config.search_batch
+    band, fine_band = config.search_band(box), config.fine_band(box)
+    search = Search(config, images.select(torch.arange(1000), band), generator)
+    batches = len(config.temperatures) * 1000 // size * config.n_starts
+    parts, sums = grid_parts(search, f"shell {band}", batches)
+    side, width = search.network.grid_size(0), config.width
+    structure = (
+        f"structure step, {side}^3 points",
+        seconds(lambda: search._follow(sums, 4)) / 4,
+        3 * 2 * side**3 * (2 * width**2 + 4 * width),
+        0,
+        batches * config.fit.n_steps,
+    )
+    seen = images.select(torch.arange(1000), fine_band)
+    with torch.no_grad():
+        volume = search.network.volume(0)
+    known = {"held_out": seen, "start": volume, "unexplained": search.excess}
+    fine = FineSearch(config, seen, generator, **known)
+    batches = FINE_EPOCHS * min(config.fine_images, len(images) - HELD_OUT) // size
+    return [*parts, structure, *grid_parts(fine, f"shell {fine_band}", batches)[0]]
 
 
 def refine_parts(images, truth, rotations, offsets, rounds: int = 8):
