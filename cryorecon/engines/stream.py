@@ -57,7 +57,7 @@ class Stream:
         self._at_once = max(1, _TOGETHER // self.block)
         self._ready = torch.empty(0, dtype=torch.int64)
         self._blocks: list[int] = []
-        # Rows that will be shuffled together next; none at the end of a pass.
+        # First rows of the blocks that will be shuffled together next; none at the end of a pass.
         self.upcoming = self._ready
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -77,7 +77,11 @@ class Stream:
         rows = self._rows_of(some)
         rows = rows[torch.randperm(len(rows), generator=self.generator)]
         self._ready = torch.cat([self._ready, rows])
-        self.upcoming = self._rows_of(self._blocks[: self._at_once])
+        self._look_ahead()
+
+    def _look_ahead(self) -> None:
+        upcoming = self._blocks[: self._at_once]
+        self.upcoming = torch.tensor(upcoming, dtype=torch.int64) * self.block
 
     def _rows_of(self, blocks: list[int]) -> Tensor:
         size = self.block
@@ -94,7 +98,7 @@ class Stream:
         self._ready, self._blocks = state["ready"], state["blocks"].tolist()
         if state.get("block") != self.block:  # Of a program with others: a new pass.
             self._blocks = []
-        self.upcoming = self._rows_of(self._blocks[: self._at_once])
+        self._look_ahead()
 
 
 def read_ahead(images: ImageSet) -> ImageSet:
@@ -143,7 +147,7 @@ class _Blocks:
         self.part = max(1, min(self.block, _PIXELS_AT_ONCE // plane.box**2))
 
     def expect(self, rows: Tensor) -> None:
-        """Load the next part of the blocks of rows that will be asked for soon, if it is read.
+        """Load the next part of blocks that will be asked for soon, one row of each, if it is read.
 
         To be called at every step, for the same rows until others follow: parts are read while
         steps are worked on.
