@@ -18,7 +18,7 @@ from cryorecon.engines.accumulate import NormalEquations
 from cryorecon.engines.amortized import AmortizedConfig
 from cryorecon.engines.moments.config import MomentFitConfig
 from cryorecon.engines.refine import Poses
-from cryorecon.engines.rmfn import RmfnConfig
+from cryorecon.engines.rmfn import RmfnConfig, Search
 from cryorecon.engines.shrinking import ShrinkingBatch, at_once
 from cryorecon.io.mrc import read_map
 from cryorecon.io.particles import read_particles
@@ -28,6 +28,7 @@ from cryorecon.physics.symmetry import symmetry_group
 from cryorecon.run import abinitio as abinitio_module
 from cryorecon.run import stages
 from cryorecon.run.abinitio import AbinitioOptions, abinitio
+from cryorecon.run.checkpoint import on_cpu
 from cryorecon.run.load import load_observations
 from cryorecon.run.moments import reconstruct as moment_reconstruct
 from cryorecon.run.moments.estimate import MomentsOptions
@@ -132,6 +133,19 @@ def test_the_other_ways_run_on_a_device(few, tmp_path, options, monkeypatch):
     waits = job(few, tmp_path / "there", **options)
     assert (tmp_path / "there" / "initial_model.mrc").exists()
     assert not in_loops(waits)
+
+
+def test_a_start_on_a_grid_goes_on_from_its_state_on_a_device(few):
+    config = replace(TINY, volume="grid", diameter=0.8)
+    with pretended_device():
+        images = load_observations(read_particles(few), 0.8).to(DEVICE)
+        seen = images.whole(config.search_band(20))
+        run = Search(config, seen, torch.Generator().manual_seed(0))
+        run.step(run.batches()[0], 1.0)
+        run.end_epoch()
+        again = Search(config, seen, torch.Generator().manual_seed(1))
+        again.load(on_cpu(run.state()))
+        again.step(again.batches()[0], 1.0)
 
 
 def test_a_mix_in_the_midst_of_a_job_is_caught(few, tmp_path, monkeypatch):

@@ -101,6 +101,18 @@ def test_chunks_do_not_change_the_grid_sums(scene):
     assert torch.allclose(whole[2], parts[2])
 
 
+def test_of_no_images_the_grid_sums_are_nothing(scene):
+    """A process of several may have none of a small batch."""
+    observations, volume, rotations, offsets = scene
+    none = observations.select(torch.arange(0), 6)
+    templates = extract_slices(padded_transform(volume), rotations[:4], none.plane)
+    posterior, signal, weight = search.grid_expectation(none, templates, offsets[:3])
+    assert len(posterior.log_evidence) == len(posterior.effective_poses) == 0
+    assert signal.shape == weight.shape == templates.shape
+    assert not signal.any()
+    assert not weight.any()
+
+
 def test_slice_gradients_are_those_of_the_transform(scene):
     """Against finite differences of exact slices of a smooth map."""
     observations, volume, rotations, _ = scene

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import simulated
+from rich.console import Console
 
 from cryorecon.engines.fine_search import FineSearch
 from cryorecon.engines.rmfn import RmfnConfig, scaled_to_images
@@ -15,7 +18,9 @@ from cryorecon.maps.align import align_maps, apply_alignment
 from cryorecon.maps.fsc import fsc_curve
 from cryorecon.physics.fourier import lowpass
 from cryorecon.run.checkpoint import frozen
+from cryorecon.run.job import Task, open_job
 from cryorecon.run.load import load_observations
+from cryorecon.run.rmfn_stages import RmfnStages
 
 BOX, COUNT, HELD_OUT = 24, 480, 80
 CONFIG = RmfnConfig(diameter=0.8, search_nside=3, search_batch=40)
@@ -29,14 +34,14 @@ def stack(tmp_path_factory):
     return images, torch.from_numpy(found.data), found.pixel_size_angst
 
 
-def begun(stack, start):
+def begun(stack, start, config=CONFIG):
     images = stack[0]
     rows = torch.arange(COUNT).split(COUNT - HELD_OUT)
     seen, held = (images.select(some, CONFIG.fine_band(BOX)) for some in rows)
     shells = torch.ones(CONFIG.search_band(BOX) + 1)
     generator = torch.Generator().manual_seed(0)
     known = {"held_out": held, "start": start, "unexplained": 2 * shells}
-    return FineSearch(CONFIG, seen, generator, **known)
+    return FineSearch(config, seen, generator, **known)
 
 
 def epoch(search):
@@ -84,11 +89,52 @@ def test_its_course_is_the_evidence_of_images_that_it_does_not_see(stack):
     for _ in range(2):
         epoch(search)
     volume = search.network.volume(0)
-    expected = evidence(search.held_out, volume, search.grid, search.offsets)
     assert len(search.course) == 2
-    assert (search.held_out_evidence, search.held_out_error) == expected
-    assert search.course[-1] == expected[0]
-    assert len(search.held_out) == HELD_OUT
+    assert search.course[-1] == evidence(search.held_out, volume, search.grid, search.offsets)[0]
+
+
+def test_it_keeps_the_map_of_its_best_epoch(stack):
+    images, truth, _ = stack
+    search = begun(stack, scaled_to_images(truth, images, CONFIG))
+    maps = []
+    for _ in range(4):
+        epoch(search)
+        maps.append(search.network.volume(0))
+    assert torch.equal(search.best, maps[search.course.index(max(search.course))])
+    best = search.best
+    search._evidence = lambda _: (max(search.course) - 1.0, 0.1)
+    epoch(search)
+    assert search.best is best
+    search._evidence = lambda _: (max(search.course) + 1.0, 0.1)
+    epoch(search)
+    assert torch.equal(search.best, search.network.volume(0))
+
+
+def test_images_held_out_are_seen_by_no_search(stack, tmp_path):
+    """As many are drawn as the larger search sees; those held out are the same for both."""
+    images = stack[0]
+    config = replace(
+        CONFIG, search_images=100, fine_images=150, temperatures=(1.0,), fine_epochs=1, width=16
+    )
+    asked = []
+
+    def source(rows, count):
+        asked.append(set(rows.tolist()))
+        return images.source(rows, count)
+
+    star = tmp_path / "particles.star"
+    star.touch()
+    task = Task("test", star, COUNT, config, None, 0)
+    with open_job(tmp_path / "job", Console(quiet=True), task) as job:
+        generator = torch.Generator().manual_seed(0)
+        RmfnStages(job, config, generator, 3.0).first_map(replace(images, source=source))
+    *starts, seen, held = asked
+    first, second = starts[:2], starts[2:]
+    assert first == second
+    assert [len(rows) for rows in (*first, seen, held)] == [100, 96, 150, 96]
+    assert first[0] < seen
+    assert held == first[1]
+    assert seen.isdisjoint(held)
 
 
 def test_it_goes_on_from_its_state(stack):
@@ -103,6 +149,7 @@ def test_it_goes_on_from_its_state(stack):
     again.generator.set_state(drawn)
     epoch(again)
     assert torch.equal(again.network.volume(0), search.network.volume(0))
+    assert torch.equal(again.best, search.best)
     assert again.course == search.course
 
 
@@ -121,8 +168,21 @@ def test_the_first_epoch_only_gathers(stack):
     whole = search.sums.weight.sum()
     search.end_epoch()
     assert not torch.equal(search.network.volume(0), before)
-    # As much as sums hold that forget a fifth at each of ten batches.
+    # Of 400 images in batches of 40 the sums remember all, unless they are to remember fewer.
     assert len(batches) == 10
-    torch.testing.assert_close(search.sums.weight.sum(), whole / 2)
+    torch.testing.assert_close(search.sums.weight.sum(), whole)
     search.step(batches[0], 1.0)
-    torch.testing.assert_close(search.sums.weight.sum(), whole / 2, rtol=0.05, atol=0)
+    torch.testing.assert_close(search.sums.weight.sum(), whole, rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize("memory", [100, 200, 10_000])
+def test_sums_remember_so_many_images(stack, memory):
+    start = scaled_to_images(stack[1], stack[0], CONFIG)
+    search = begun(stack, start, replace(CONFIG, fine_memory=memory))
+    everyone = begun(stack, start, replace(CONFIG, fine_memory=COUNT - HELD_OUT))
+    for each in (search, everyone):
+        epoch(each)
+    remembered = min(memory, COUNT - HELD_OUT)
+    assert search._kept() == pytest.approx(1 - 40 / remembered)
+    share = remembered / (COUNT - HELD_OUT)
+    torch.testing.assert_close(search.sums.weight.sum(), share * everyone.sums.weight.sum())

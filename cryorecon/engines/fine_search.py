@@ -37,13 +37,16 @@ class FineSearch(Search):
     unexplained : Tensor, shape (s,)
         Its :attr:`Search.excess`.
     course : list of float
-        Evidence of the images held out, after each epoch.
+        Mean log-evidence of an image held out, after each epoch.
+    best : Tensor, shape (M, M, M)
+        The map of the epoch that had most of it.
     """
 
     held_out: Observations
     start: Tensor
     unexplained: Tensor
     course: list[float] = field(default_factory=list)
+    best: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         self._look(self.config.fine_band(self.observations.plane.box))
@@ -60,12 +63,13 @@ class FineSearch(Search):
         if not self.course:
             assert self.sums is not None
             # As much as later sums hold, of which each batch forgets a share.
-            steady = 1 / max(1 - self.config.fine_memory, 1 / len(self._epoch))
-            self.sums = self.sums.scaled(steady / len(self._epoch))
+            self.sums = self.sums.scaled(self._remembered() / len(self.observations))
             super()._follow(self.sums)
         super().end_epoch()
-        self.held_out_evidence, self.held_out_error = self._evidence(self.held_out)
-        self.course.append(self.held_out_evidence)
+        found = self._evidence(self.held_out)[0]
+        if not self.course or found > max(self.course):
+            self.best = self.network.volume(0)
+        self.course.append(found)
 
     @property
     def settled(self) -> bool:
@@ -75,20 +79,23 @@ class FineSearch(Search):
         before, last = max(self.course[:-2]), max(self.course[-2:])
         return last - before < _GAIN * abs(before)
 
+    def _remembered(self) -> int:
+        """Images that the sums hold."""
+        return min(self.config.fine_memory, len(self.observations))
+
     def _kept(self) -> float:
-        return self.config.fine_memory if self.course else 1.0
+        return 1 - self._batch() / self._remembered() if self.course else 1.0
 
     def _follow(self, sums: NormalEquations, n_steps: int | None = None) -> None:
         if self.course:
             super()._follow(sums, n_steps)
 
     def state(self) -> dict[str, Any]:
-        """As of any search, and the course."""
-        return {**super().state(), "course": list(self.course)}
+        """As of any search, with the course and the best map."""
+        return {**super().state(), "course": list(self.course), "best": self.best}
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from what :meth:`state` gave."""
         super().load(state)
-        assert isinstance(self.network, GridMap)
-        self.network.to(self.observations.device)
         self.course = list(state["course"])
+        self.best = state["best"].to(self.observations.device)

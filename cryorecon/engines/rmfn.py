@@ -54,9 +54,11 @@ class RmfnConfig(RefineConfig):
         Band, in cycles per particle diameter, at which it does, see :mod:`engines.fine_search`.
     fine_epochs : int
         Most epochs there, the first of which gathers images; none: refinement follows at once.
-    fine_images, fine_memory
-        `search_images` and `memory` there. Between two hands a map moves the faster the sooner it
-        forgets, and more images do more for it than more epochs.
+    fine_images : int
+        Images that are used there: more of them do more than more epochs.
+    fine_memory : int
+        How many of these the equations remember: between two hands a map moves the faster the
+        sooner it forgets.
     volume : "rmfn" or "grid"
         What the search holds its map in: the network, or the solved grid itself.
     width : int
@@ -75,7 +77,7 @@ class RmfnConfig(RefineConfig):
     fine_cycles: float = 4.8
     fine_epochs: int = 14
     fine_images: int = 2000
-    fine_memory: float = 0.8
+    fine_memory: int = 500
     volume: Literal["rmfn", "grid"] = "rmfn"
     width: int = 128
     final_steps: int = 60
@@ -187,9 +189,11 @@ class Search:
 
     def batches(self) -> list[Tensor]:
         """Rows of an epoch's mini-batches, in random order."""
-        n = len(self.observations)
-        batch = max(1, min(self.config.search_batch, n // 10))
-        return list(torch.randperm(n, generator=self.generator).split(batch))
+        order = torch.randperm(len(self.observations), generator=self.generator)
+        return list(order.split(self._batch()))
+
+    def _batch(self) -> int:
+        return max(1, min(self.config.search_batch, len(self.observations) // 10))
 
     def step(self, rows: Tensor, temperature: float) -> float:
         """Show one mini-batch every pose of the grid, then let the network follow.
@@ -269,12 +273,14 @@ class Search:
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from what :meth:`state` gave."""
+        device = self.observations.device
         self.network.load(state["network"])
+        if isinstance(self.network, GridMap):
+            self.network.to(device)
         if state["sums"] is not None:
             signal, weight = state["sums"]
-            device = self.observations.device
             self.sums = NormalEquations(signal.to(device), weight.to(device), 2)
-        self.excess = state["excess"].to(self.observations.device)
+        self.excess = state["excess"].to(device)
         self.log_evidence = state["log_evidence"]
         self.held_out_evidence = state["held_out_evidence"]
         self.held_out_error = state["held_out_error"]

@@ -163,7 +163,9 @@ def grid_expectation(
         return evidence, effective
 
     parts = _parts(chunk_elements or _scores_at_once(_EXPECTED, templates), r * s)
-    found = [values for _, values in parts.over(len(observations), expect)]
+    # One process of several may have no image of a small batch.
+    none = sums.new_zeros(0), sums.new_zeros(0)
+    found = [none, *(values for _, values in parts.over(len(observations), expect))]
     posterior = GridPosterior(*(torch.cat(p) for p in zip(*found, strict=True)))
     real, imaginary, weight = sums.split(m, -1)
     return posterior, torch.complex(real.contiguous(), imaginary.contiguous()), weight

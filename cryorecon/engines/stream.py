@@ -14,7 +14,7 @@ from cryorecon.physics.fourier import HalfPlane
 
 # Batches are drawn from at least so many images at once, of one block of neighbours or of some.
 _TOGETHER = 4096
-# What lies between blocks costs a disk as long as reading eight megabytes.
+# A jump to the next block costs a disk as long as reading eight megabytes: a sixteenth of these.
 _BLOCK_BYTES = 128e6
 _SMALLEST_BLOCK, _LARGEST_BLOCK = 512, 8192
 # Those that are shuffled together, and those that the last rows of the group before lie in.

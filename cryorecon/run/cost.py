@@ -25,6 +25,7 @@ _COEFFICIENTS = 1600
 _FIXED = 10.0
 # Search: an epoch of the network's steps, an image in it; an image in one of the finer epochs.
 _EPOCH, _SEARCHED, _SEARCHED_ON = 0.5, 0.8e-3, 2.2e-3
+# Between easy sets (3 epochs) and maps between the hands (14).
 _FINE_EPOCHS = 7
 # An image against all poses of the finer grid, as in the assignment; new searches, in which some of
 # these are refined besides.
@@ -80,7 +81,9 @@ def abinitio_cost(
         Particles that join later.
     """
     times = 2 if independent else 1
-    begin = _search(config, n // times) if isinstance(config, RmfnConfig) else _training(config)
+    begin = (
+        _search(config, n // times, box) if isinstance(config, RmfnConfig) else _training(config)
+    )
     rounds = min(config.half_rounds, _HALF_ROUNDS) + config.joint_rounds
     finish = not isinstance(config, AmortizedConfig) or config.finish
     searched = _NEW_SEARCHES * (_ASSIGNED + _TRIED * _size(box))
@@ -91,10 +94,12 @@ def abinitio_cost(
     return Cost(seconds, max(begin.bytes, _PROGRAM + _BY_VOXEL * box**3))
 
 
-def _search(config: RmfnConfig, n: int) -> Cost:
+def _search(config: RmfnConfig, n: int, box: int) -> Cost:
     epochs = config.n_starts * len(config.temperatures)
     seconds = epochs * (_EPOCH + min(n, config.search_images) * _SEARCHED) + n * _ASSIGNED
-    seconds += min(config.fine_epochs, _FINE_EPOCHS) * min(n, config.fine_images) * _SEARCHED_ON
+    if config.fine_band(box) > config.search_band(box):
+        epochs = min(config.fine_epochs, _FINE_EPOCHS)
+        seconds += epochs * min(n, config.fine_images) * _SEARCHED_ON
     seconds += 0.1 * config.final_steps if config.volume == "rmfn" else 0.0
     network = _NETWORK_SEARCH if config.volume == "rmfn" else 0.0
     return Cost(seconds, _PROGRAM + _SEARCH + network)

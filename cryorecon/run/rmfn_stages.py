@@ -38,7 +38,7 @@ class RmfnStages(Stages):
         return self._assigned(self.first_map(images), images, half)
 
     def first_map(self, images: ImageSet) -> torch.Tensor:
-        """What the whole search ends with: a coarse map on a grid that holds it."""
+        """What the whole search ends with: a coarse map (M, M, M), on a grid that holds it."""
         config, box, found = self.config, images.plane.box, self.search(images)
         assert found.best is not None
         self.network = self._network(found.best["network"], images)
@@ -112,7 +112,7 @@ class RmfnStages(Stages):
     def search(self, images: ImageSet) -> Starts:
         """Run the starts, all of which see the same images, and keep the likeliest."""
         config = self.config
-        n, n_held = self._counts(images)
+        n, _, n_held = self._counts(images)
         band_angst = self._angst(config.search_band(images.plane.box), images.plane.box)
         saved = self.job.checkpoint.get(self.part)
         run = Starts() if saved is None else Starts(**saved["search"])
@@ -123,7 +123,7 @@ class RmfnStages(Stages):
             if run.start < config.n_starts:
                 self.job.say(f"search: start {run.start + 1} goes on after {run.epochs} epochs")
         while run.start < config.n_starts:
-            search = self._one_start(run, images, n, n_held)
+            search = self._one_start(run, images)
             self.job.say(
                 f"start {run.start + 1}: log-evidence {search.log_evidence:.2f} an image, "
                 f"{search.held_out_evidence:.2f} of {n_held} held out"
@@ -136,22 +136,21 @@ class RmfnStages(Stages):
         refuse_noise(run.best["held_out_evidence"], run.best["held_out_error"])
         return run
 
-    def _counts(self, images: ImageSet) -> tuple[int, int]:
-        """How many images a search sees, and by how many others it is judged."""
-        held = min(HELD_OUT, len(images) // 5)
-        return min(self.config.search_images, len(images) - held), held
+    def _counts(self, images: ImageSet) -> tuple[int, int, int]:
+        """How many images a start sees, how many the search that goes on, and how many neither."""
+        held, config = min(HELD_OUT, len(images) // 5), self.config
+        free = len(images) - held
+        return min(config.search_images, free), min(config.fine_images, free), held
 
     def _finer(
         self, run: Starts, volume: torch.Tensor, images: ImageSet
     ) -> torch.Tensor:  # fmt: skip
         """Go on from the search's map at a higher band, with more images."""
-        config, band = self.config, self.config.fine_band(images.plane.box)
-        n_held = self._counts(images)[1]
-        n = min(config.fine_images, len(images) - n_held)
-        search = self._fine_search(run, volume, images, n, n_held)
-        band_angst = self._angst(band, images.plane.box)
-        done = len(search.course)
-        again = f", after {done} epochs" if done else ""
+        config, box = self.config, images.plane.box
+        _, n, n_held = self._counts(images)
+        search = self._fine_search(run, volume, images)
+        again = f", after {len(search.course)} epochs" if search.course else ""
+        band_angst = self._angst(config.fine_band(box), box)
         self.job.say(f"searching on from the likelier map at {band_angst:.1f} A{again}")
         with self.job.bar("Search, finer", n * config.fine_epochs) as bar:
             while len(search.course) < config.fine_epochs and not search.settled:
@@ -161,17 +160,15 @@ class RmfnStages(Stages):
                 self._keep_search(run)
         self.job.say(
             f"after {len(search.course)} epochs with {n} images: log-evidence "
-            f"{search.held_out_evidence:.2f} an image of {n_held} held out"
+            f"{max(search.course):.2f} an image of {n_held} held out"
         )
-        return search.network.volume(0)
+        return search.best
 
-    def _fine_search(
-        self, run: Starts, volume: torch.Tensor, images: ImageSet, n: int, n_held: int
-    ) -> FineSearch:
+    def _fine_search(self, run: Starts, volume: torch.Tensor, images: ImageSet) -> FineSearch:
         """As it was left, or from its beginning."""
         assert run.order is not None
         assert run.best is not None
-        band = self.config.fine_band(images.plane.box)
+        band, (_, n, n_held) = self.config.fine_band(images.plane.box), self._counts(images)
         seen, held = (images.select(rows, band) for rows in _seen_and_held(run.order, n, n_held))
         shared = (self.config, seen, self.generator, self.mask, images.ranks)
         known = {"held_out": held, "start": volume, "unexplained": run.best["excess"]}
@@ -180,15 +177,14 @@ class RmfnStages(Stages):
             search.load(run.fine)
         return search
 
-    def _one_start(self, run: Starts, images: ImageSet, n: int, n_held: int) -> Search:
+    def _one_start(self, run: Starts, images: ImageSet) -> Search:
         """All epochs of a start, or those that are left of it."""
-        config, box = self.config, images.plane.box
-        band = config.search_band(box)
+        config, band = self.config, self.config.search_band(images.plane.box)
+        n, n_fine, n_held = self._counts(images)
         at = self.generator.get_state()
         if run.order is None:
             order = torch.randperm(len(images), generator=self.generator)
-            most = max(n, min(config.fine_images, len(images) - n_held))
-            run.order = torch.cat(_seen_and_held(order, most, n_held))
+            run.order = torch.cat(_seen_and_held(order, max(n, n_fine), n_held))
         rows, held = _seen_and_held(run.order, n, n_held)
         seen = images.select(rows, band)
         search = Search(config, seen, self.generator, self.mask, images.ranks)
@@ -235,8 +231,8 @@ class Starts:
     ----------
     start, epochs : int
         Starts that are done; epochs of the next one that are.
-    order : Tensor, shape (n,), optional
-        Images as they were drawn: the first are seen, the last are held out.
+    order : Tensor, int64, optional
+        Images as they were drawn: as many as any search sees, then those held out.
     state, best, fine : dict, optional
         Of the start that is going on, of the likeliest that is done, and of the search that goes
         on from it.
