@@ -80,8 +80,8 @@ class FineSearch(Search):
         return last - before < _GAIN * abs(before)
 
     def _remembered(self) -> int:
-        """Images that the sums hold."""
-        return min(self.config.fine_memory, len(self.observations))
+        """Images that the sums hold: those of a mini-batch at least."""
+        return max(self._batch(), min(self.config.fine_memory, len(self.observations)))
 
     def _kept(self) -> float:
         return 1 - self._batch() / self._remembered() if self.course else 1.0
