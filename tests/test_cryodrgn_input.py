@@ -132,6 +132,14 @@ def test_rotations_alone_mean_no_shifts(folder: Path) -> None:
     assert not read_particles("out/p.star").origins_angst().any()
 
 
+def test_a_signalling_nan_among_poses_is_named(folder: Path) -> None:
+    rotations = read_poses("poses.pkl")[0].astype("f4")
+    rotations.view("u4")[1, 0, 0] = 0x7F800001
+    dump(folder / "damaged.pkl", rotations)
+    with pytest.raises(CryoreconError, match="damaged.pkl, row 2: not a finite number"):
+        read_poses("damaged.pkl")
+
+
 def test_a_list_of_stacks_is_read_from_its_folder(folder: Path) -> None:
     (folder / "data").mkdir()
     images = np.random.default_rng(9).standard_normal((4, BOX, BOX))

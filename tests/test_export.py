@@ -501,6 +501,10 @@ BAD = {
     "no path": ({"blob/path": None}, "no usable field blob/path"),
     "no defocus": ({"ctf/df2_A": None}, "no usable field ctf/df2_A"),
     "nan": ({"ctf/df1_A": np.array([1, np.nan, 3], "f4")}, "row 2, field ctf/df1_A"),
+    # Of a damaged file: one that processors tell of when it is computed with.
+    "signalling nan": (
+        {"ctf/df1_A": np.array([0, 0x7F800001, 0], "u4").view("f4")}, "row 2, field ctf/df1_A"
+    ),
     "text": ({"blob/idx": np.array([b"a", b"b", b"c"])}, "field blob/idx: |S1"),
     "numbers as paths": ({"blob/path": np.arange(3)}, "field blob/path: int64"),
     "width": ({"alignments3D/pose": np.ones((3, 2), "f4")}, "field alignments3D/pose: float32"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -185,10 +186,11 @@ def read_poses(path: str | Path) -> tuple[NDArray[np.float64], NDArray[np.float6
             "(images, 2)",
             "Give the poses.pkl that cryodrgn parse_pose_star or a cryodrgn run wrote",
         )
+    # In their own precision: NumPy warns of some NaNs when they are cast.
+    for values in arrays:
+        _require_finite(path, values)
     rotations = arrays[0].astype(np.float64)
     shifts = arrays[1].astype(np.float64) if len(arrays) > 1 else np.zeros((count, 2))
-    for values in (rotations, shifts):
-        _require_finite(path, values)
     with np.errstate(over="ignore", invalid="ignore"):
         off = np.abs(rotations @ rotations.transpose(0, 2, 1) - np.eye(3)).max((1, 2))
         turned = (off < _SAME_ROTATION) & (np.linalg.det(rotations) > 0)
@@ -237,7 +239,7 @@ def _shapes(arrays: tuple[NDArray[np.generic], ...]) -> str:
     return f"arrays of shape {shown}" if shown else "nothing"
 
 
-def _require_finite(path: Path, values: NDArray[np.floating]) -> None:
+def _require_finite(path: Path, values: NDArray[Any]) -> None:
     finite = np.isfinite(values).reshape(len(values), -1).all(1)
     if not finite.all():
         raise CryoreconError(

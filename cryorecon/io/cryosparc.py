@@ -144,7 +144,7 @@ def _numbers(path: Path, fields: Fields, name: str, *width: int) -> NDArray[Any]
             f"numbers of shape {width} are expected",
             "Write the file again; its fields are not those of cryoSPARC",
         )
-    finite = np.isfinite(values.astype(np.float64)).reshape(len(values), -1).all(1)
+    finite = np.isfinite(values).reshape(len(values), -1).all(1)
     if not finite.all():
         raise CryoreconError(
             f"{path}, row {int(finite.argmin()) + 1}, field {name}: not a finite number "
