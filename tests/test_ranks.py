@@ -24,7 +24,7 @@ from cryorecon.ranks import ALONE, Ranks
 
 SMALL = ("search_images=60", "search_nside=2", "temperatures=[4.0, 1.0]", "half_rounds=2")
 # The last mini-batch of 61 images is one image: the other process has none.
-SMALL = (*SMALL, "joint_rounds=1", "final_steps=5", "width=16", "fine_images=61")
+SMALL = (*SMALL, "joint_rounds=1", "final_steps=5", "width=16", "fine_images=61", "fine_epochs=3")
 SEARCH = ["--starts", "1", *(word for pair in SMALL for word in ("--set", pair))]
 REFINE = ["--set", "half_rounds=1", "--set", "joint_rounds=1"]
 TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -16,6 +16,8 @@ from cryorecon.physics.masks import Support
 
 # Epochs before a map may count as settled, and the share of the evidence that two must bring.
 _FEWEST, _GAIN = 3, 1e-3
+# That by which a later map must be better, or rounding would choose between maps that are alike.
+_BETTER = 1e-4
 
 
 @dataclass(kw_only=True)
@@ -39,7 +41,7 @@ class FineSearch(Search):
     course : list of float
         Mean log-evidence of an image held out, after each epoch.
     best : Tensor, shape (M, M, M)
-        The map of the epoch that had most of it.
+        The map of the epoch that had most of it, the first of those that are alike.
     """
 
     held_out: Observations
@@ -67,7 +69,7 @@ class FineSearch(Search):
             super()._follow(self.sums)
         super().end_epoch()
         found = self._evidence(self.held_out)[0]
-        if not self.course or found > max(self.course):
+        if not self.course or found - max(self.course) > _BETTER * abs(found):
             self.best = self.network.volume(0)
         self.course.append(found)
 
