@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import shlex
 import signal
@@ -39,6 +40,8 @@ from cryorecon.run.stopping import StoppedError
 QUIET = Console(quiet=True)
 TINY = RmfnConfig(
     n_starts=2,
+    hard_poses=0,
+    hard_epochs=3,
     temperatures=(5.0, 1.0),
     search_nside=2,
     half_rounds=4,
@@ -116,7 +119,7 @@ INDEPENDENT = RmfnConfig(
 HALVES = {"halves": "independent", "symmetry": "C2", "engine": INDEPENDENT}
 # The states after which the run dies, one after the other; together they lie in every stage.
 CASES = {
-    "rmfn": (rmfn, {}, (1, 4, 2, 4, 4)),
+    "rmfn": (rmfn, {}, (1, 4, 3, 3, 3, 5)),
     "perturbed": (perturbed, {}, (1, 2)),
     "amortized": (amortized, {}, (5,)),
     "amortized-subset": (amortized, {"subset": 60}, (3, 7, 2, 3)),
@@ -141,7 +144,10 @@ def test_a_killed_job_goes_on_to_the_same_map(case, few, tmp_path, monkeypatch):
     continue_job(job, QUIET)
     assert np.array_equal(map_of(job), map_of(tmp_path / "whole"))
     if case == "rmfn":
-        assert "searching on from the likelier map at 12.8 A, after" in log_of(job)
+        told = re.findall(r"searching on at (\S+) A with \d+ images(, after)?", log_of(job))
+        # At both bands, and begun again in either.
+        assert len({band for band, _ in told}) == 2
+        assert len({band for band, again in told if again}) == 2
     names = {path.name for path in (tmp_path / "whole").iterdir()}
     assert {path.name for path in job.iterdir()} - {"RELION_JOB_EXIT_FAILURE"} == names
     assert "checkpoint.pt" not in names

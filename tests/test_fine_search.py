@@ -11,7 +11,7 @@ from rich.console import Console
 
 from cryorecon.engines.fine_search import FineSearch
 from cryorecon.engines.rmfn import RmfnConfig, scaled_to_images
-from cryorecon.engines.search import evidence
+from cryorecon.engines.search import Evidence, evidence
 from cryorecon.io.mrc import read_map
 from cryorecon.io.particles import read_particles
 from cryorecon.maps.align import align_maps, apply_alignment
@@ -99,10 +99,63 @@ def test_it_keeps_the_map_of_its_best_epoch(stack):
     maps = []
     # The third is worse, the fourth so little better than the second that rounding might decide.
     for told, best in ((10.0, 0), (11.0, 1), (10.5, 1), (11.001, 1), (11.1, 4)):
-        search._evidence = lambda _, found=told: (found, 0.1)
+        search._evidence = lambda _, found=told: Evidence(found, 0.1, 5.0)
         epoch(search)
         maps.append(search.network.volume(0))
         assert torch.equal(search.best, maps[best])
+
+
+def searched(images, config, folder):
+    """Map and band of a whole search, and what it says."""
+    star = folder / "particles.star"
+    star.touch()
+    task = Task("test", star, COUNT, config, None, 0)
+    with open_job(folder / "job", Console(quiet=True), task) as job:
+        stages = RmfnStages(job, config, torch.Generator().manual_seed(0), 3.0)
+        volume, band = stages.first_map(images)
+    return volume, band, (folder / "job" / "run.log").read_text()
+
+
+@pytest.mark.parametrize(("likely", "bands"), [(0, 2), (10**9, 1)])
+def test_only_a_hard_set_is_searched_on_twice(stack, tmp_path, likely, bands):
+    config = replace(
+        CONFIG, n_starts=1, temperatures=(1.0,), fine_epochs=1, hard_epochs=1, width=16
+    )
+    config = replace(config, hard_poses=likely, hard_images=210)
+    volume, band, log = searched(stack[0], config, tmp_path)
+    assert band == (CONFIG.fine_band(BOX), CONFIG.hard_band(BOX))[bands - 1]
+    assert log.count("searching on") == bands
+    assert ("with 210 images" in log) == (bands == 2)
+    inside = fsc_curve(volume, lowpass(volume, band, 3))
+    assert inside[:band].min() > 0.99
+
+
+def test_of_small_bands_none_is_searched_twice(stack, tmp_path):
+    config = replace(CONFIG, n_starts=1, temperatures=(1.0,), width=16)
+    config = replace(config, fine_cycles=1.0, hard_cycles=1.0)
+    _, band, log = searched(stack[0], config, tmp_path)
+    assert band == CONFIG.search_band(BOX)
+    assert "searching on" not in log
+
+
+def test_each_shell_is_held_back_by_its_signal(stack, tmp_path):
+    """Noise over signal: ten times the noise, ten times the prior; twice the images, half of it."""
+    images, truth, _ = stack
+    start = scaled_to_images(truth, images, CONFIG)
+    folder = simulated(tmp_path / "noisy", COUNT, BOX, 0.03)
+    noisy = load_observations(read_particles(folder / "particles.star"), CONFIG.diameter)
+    few, many = (begun(stack, start, replace(CONFIG, fine_memory=n)) for n in (100, 200))
+    other = begun((noisy, truth, stack[2]), start, replace(CONFIG, fine_memory=100))
+    torch.testing.assert_close(few._prior, 2 * many._prior)
+    # Of shells with more signal than counts as none; the noise's own power is measured too.
+    told = other._prior < 0.3 * other._prior.max()
+    told[0] = False
+    assert told.sum() >= 3
+    more = other._prior[told] / few._prior[told]
+    assert ((more > 6) & (more < 12)).all()
+    # More than the lowest, which stand out; none is taken to be empty.
+    assert (few._prior[4:] > 5 * few._prior[1]).all()
+    assert other._prior.isfinite().all()
 
 
 def test_images_held_out_are_seen_by_no_search(stack, tmp_path):
@@ -117,12 +170,7 @@ def test_images_held_out_are_seen_by_no_search(stack, tmp_path):
         asked.append(set(rows.tolist()))
         return images.source(rows, count)
 
-    star = tmp_path / "particles.star"
-    star.touch()
-    task = Task("test", star, COUNT, config, None, 0)
-    with open_job(tmp_path / "job", Console(quiet=True), task) as job:
-        generator = torch.Generator().manual_seed(0)
-        RmfnStages(job, config, generator, 3.0).first_map(replace(images, source=source))
+    searched(replace(images, source=source), config, tmp_path)
     *starts, seen, held = asked
     first, second = starts[:2], starts[2:]
     assert first == second

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cryorecon.engines import rounds
-from cryorecon.engines.reconstruction import RefineConfig, assign
+from cryorecon.engines.reconstruction import RefineConfig, assign, telling_grid
 from cryorecon.engines.rounds import refine_round
 from cryorecon.engines.shrinking import ShrinkingBatch
 from cryorecon.io.mrc import read_map
@@ -37,7 +37,8 @@ def observed(stack_32):
 def _state(observed, half):
     images, truth, config = observed
     generator = torch.Generator().manual_seed(0)
-    return assign(truth, Support(config.diameter / 2), images, half, config, generator)
+    grid = telling_grid(images, truth, config, config.assign_band(truth.shape[-1]))
+    return assign(truth, Support(config.diameter / 2), images, half, config, grid, generator)
 
 
 def _round(observed, half, joint, **changes):

@@ -11,11 +11,14 @@ from torch import Tensor
 from cryorecon.engines.accumulate import NormalEquations
 from cryorecon.engines.grid_map import GridMap
 from cryorecon.engines.observations import Observations
-from cryorecon.engines.rmfn import Search
+from cryorecon.engines.reconstruction import shell_prior
+from cryorecon.engines.rmfn import Search, excess_power
 from cryorecon.physics.masks import Support
 
-# Epochs before a map may count as settled, and the share of the evidence that two must bring.
-_FEWEST, _GAIN = 3, 1e-3
+# Epochs before a map may count as settled.
+_FEWEST = 3
+# Least signal of a coefficient, over its noise: no shell is taken to be empty.
+_LEAST_SIGNAL = 0.01
 # That by which a later map must be better, or rounding would choose between maps that are alike.
 _BETTER = 1e-4
 
@@ -29,17 +32,26 @@ class FineSearch(Search):
     they do not: with poses that are still averaged, the map falls to one side. Refinement, which
     gives every image one pose, would keep what is between. The first epoch only gathers images.
 
+    Each shell is held back by what the images say of its signal. Where that is far below the
+    noise, a map that follows its sums freely learns its own images by heart, and stays where it
+    is: the poses are surer than they should be.
+
     Attributes
     ----------
     held_out : Observations
-        Images that no search has seen: by their evidence it is known when to end. That of the
-        images seen rises and falls with the noise that they are judged by.
+        Images that no search has seen, to the band that is searched: by their evidence it is known
+        when to end. That of the images seen rises and falls with the noise that they are judged
+        by.
     start : Tensor, shape (M, M, M)
         The search's map, on any grid that holds it.
     unexplained : Tensor, shape (s,)
         Its :attr:`Search.excess`.
+    least_gain : float
+        Share of the evidence that two epochs must bring, or the map has settled.
     course : list of float
         Mean log-evidence of an image held out, after each epoch.
+    poses : float
+        How many poses such an image leaves likely after the last epoch, the median.
     best : Tensor, shape (M, M, M)
         The map of the epoch that had most of it, the first of those that are alike.
     """
@@ -47,12 +59,16 @@ class FineSearch(Search):
     held_out: Observations
     start: Tensor
     unexplained: Tensor
+    least_gain: float = 1e-3
     course: list[float] = field(default_factory=list)
+    poses: float = 1.0
     best: Tensor = field(init=False)
+    _prior: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        self._look(self.config.fine_band(self.observations.plane.box))
+        self._look(round(float(self.held_out.plane.radius[-1])))
         device = self.observations.device
+        self._prior = self.config.fine_prior * self._wiener()
         # The solved grid: the network's first scale follows it too slowly in its last shells.
         self.network = GridMap((self.band,), Support(self.config.diameter / 2, self.mask))
         self.network.fit_volume(self.start.to(device), 0, 0, 0, self.generator)
@@ -66,12 +82,13 @@ class FineSearch(Search):
             assert self.sums is not None
             # As much as later sums hold, of which each batch forgets a share.
             self.sums = self.sums.scaled(self._remembered() / len(self.observations))
-            super()._follow(self.sums)
+            self._take(self.sums)
         super().end_epoch()
-        found = self._evidence(self.held_out)[0]
-        if not self.course or found - max(self.course) > _BETTER * abs(found):
+        found = self._evidence(self.held_out)
+        if not self.course or found.mean - max(self.course) > _BETTER * abs(found.mean):
             self.best = self.network.volume(0)
-        self.course.append(found)
+        self.course.append(found.mean)
+        self.poses = found.poses
 
     @property
     def settled(self) -> bool:
@@ -79,7 +96,7 @@ class FineSearch(Search):
         if len(self.course) < _FEWEST:
             return False
         before, last = max(self.course[:-2]), max(self.course[-2:])
-        return last - before < _GAIN * abs(before)
+        return last - before < self.least_gain * abs(before)
 
     def _remembered(self) -> int:
         """Images that the sums hold: those of a mini-batch at least."""
@@ -88,16 +105,31 @@ class FineSearch(Search):
     def _kept(self) -> float:
         return 1 - self._batch() / self._remembered() if self.course else 1.0
 
+    def _wiener(self) -> Tensor:
+        """Noise over signal of a voxel, by shell, once the sums hold as many images as they may.
+
+        A shell s of a slice has 2 pi s coefficients, one of the map 4 pi s^2 voxels, so that each
+        image brings 1 / 2s to a voxel.
+        """
+        signal = (excess_power(self.observations) - 1)[: self.band + 1].clamp(min=_LEAST_SIGNAL)
+        shells = torch.arange(self.band + 1, device=signal.device).clamp(min=1)
+        return 2 * shells / (self._remembered() * signal)
+
     def _follow(self, sums: NormalEquations, n_steps: int | None = None) -> None:
+        del n_steps
         if self.course:
-            super()._follow(sums, n_steps)
+            self._take(sums)
+
+    def _take(self, sums: NormalEquations) -> None:
+        self.network.fit(sums, shell_prior(sums, 1.0, self.band) * self._prior, 0)
 
     def state(self) -> dict[str, Any]:
         """As of any search, with the course and the best map."""
-        return {**super().state(), "course": list(self.course), "best": self.best}
+        own = {"course": list(self.course), "poses": self.poses, "best": self.best}
+        return {**super().state(), **own}
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from what :meth:`state` gave."""
         super().load(state)
-        self.course = list(state["course"])
+        self.course, self.poses = list(state["course"]), state["poses"]
         self.best = state["best"].to(self.observations.device)

@@ -16,6 +16,7 @@ from cryorecon.engines.reconstruction import (
     Reconstruction,
     RefineConfig,
     grid_poses,
+    telling_grid,
 )
 from cryorecon.engines.refine import refine_poses
 from cryorecon.engines.rounds import agreement_band, image_batches, without_solvent
@@ -68,8 +69,8 @@ def reassign(
         reference = without_solvent(state.maps[1 - half], config)
         ladder = _Ladder.of(reference, config, limit)
         own = images.apart(members)
-        near, nside = own.within(config.assign_band(images.plane.box)), config.search_nside + 1
-        tried = grid_poses(near, reference, config, nside, generator, tell, _CANDIDATES[0])
+        grid = telling_grid(own, reference, config, limit)
+        tried = grid_poses(own, reference, config, grid, generator, tell, _CANDIDATES[0])
         held = state.rotations[members], state.offsets_px[members]
         n_moved += _move(state, own, members, list(_climbed(own, ladder, held, tried)))
         n_before += len(members)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cryorecon.engines.accumulate import NormalEquations
 from cryorecon.engines.observations import ImageSet
-from cryorecon.engines.search import best_grid_pose, offset_grid
+from cryorecon.engines.search import best_grid_pose, evidence, offset_grid
 from cryorecon.image_table import image_table
 from cryorecon.physics.fourier import max_band, resample_sums
 from cryorecon.physics.masks import Support
@@ -23,6 +23,10 @@ Progress = Callable[[int], None]
 
 # Images that see the same random turn of a grid of poses, on any device.
 _TURNED_TOGETHER = 500
+# A grid that leaves an image more poses than this does not tell them apart; as many images are
+# asked; bands of the coarse and the finer grid, relative to each other.
+TOLD_APART = 24
+_ASKED, _FINER = 100, 1.6
 
 
 @dataclass(frozen=True)
@@ -132,11 +136,41 @@ def shell_prior(sums: NormalEquations, strength: float, band: float) -> Tensor:
     return sums.shell_mean_weight()[: int(band) + 1] * strength
 
 
+@dataclass(frozen=True)
+class PoseGrid:
+    """A grid of poses: rotations 60 / nside degrees apart, compared up to a band."""
+
+    band: int
+    nside: int
+
+
+def telling_grid(images: ImageSet, volume: Tensor, config: RefineConfig, limit: float) -> PoseGrid:
+    """The coarse grid, unless it leaves too many poses likely and the map holds more detail.
+
+    Parameters
+    ----------
+    volume : Tensor, shape (M, M, M)
+    limit : float
+        How far the map can be trusted, in cycles per box.
+    """
+    box, device = images.plane.box, images.device
+    coarse = PoseGrid(config.assign_band(box), config.search_nside + 1)
+    finer = PoseGrid(min(round(_FINER * coarse.band), max_band(box)), coarse.nside)
+    if limit < finer.band:
+        return coarse
+    rows = torch.arange(len(images))[:: max(1, len(images) // _ASKED)]
+    grid = so3_grid(coarse.nside, torch.float32)[0].to(device)
+    small = resample_sums(volume, min(box, 2 * (coarse.band + 5)))
+    shifts = offsets_for(config, box, coarse.band)
+    found = images.ranks.numbers(*evidence(images.select(rows, coarse.band), small, grid, shifts))
+    return finer if found[2] > TOLD_APART else coarse
+
+
 def grid_poses(
     images: ImageSet,
     volume: Tensor,
     config: RefineConfig,
-    nside: int,
+    chosen: PoseGrid,
     generator: torch.Generator,
     progress: Progress | None,
     count: int = 1,
@@ -151,11 +185,10 @@ def grid_poses(
         The likeliest first.
     offsets_px : Tensor, shape (b, count, 2)
     """
-    plane, device = images.plane, images.device
-    band = float(plane.radius[-1])
-    grid = so3_grid(nside, torch.float32)[0].to(device)
+    images, device, band = images.within(chosen.band), images.device, float(chosen.band)
+    plane, grid = images.plane, so3_grid(chosen.nside, torch.float32)[0].to(device)
     shifts = offsets_for(config, plane.box, band).to(device)
-    coarse = resample_sums(volume, min(plane.box, 2 * (int(band) + 5)))
+    coarse = resample_sums(volume, min(plane.box, 2 * (chosen.band + 5)))
     transform = padded_transform(coarse, band=band)
     everyone = images.in_file_order(torch.arange(len(images)))
     blocks = [*everyone.split(_TURNED_TOGETHER), everyone[:0]]
@@ -177,7 +210,7 @@ def best_grid_poses(
     images: ImageSet,
     volume: Tensor,
     config: RefineConfig,
-    nside: int,
+    chosen: PoseGrid,
     generator: torch.Generator,
     progress: Progress | None,
 ) -> tuple[Tensor, Tensor]:
@@ -191,7 +224,7 @@ def best_grid_poses(
     found = [
         (rotations[:, 0], offsets_px[:, 0])
         for _, rotations, offsets_px in grid_poses(
-            images, volume, config, nside, generator, progress
+            images, volume, config, chosen, generator, progress
         )
     ]
     # To the CPU at the end: each copy would wait for the device.
@@ -210,6 +243,7 @@ def assign(
     images: ImageSet,
     half: Tensor,
     config: RefineConfig,
+    chosen: PoseGrid,
     generator: torch.Generator,
     progress: Progress | None = None,
 ) -> Reconstruction:
@@ -223,10 +257,6 @@ def assign(
         Where maps may have density.
     half : Tensor, shape (n,), int64
     """
-    box = images.plane.box
-    band = config.assign_band(box)
-    rotations, offsets = best_grid_poses(
-        images.within(band), volume, config, config.search_nside + 1, generator, progress
-    )
-    reference = resample_sums(volume, box)
-    return Reconstruction(rotations, offsets, half, [reference, reference], float(band), support)
+    found = best_grid_poses(images, volume, config, chosen, generator, progress)
+    reference = resample_sums(volume, images.plane.box)
+    return Reconstruction(*found, half, [reference, reference], float(chosen.band), support)

@@ -20,7 +20,7 @@ from cryorecon.engines.grid_map import GridMap
 from cryorecon.engines.network_map import FitConfig, NetworkMap
 from cryorecon.engines.observations import ImageSet, Observations
 from cryorecon.engines.reconstruction import RefineConfig, offsets_for, shell_prior
-from cryorecon.engines.search import accumulate_grid, evidence, grid_expectation
+from cryorecon.engines.search import Evidence, accumulate_grid, evidence, grid_expectation
 from cryorecon.networks.mfn import MfnConfig
 from cryorecon.physics.fourier import lowpass, max_band
 from cryorecon.physics.masks import Support
@@ -59,6 +59,15 @@ class RmfnConfig(RefineConfig):
     fine_memory : int
         How many of these the equations remember: between two hands a map moves the faster the
         sooner it forgets.
+    fine_prior : float
+        Wiener prior there, in units of the inverse of the signal's power by shell that the images
+        show.
+    hard_poses : int
+        Images that leave more poses than this likely, of those of the search's grid, are a hard
+        set: the search goes on again at `hard_cycles`, for at most `hard_epochs` and with as many
+        as `hard_images`.
+    hard_cycles, hard_epochs, hard_images
+        As `fine_cycles`, `fine_epochs` and `fine_images`.
     volume : "rmfn" or "grid"
         What the search holds its map in: the network, or the solved grid itself.
     width : int
@@ -78,15 +87,25 @@ class RmfnConfig(RefineConfig):
     fine_epochs: int = 14
     fine_images: int = 2000
     fine_memory: int = 500
+    fine_prior: float = 0.5
+    hard_poses: int = 100
+    hard_cycles: float = 6.4
+    hard_epochs: int = 30
+    hard_images: int = 8000
     volume: Literal["rmfn", "grid"] = "rmfn"
     width: int = 128
     final_steps: int = 60
     fit: FitConfig = field(default_factory=FitConfig)
 
     def fine_band(self, box: int) -> int:
-        """Radius at which the search ends, in cycles per box."""
+        """Radius at which the search goes on, in cycles per box."""
         wanted = round(self.fine_cycles / self.diameter)
         return max(self.search_band(box), min(wanted, max_band(box) - 2))
+
+    def hard_band(self, box: int) -> int:
+        """Radius at which that of a hard set goes on again, in cycles per box."""
+        wanted = round(self.hard_cycles / self.diameter)
+        return max(self.fine_band(box), min(wanted, max_band(box) - 2))
 
     def bands(self, box: int) -> tuple[int, ...]:
         """Bands of the network's scales: search, middle (geometric mean), all."""
@@ -248,16 +267,16 @@ class Search:
 
     def judge(self, held_out: Observations) -> None:
         """Evidence of images that took no part in the search, and of those that did."""
-        self.held_out_evidence, self.held_out_error = self._evidence(held_out)
-        self.log_evidence = self._evidence(self.observations)[0]
+        found = self._evidence(held_out)
+        self.held_out_evidence, self.held_out_error = found.mean, found.error
+        self.log_evidence = self._evidence(self.observations).mean
 
-    def _evidence(self, images: Observations) -> tuple[float, float]:
-        """Mean log-evidence of an image at its true noise, and its standard error."""
+    def _evidence(self, images: Observations) -> Evidence:
+        """Of images at their true noise."""
         with torch.no_grad():
             volume = self.network.volume(0)
             found = evidence(images.within(self.band), volume, self.grid, self.offsets)
-        mean, error = self.ranks.numbers(*found)
-        return mean, error
+        return Evidence(*self.ranks.numbers(*found))
 
     def state(self) -> dict[str, Any]:
         """Between two epochs: all that the search has changed, by reference."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -180,10 +181,26 @@ def accumulate_grid(
     return sums
 
 
+class Evidence(NamedTuple):
+    """How a map explains images over a grid of poses.
+
+    Attributes
+    ----------
+    mean, error : float
+        Log-evidence an image, and its standard error.
+    poses : float
+        How many poses of the grid an image leaves likely, the median.
+    """
+
+    mean: float
+    error: float
+    poses: float
+
+
 def evidence(
     observations: Observations, volume: Tensor, grid: Tensor, offsets_px: Tensor
-) -> tuple[float, float]:
-    """Mean log-evidence an image of a map over a grid of poses, and its standard error.
+) -> Evidence:
+    """Evidence of a map over a grid of poses.
 
     Parameters
     ----------
@@ -197,5 +214,7 @@ def evidence(
     transform = padded_transform(volume, band=float(observations.plane.radius[-1]))
     grid, offsets_px = grid.to(volume.device), offsets_px.to(volume.device)
     templates = extract_slices(transform, grid, observations.plane)
-    found = grid_expectation(observations, templates, offsets_px)[0].log_evidence
-    return float(found.mean()), float(found.std() / max(len(found), 1) ** 0.5)
+    posterior = grid_expectation(observations, templates, offsets_px)[0]
+    found, poses = posterior.log_evidence, posterior.effective_poses.median()
+    error = found.std() / max(len(found), 1) ** 0.5
+    return Evidence(float(found.mean()), float(error), float(poses))

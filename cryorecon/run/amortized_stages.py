@@ -165,6 +165,6 @@ class AmortizedStages(Stages):
         grid = so3_grid(config.search_nside, torch.float32)[0]
         batch = images.select(held, band)
         found = evidence(batch, run.volume(), grid, offsets_for(config, box, band))
-        mean, error = images.ranks.numbers(*found)
+        mean, error, _ = images.ranks.numbers(*found)
         self.job.say(f"log-evidence {mean:.2f} an image of {len(held)} held out")
         refuse_noise(mean, error)

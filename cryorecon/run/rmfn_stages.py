@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -10,7 +11,12 @@ from cryorecon.engines.fine_search import FineSearch
 from cryorecon.engines.grid_map import GridMap
 from cryorecon.engines.network_map import NetworkMap
 from cryorecon.engines.observations import ImageSet
-from cryorecon.engines.reconstruction import Reconstruction, assign, offsets_for
+from cryorecon.engines.reconstruction import (
+    Reconstruction,
+    assign,
+    offsets_for,
+    telling_grid,
+)
 from cryorecon.engines.rmfn import RmfnConfig, Search, fit_scales, new_map, scaled_to_images
 from cryorecon.engines.search import evidence
 from cryorecon.errors import CryoreconError
@@ -18,6 +24,10 @@ from cryorecon.physics.rotations import so3_grid
 from cryorecon.run.checkpoint import Entry, broken, frozen
 from cryorecon.run.progress import Update
 from cryorecon.run.stages import HELD_OUT, Stages, beyond_noise, refuse_noise
+
+# Share of the evidence that two epochs must bring for the search to go on: of hard sets most lies
+# in shells that have long been found.
+_GAIN, _HARD_GAIN = 1e-3, 2.5e-4
 
 
 @dataclass
@@ -35,18 +45,24 @@ class RmfnStages(Stages):
 
     def begin(self, images: ImageSet, half: torch.Tensor) -> Reconstruction:
         """Search, then give every image its best pose."""
-        return self._assigned(self.first_map(images), images, half)
+        return self._assigned(*self.first_map(images), images, half)
 
-    def first_map(self, images: ImageSet) -> torch.Tensor:
-        """What the whole search ends with: a coarse map (M, M, M), on a grid that holds it."""
-        config, box, found = self.config, images.plane.box, self.search(images)
+    def first_map(self, images: ImageSet) -> tuple[torch.Tensor, int]:
+        """What the whole search ends with.
+
+        Returns
+        -------
+        volume : Tensor, shape (M, M, M)
+            On a grid that holds it.
+        band : int
+            How far it reaches, in cycles per box.
+        """
+        found = self.search(images)
         assert found.best is not None
         self.network = self._network(found.best["network"], images)
         with torch.no_grad():
             volume = self.network.volume(0)
-        if config.fine_epochs > 0 and config.fine_band(box) > config.search_band(box):
-            volume = self._finer(found, volume, images)
-        return volume
+        return self._finer(found, volume, images)
 
     def engine_state(self) -> Entry:
         """The network."""
@@ -84,7 +100,7 @@ class RmfnStages(Stages):
         grid = so3_grid(config.search_nside, torch.float32)[0]
         offsets = offsets_for(config, box, band)
         found = evidence(images.select(rows, band), scaled, grid, offsets)
-        mean, error = images.ranks.numbers(*found)
+        mean, error, _ = images.ranks.numbers(*found)
         self.job.say(f"the map given explains images with log-evidence {mean:.2f} an image")
         if not beyond_noise(mean, error):
             raise CryoreconError(
@@ -93,7 +109,7 @@ class RmfnStages(Stages):
                 "It must be white on black, of this particle; or leave it out and search",
             )
         self.network = new_map(config, box, self.generator, self.mask, images.device)
-        return self._assigned(scaled, images, half)
+        return self._assigned(scaled, config.assign_band(box), images, half)
 
     def scale_maps(self, joint: torch.Tensor) -> list[torch.Tensor]:
         """The network's scales, coarse to fine, fitted to the final map."""
@@ -102,17 +118,20 @@ class RmfnStages(Stages):
         return fit_scales(self.network, joint, self.config, self.generator)
 
     def _assigned(
-        self, volume: torch.Tensor, images: ImageSet, half: torch.Tensor
+        self, volume: torch.Tensor, band: int, images: ImageSet, half: torch.Tensor
     ) -> Reconstruction:
+        grid = telling_grid(images, volume, self.config, band)
+        known = volume, self.support, images, half, self.config
         with self.job.bar("Assigning", len(images)) as bar:
-            state = assign(volume, self.support, images, half, self.config, self.generator, bar)
+            state = assign(*known, grid, self.generator, bar)
         self.job.say("every image has a first pose")
         return state
 
     def search(self, images: ImageSet) -> Starts:
         """Run the starts, all of which see the same images, and keep the likeliest."""
         config = self.config
-        n, _, n_held = self._counts(images)
+        n_held, free = self._counts(images)
+        n = min(config.search_images, free)
         band_angst = self._angst(config.search_band(images.plane.box), images.plane.box)
         saved = self.job.checkpoint.get(self.part)
         run = Starts() if saved is None else Starts(**saved["search"])
@@ -136,43 +155,71 @@ class RmfnStages(Stages):
         refuse_noise(run.best["held_out_evidence"], run.best["held_out_error"])
         return run
 
-    def _counts(self, images: ImageSet) -> tuple[int, int, int]:
-        """How many images a start sees, how many the search that goes on, and how many neither."""
-        held, config = min(HELD_OUT, len(images) // 5), self.config
-        free = len(images) - held
-        return min(config.search_images, free), min(config.fine_images, free), held
+    def _counts(self, images: ImageSet) -> tuple[int, int]:
+        """How many images no search sees, and how many are left."""
+        held = min(HELD_OUT, len(images) // 5)
+        return held, len(images) - held
+
+    def _rungs(self, box: int) -> list[Rung]:
+        """Where the search goes on, once the starts are done."""
+        config = self.config
+        bands = config.search_band(box), config.fine_band(box), config.hard_band(box)
+        rungs = [
+            Rung(bands[1], config.fine_images, config.fine_epochs, _GAIN),
+            Rung(bands[2], config.hard_images, config.hard_epochs, _HARD_GAIN),
+        ]
+        higher = [now > before for before, now in pairwise(bands)]
+        return [rung for rung, so in zip(rungs, higher, strict=True) if so and rung.epochs > 0]
 
     def _finer(
         self, run: Starts, volume: torch.Tensor, images: ImageSet
-    ) -> torch.Tensor:  # fmt: skip
-        """Go on from the search's map at a higher band, with more images."""
-        config, box = self.config, images.plane.box
-        _, n, n_held = self._counts(images)
-        search = self._fine_search(run, volume, images)
+    ) -> tuple[torch.Tensor, int]:
+        """Go on from the search's map at a higher band, with more images; of hard sets twice."""
+        assert run.best is not None
+        if run.reached is None:
+            run.reached = {"start": volume, "unexplained": run.best["excess"]}
+            run.band = self.config.search_band(images.plane.box)
+        rungs = self._rungs(images.plane.box)
+        while run.rung < len(rungs):
+            rung = rungs[run.rung]
+            search = self._climb(run, rung, images)
+            run.reached = {"start": search.best, "unexplained": search.excess}
+            # With few poses left, nothing is to be gained from telling more of them apart.
+            told_apart = search.poses <= self.config.hard_poses
+            run.rung = len(rungs) if told_apart else run.rung + 1
+            run.band, run.fine = rung.band, None
+            self._keep_search(run)
+        return run.reached["start"].to(images.device), run.band
+
+    def _climb(self, run: Starts, rung: Rung, images: ImageSet) -> FineSearch:
+        """Search on at a band, until it has settled."""
+        n_held, free = self._counts(images)
+        n, search = min(rung.images, free), self._fine_search(run, rung, images)
         again = f", after {len(search.course)} epochs" if search.course else ""
-        band_angst = self._angst(config.fine_band(box), box)
-        self.job.say(f"searching on from the likelier map at {band_angst:.1f} A{again}")
-        with self.job.bar("Search, finer", n * config.fine_epochs) as bar:
-            while len(search.course) < config.fine_epochs and not search.settled:
+        band_angst = self._angst(rung.band, images.plane.box)
+        self.job.say(f"searching on at {band_angst:.1f} A with {n} images{again}")
+        with self.job.bar("Search, finer", n * rung.epochs) as bar:
+            while len(search.course) < rung.epochs and not search.settled:
                 done = len(search.course)
                 self._epoch(search, 1.0, f"searched on, epoch {done + 1}", n * done, bar)
                 run.fine = search.state()
                 self._keep_search(run)
         self.job.say(
-            f"after {len(search.course)} epochs with {n} images: log-evidence "
-            f"{max(search.course):.2f} an image of {n_held} held out"
+            f"after {len(search.course)} epochs: log-evidence {max(search.course):.2f} an image of "
+            f"{n_held} held out, {search.poses:.0f} poses likely for each"
         )
-        return search.best
+        return search
 
-    def _fine_search(self, run: Starts, volume: torch.Tensor, images: ImageSet) -> FineSearch:
+    def _fine_search(self, run: Starts, rung: Rung, images: ImageSet) -> FineSearch:
         """As it was left, or from its beginning."""
         assert run.order is not None
-        assert run.best is not None
-        band, (_, n, n_held) = self.config.fine_band(images.plane.box), self._counts(images)
-        seen, held = (images.select(rows, band) for rows in _seen_and_held(run.order, n, n_held))
+        assert run.reached is not None
+        n_held, free = self._counts(images)
+        sets = _seen_and_held(run.order, min(rung.images, free), n_held)
+        seen, held = (images.select(rows, rung.band) for rows in sets)
         shared = (self.config, seen, self.generator, self.mask, images.ranks)
-        known = {"held_out": held, "start": volume, "unexplained": run.best["excess"]}
-        search = FineSearch(*shared, **known)
+        gain = rung.least_gain
+        search = FineSearch(*shared, held_out=held, least_gain=gain, **run.reached)
         if run.fine is not None:
             search.load(run.fine)
         return search
@@ -180,11 +227,13 @@ class RmfnStages(Stages):
     def _one_start(self, run: Starts, images: ImageSet) -> Search:
         """All epochs of a start, or those that are left of it."""
         config, band = self.config, self.config.search_band(images.plane.box)
-        n, n_fine, n_held = self._counts(images)
+        n_held, free = self._counts(images)
+        n = min(config.search_images, free)
         at = self.generator.get_state()
         if run.order is None:
             order = torch.randperm(len(images), generator=self.generator)
-            run.order = torch.cat(_seen_and_held(order, max(n, n_fine), n_held))
+            most = max(n, *(min(rung.images, free) for rung in self._rungs(images.plane.box)), 0)
+            run.order = torch.cat(_seen_and_held(order, most, n_held))
         rows, held = _seen_and_held(run.order, n, n_held)
         seen = images.select(rows, band)
         search = Search(config, seen, self.generator, self.mask, images.ranks)
@@ -223,6 +272,16 @@ class RmfnStages(Stages):
         self.job.checkpoint.put(self.part, pack, force=force)
 
 
+@dataclass(frozen=True)
+class Rung:
+    """How the search goes on: band in cycles per box, most images and epochs, when to end."""
+
+    band: int
+    images: int
+    epochs: int
+    least_gain: float
+
+
 @dataclass
 class Starts:
     """How far the search has come.
@@ -236,6 +295,10 @@ class Starts:
     state, best, fine : dict, optional
         Of the start that is going on, of the likeliest that is done, and of the search that goes
         on from it.
+    rung, band : int
+        Bands at which it has done so, and the last of them in cycles per box.
+    reached : dict, optional
+        What the next one begins with: see :class:`FineSearch`.
     """
 
     start: int = 0
@@ -244,6 +307,9 @@ class Starts:
     state: Entry | None = None
     best: Entry | None = None
     fine: Entry | None = None
+    rung: int = 0
+    band: int = 0
+    reached: Entry | None = None
 
 
 def _seen_and_held(order: torch.Tensor, n: int, n_held: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,7 +11,7 @@ import torch
 from cryorecon.conventions import shell_to_angst
 from cryorecon.engines.new_search import reassign
 from cryorecon.engines.observations import ImageSet
-from cryorecon.engines.reconstruction import Reconstruction, best_grid_poses
+from cryorecon.engines.reconstruction import Reconstruction, best_grid_poses, telling_grid
 from cryorecon.engines.rounds import RoundReport, agreement_band, refine_round
 from cryorecon.errors import CryoreconError
 from cryorecon.image_table import image_table, kept
@@ -171,13 +171,10 @@ class Stages(Parts):
         self, images: ImageSet, state: Reconstruction
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Poses of images that took no part, by a search against the map."""
-        config, box = self.config, images.plane.box
-        band = config.assign_band(box)
         joint = (state.maps[0] + state.maps[1]) / 2
-        nside = config.search_nside + 1
+        grid = telling_grid(images, joint, self.config, agreement_band(state.fsc))
         with self.job.bar("Assigning", len(images)) as bar:
-            near = images.within(band)
-            return best_grid_poses(near, joint, config, nside, self.generator, bar)
+            return best_grid_poses(images, joint, self.config, grid, self.generator, bar)
 
     def search_again(self, state: Reconstruction, images: ImageSet) -> float:
         """Every image against the better map; the share that found a better pose."""

@@ -1,0 +1,51 @@
+"""Which grid of poses images are compared with."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import simulated
+
+from cryorecon.conventions import euler_to_matrix
+from cryorecon.engines.reconstruction import PoseGrid, grid_poses, telling_grid
+from cryorecon.engines.rmfn import RmfnConfig, scaled_to_images
+from cryorecon.io.mrc import read_map
+from cryorecon.io.particles import read_particles
+from cryorecon.physics.rotations import geodesic_distance_deg
+from cryorecon.run.load import load_observations
+
+BOX, COUNT = 32, 60
+CONFIG = RmfnConfig(search_nside=3)
+COARSE = PoseGrid(CONFIG.assign_band(BOX), 4)
+FINER = PoseGrid(8, 4)
+
+
+def observed(folder, snr):
+    folder = simulated(folder / "stack", COUNT, BOX, snr)
+    particles = read_particles(folder / "particles.star")
+    images = load_observations(particles, CONFIG.diameter)
+    truth = torch.from_numpy(read_map(folder / "map.mrc").data)
+    return images, scaled_to_images(truth, images, CONFIG), particles
+
+
+@pytest.mark.parametrize(
+    ("snr", "limit", "wanted"),
+    [(1.0, 16.0, COARSE), (0.01, 8.0, FINER), (0.01, 7.5, COARSE)],
+    ids=["poses are told apart", "they are not", "nor does the map say more"],
+)
+def test_the_finer_grid_is_for_images_that_leave_many_poses(tmp_path, snr, limit, wanted):
+    images, truth, _ = observed(tmp_path, snr)
+    assert telling_grid(images, truth, CONFIG, limit) == wanted
+
+
+@pytest.mark.parametrize("chosen", [COARSE, FINER])
+def test_poses_come_from_the_chosen_grid(tmp_path, chosen):
+    images, truth, particles = observed(tmp_path, 1.0)
+    generator = torch.Generator().manual_seed(0)
+    found = list(grid_poses(images, truth, CONFIG, chosen, generator, None, count=3))
+    rotations = torch.cat([each[1] for each in found])
+    assert rotations.shape == (COUNT, 3, 3, 3)
+    known = euler_to_matrix(torch.from_numpy(particles.euler_deg())).float()
+    away = geodesic_distance_deg(rotations[:, 0], known)
+    # Rotations of the grid are 15 degrees apart.
+    assert away.median() < 15
