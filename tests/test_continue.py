@@ -27,7 +27,7 @@ from cryorecon.engines.rmfn import RmfnConfig
 from cryorecon.engines.rmfn_paper import PaperConfig
 from cryorecon.errors import CryoreconError
 from cryorecon.io.mrc import read_map
-from cryorecon.run import checkpoint, stages, stopping
+from cryorecon.run import amortized_stages, checkpoint, stages, stopping
 from cryorecon.run import job as job_module
 from cryorecon.run.abinitio import AbinitioOptions, abinitio
 from cryorecon.run.continuing import continue_job, from_plain
@@ -154,6 +154,25 @@ def test_a_killed_job_goes_on_to_the_same_map(case, few, tmp_path, monkeypatch):
     for name in ("run_data.star", "fsc.star", "starts.star", "encoder_data.star"):
         if name in names:
             assert body(job / name) == body(tmp_path / "whole" / name)
+
+
+def test_amortized_goes_on_within_the_search_of_a_hard_set(few, tmp_path, monkeypatch):
+    monkeypatch.setattr(amortized_stages, "TOLD_APART", 0)
+    amortized(few, tmp_path / "whole")
+    job = tmp_path / "killed"
+    # Ten steps, then epochs of the search.
+    with monkeypatch.context() as patch:
+        killing(patch, 12)
+        with pytest.raises(Killed):
+            amortized(few, job)
+    continue_job(job, QUIET)
+    assert np.array_equal(map_of(job), map_of(tmp_path / "whole"))
+    assert "the map is searched on from" in log_of(tmp_path / "whole")
+    assert re.search(r"searching on at \S+ A with \d+ images, after \d epochs", log_of(job))
+    assert body(job / "encoder_data.star") == body(tmp_path / "whole" / "encoder_data.star")
+    without = AmortizedConfig(**{**vars(SHORT), "search_on": False})
+    amortized(few, tmp_path / "without", engine=without)
+    assert "searched on" not in log_of(tmp_path / "without")
 
 
 def saving_always(monkeypatch):

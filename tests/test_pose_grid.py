@@ -17,7 +17,7 @@ from cryorecon.run.load import load_observations
 BOX, COUNT = 32, 60
 CONFIG = RmfnConfig(search_nside=3)
 COARSE = PoseGrid(CONFIG.assign_band(BOX), 4)
-FINER = PoseGrid(8, 4)
+FINER, FINEST = PoseGrid(8, 4), PoseGrid(10, 5)
 
 
 def observed(folder, snr):
@@ -30,8 +30,8 @@ def observed(folder, snr):
 
 @pytest.mark.parametrize(
     ("snr", "limit", "wanted"),
-    [(1.0, 16.0, COARSE), (0.01, 8.0, FINER), (0.01, 7.5, COARSE)],
-    ids=["poses are told apart", "they are not", "nor does the map say more"],
+    [(1.0, 16.0, COARSE), (0.01, 8.0, FINER), (0.01, 7.5, COARSE), (0.01, 10.0, FINEST)],
+    ids=["told apart", "not by the coarse one", "map says no more", "not by the finer one either"],
 )
 def test_the_finer_grid_is_for_images_that_leave_many_poses(tmp_path, snr, limit, wanted):
     images, truth, _ = observed(tmp_path, snr)

@@ -68,6 +68,9 @@ class AmortizedConfig(RefineConfig):
         Standard deviation of the reverse task's offsets relative to the largest offset.
     finish : bool
         Whether a table of poses, from the encoder, is refined at the end.
+    search_on : bool
+        Whether, before that, engine rmfn's search goes on from the map of images that leave many
+        poses likely, and gives these poses.
     """
 
     encoder: Kind = "dense"
@@ -88,6 +91,7 @@ class AmortizedConfig(RefineConfig):
     decoder_rate: float = 5e-2
     offset_spread: float = 0.5
     finish: bool = True
+    search_on: bool = True
 
     def __post_init__(self) -> None:
         for name in ("heads", "width", "images_seen", "batch"):

@@ -24,9 +24,9 @@ Progress = Callable[[int], None]
 # Images that see the same random turn of a grid of poses, on any device.
 _TURNED_TOGETHER = 500
 # A grid that leaves an image more poses than this does not tell them apart; as many images are
-# asked; bands of the coarse and the finer grid, relative to each other.
-TOLD_APART = 24
-_ASKED, _FINER = 100, 1.6
+# asked. Finer grids: band relative to the coarse one's, and how much finer the rotations are.
+TOLD_APART, _ASKED = 24, 100
+_FINER = ((1.6, 0), (2.0, 1))
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class PoseGrid:
 
 
 def telling_grid(images: ImageSet, volume: Tensor, config: RefineConfig, limit: float) -> PoseGrid:
-    """The coarse grid, unless it leaves too many poses likely and the map holds more detail.
+    """The coarsest grid that leaves few poses likely, of those whose detail the map holds.
 
     Parameters
     ----------
@@ -153,17 +153,21 @@ def telling_grid(images: ImageSet, volume: Tensor, config: RefineConfig, limit: 
     limit : float
         How far the map can be trusted, in cycles per box.
     """
-    box, device = images.plane.box, images.device
-    coarse = PoseGrid(config.assign_band(box), config.search_nside + 1)
-    finer = PoseGrid(min(round(_FINER * coarse.band), max_band(box)), coarse.nside)
-    if limit < finer.band:
-        return coarse
+    box = images.plane.box
     rows = torch.arange(len(images))[:: max(1, len(images) // _ASKED)]
-    grid = so3_grid(coarse.nside, torch.float32)[0].to(device)
-    small = resample_sums(volume, min(box, 2 * (coarse.band + 5)))
-    shifts = offsets_for(config, box, coarse.band)
-    found = images.ranks.numbers(*evidence(images.select(rows, coarse.band), small, grid, shifts))
-    return finer if found[2] > TOLD_APART else coarse
+    chosen = coarse = PoseGrid(config.assign_band(box), config.search_nside + 1)
+    for further, more in _FINER:
+        finer = PoseGrid(min(round(further * coarse.band), max_band(box)), coarse.nside + more)
+        if finer.band > limit:
+            break
+        small = resample_sums(volume, min(box, 2 * (chosen.band + 5)))
+        grid = so3_grid(chosen.nside, torch.float32)[0]
+        shifts = offsets_for(config, box, chosen.band)
+        found = evidence(images.select(rows, chosen.band), small, grid, shifts)
+        if images.ranks.numbers(*found)[2] <= TOLD_APART:
+            break
+        chosen = finer
+    return chosen
 
 
 def grid_poses(

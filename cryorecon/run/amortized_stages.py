@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
 
 from cryorecon.engines.amortized import Amortized, AmortizedConfig, StepReport
 from cryorecon.engines.observations import ImageSet
-from cryorecon.engines.reconstruction import Reconstruction, offsets_for
+from cryorecon.engines.reconstruction import (
+    TOLD_APART,
+    Reconstruction,
+    RefineConfig,
+    offsets_for,
+)
+from cryorecon.engines.rmfn import RmfnConfig
 from cryorecon.engines.search import evidence
 from cryorecon.engines.shrinking import ShrinkingBatch
 from cryorecon.errors import CryoreconError
 from cryorecon.image_table import kept
 from cryorecon.physics.rotations import so3_grid
 from cryorecon.run.checkpoint import Entry
+from cryorecon.run.climbing import Climb, ClimbingStages
 from cryorecon.run.parts import Place
-from cryorecon.run.stages import HELD_OUT, Stages, refuse_noise
+from cryorecon.run.stages import refuse_noise
 
 _READ_AT_ONCE = 500
 # Lines of the log that the training takes.
@@ -24,7 +32,7 @@ _LINES = 8
 
 
 @dataclass
-class AmortizedStages(Stages):
+class AmortizedStages(ClimbingStages):
     """A run of engine amortized.
 
     Attributes
@@ -41,7 +49,7 @@ class AmortizedStages(Stages):
 
     def begin(self, images: ImageSet, half: torch.Tensor) -> Reconstruction:
         """Train, judge by images that took no part, and read every image's pose."""
-        n_held = min(HELD_OUT, len(images) // 5)
+        n_held = self.counts(images)[0]
         saved = self.job.checkpoint.get(self.part)
         drawn = torch.randperm(len(images), generator=self.generator)
         order = drawn if saved is None else saved["order"]
@@ -51,11 +59,48 @@ class AmortizedStages(Stages):
             self.trained.load(saved["training"])
             self.generator.set_state(saved["generator"])
         self._train(self.trained, order)
-        self._judge(self.trained, images, held)
+        poses = self._judge(self.trained, images, held)
         rotations, offsets = self.read_poses(images)
         self.read = kept(rotations), kept(offsets)
         volume, band = self.trained.volume(), self.trained.band
+        if poses > TOLD_APART and self.config.finish and self.config.search_on:
+            climb = Climb(**saved["climb"]) if saved is not None and "climb" in saved else Climb()
+            return self._searched_on(self.trained, climb, order, images, half)
         return Reconstruction(rotations, offsets, half, [volume, volume], band, self.support)
+
+    @property
+    def search_config(self) -> RmfnConfig:
+        """Settings of engine rmfn, where both engines have one these."""
+        shared = dataclasses.fields(RefineConfig)
+        return RmfnConfig(**{field.name: getattr(self.config, field.name) for field in shared})
+
+    def _searched_on(
+        self,
+        run: Amortized,
+        climb: Climb,
+        order: torch.Tensor,
+        images: ImageSet,
+        half: torch.Tensor,
+    ) -> Reconstruction:
+        """Poses by a search from the decoder's map: the encoder cannot tell these apart."""
+        self.job.say("many poses are likely for each image: the map is searched on from")
+
+        def pack() -> Entry:
+            return {**self._packed(run, order), "climb": dict(vars(climb))}
+
+        def keep() -> None:
+            self.job.checkpoint.put(self.part, pack)
+
+        # What the training has not seen, no search sees either.
+        n_held = self.counts(images)[0]
+        climb.order = torch.cat([order[n_held:], order[:n_held]])
+        nothing = torch.ones(1, device=images.device)
+        found = self.finer(climb, run.volume(), nothing, images, keep)
+        return self.assigned(*found, images, half)
+
+    def _packed(self, run: Amortized, order: torch.Tensor) -> Entry:
+        generator = self.generator.get_state()
+        return {"order": order, "training": run.state(), "generator": generator}
 
     def _new(self, images: ImageSet, generator: torch.Generator | None = None) -> Amortized:
         return Amortized(
@@ -125,8 +170,7 @@ class AmortizedStages(Stages):
             self.job.say(f"the training goes on after {run.seen} images")
 
         def pack() -> Entry:
-            generator = self.generator.get_state()
-            return {"order": order, "training": run.state(), "generator": generator}
+            return self._packed(run, order)
 
         run.parts.tell = self.job.say
         reports: list[StepReport] = []
@@ -159,12 +203,14 @@ class AmortizedStages(Stages):
                 "state is kept",
             ) from error
 
-    def _judge(self, run: Amortized, images: ImageSet, held: torch.Tensor) -> None:
+    def _judge(self, run: Amortized, images: ImageSet, held: torch.Tensor) -> float:
+        """Whether there is a signal; how many poses an image leaves likely."""
         config, box = self.config, images.plane.box
         band = config.search_band(box)
         grid = so3_grid(config.search_nside, torch.float32)[0]
         batch = images.select(held, band)
         found = evidence(batch, run.volume(), grid, offsets_for(config, box, band))
-        mean, error, _ = images.ranks.numbers(*found)
+        mean, error, poses = images.ranks.numbers(*found)
         self.job.say(f"log-evidence {mean:.2f} an image of {len(held)} held out")
         refuse_noise(mean, error)
+        return poses

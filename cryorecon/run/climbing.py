@@ -1,0 +1,192 @@
+"""How a search goes on from a coarse map, band by band, until poses are told apart."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+
+from cryorecon.engines.fine_search import FineSearch
+from cryorecon.engines.observations import ImageSet
+from cryorecon.engines.reconstruction import Reconstruction, assign, telling_grid
+from cryorecon.engines.rmfn import RmfnConfig, Search
+from cryorecon.run.checkpoint import Entry, broken
+from cryorecon.run.progress import Update
+from cryorecon.run.stages import HELD_OUT, Stages
+
+# Share of the evidence that two epochs must bring for the search to go on: of hard sets most lies
+# in shells that have long been found.
+_GAIN, _HARD_GAIN = 1e-3, 2.5e-4
+
+
+@dataclass(frozen=True)
+class Rung:
+    """How the search goes on: band in cycles per box, most images and epochs, when to end."""
+
+    band: int
+    images: int
+    epochs: int
+    least_gain: float
+
+
+@dataclass
+class Climb:
+    """How far a search that goes on from a map has come.
+
+    Attributes
+    ----------
+    order : Tensor, int64, optional
+        Images as they were drawn: as many as any search sees, then those held out.
+    rung, band : int
+        Bands that are done, and the last of them in cycles per box.
+    fine : dict, optional
+        State of the search that is going on.
+    reached : dict, optional
+        What the next one begins with: see :class:`FineSearch`.
+    """
+
+    order: torch.Tensor | None = None
+    rung: int = 0
+    band: int = 0
+    fine: Entry | None = None
+    reached: Entry | None = None
+
+
+class ClimbingStages(Stages):
+    """A run whose coarse map a search goes on from."""
+
+    @property
+    @abstractmethod
+    def search_config(self) -> RmfnConfig:
+        """Settings of the search."""
+
+    def counts(self, images: ImageSet) -> tuple[int, int]:
+        """How many images no search sees, and how many are left."""
+        held = min(HELD_OUT, len(images) // 5)
+        return held, len(images) - held
+
+    def _rungs(self, box: int) -> list[Rung]:
+        """Where the search goes on, once the starts are done."""
+        config = self.search_config
+        bands = config.search_band(box), config.fine_band(box), config.hard_band(box)
+        rungs = [
+            Rung(bands[1], config.fine_images, config.fine_epochs, _GAIN),
+            Rung(bands[2], config.hard_images, config.hard_epochs, _HARD_GAIN),
+        ]
+        higher = [now > before for before, now in pairwise(bands)]
+        return [rung for rung, so in zip(rungs, higher, strict=True) if so and rung.epochs > 0]
+
+    def drawn(self, images: ImageSet, least: int) -> torch.Tensor:
+        """Images that searches see, `least` of them at least, then those that none does."""
+        free = self.counts(images)[1]
+        order = torch.randperm(len(images), generator=self.generator)
+        most = max(least, *(rung.images for rung in self._rungs(images.plane.box)), 0)
+        return torch.cat([order[: min(most, free)], order[free:]])
+
+    def seen_and_held(
+        self, climb: Climb, n: int, images: ImageSet
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first of the images that searches see, and those that none does."""
+        assert climb.order is not None
+        n_held, free = self.counts(images)
+        return climb.order[: min(n, free)], climb.order[len(climb.order) - n_held :]
+
+    def finer(
+        self,
+        climb: Climb,
+        volume: torch.Tensor,
+        unexplained: torch.Tensor,
+        images: ImageSet,
+        keep: Callable[[], None],
+    ) -> tuple[torch.Tensor, int]:
+        """Go on from a map at a higher band, with more images; of hard sets twice.
+
+        Parameters
+        ----------
+        volume, unexplained : Tensor
+            See :class:`FineSearch`.
+        keep : callable
+            Told whenever `climb` has changed.
+
+        Returns
+        -------
+        volume : Tensor, shape (M, M, M)
+        band : int
+            How far it reaches, in cycles per box.
+        """
+        config = self.search_config
+        if climb.reached is None:
+            climb.reached = {"start": volume, "unexplained": unexplained}
+            climb.band = config.search_band(images.plane.box)
+        rungs = self._rungs(images.plane.box)
+        while climb.rung < len(rungs):
+            rung = rungs[climb.rung]
+            search = self._climbed(climb, rung, images, keep)
+            climb.reached = {"start": search.best, "unexplained": search.excess}
+            # With few poses left, nothing is to be gained from telling more of them apart.
+            told_apart = search.poses <= config.hard_poses
+            climb.rung = len(rungs) if told_apart else climb.rung + 1
+            climb.band, climb.fine = rung.band, None
+            keep()
+        return climb.reached["start"].to(images.device), climb.band
+
+    def _climbed(
+        self, climb: Climb, rung: Rung, images: ImageSet, keep: Callable[[], None]
+    ) -> FineSearch:
+        """Search on at a band, until it has settled."""
+        search = self._fine_search(climb, rung, images)
+        n, n_held = len(search.observations), len(search.held_out)
+        again = f", after {len(search.course)} epochs" if search.course else ""
+        band_angst = self._angst(rung.band, images.plane.box)
+        self.job.say(f"searching on at {band_angst:.1f} A with {n} images{again}")
+        with self.job.bar("Search, finer", n * rung.epochs) as bar:
+            while len(search.course) < rung.epochs and not search.settled:
+                done = len(search.course)
+                self.epoch(search, 1.0, f"searched on, epoch {done + 1}", n * done, bar)
+                climb.fine = search.state()
+                keep()
+        self.job.say(
+            f"after {len(search.course)} epochs: log-evidence {max(search.course):.2f} an image of "
+            f"{n_held} held out, {search.poses:.0f} poses likely for each"
+        )
+        return search
+
+    def _fine_search(self, climb: Climb, rung: Rung, images: ImageSet) -> FineSearch:
+        """As it was left, or from its beginning."""
+        assert climb.reached is not None
+        sets = self.seen_and_held(climb, rung.images, images)
+        seen, held = (images.select(rows, rung.band) for rows in sets)
+        shared = (self.search_config, seen, self.generator, self.mask, images.ranks)
+        gain = rung.least_gain
+        search = FineSearch(*shared, held_out=held, least_gain=gain, **climb.reached)
+        if climb.fine is not None:
+            search.load(climb.fine)
+        return search
+
+    def epoch(
+        self, search: Search, temperature: float, where: str, done: int, bar: Update
+    ) -> None:  # fmt: skip
+        """All mini-batches of one epoch, after `done` images of others."""
+        band_angst = self._angst(search.band, search.observations.plane.box)
+        for number, batch in enumerate(search.batches(), 1):
+            try:
+                effective = search.step(batch, temperature)
+            except FloatingPointError as error:
+                raise broken(f"The search ({where}, batch {number})", error) from error
+            done += len(batch)
+            bar(done, f"{band_angst:.1f} A, {effective:.1f} poses an image")
+        search.end_epoch()
+
+    def assigned(
+        self, volume: torch.Tensor, band: int, images: ImageSet, half: torch.Tensor
+    ) -> Reconstruction:
+        """Every image at its likeliest pose of a grid, in a map that reaches up to a band."""
+        grid = telling_grid(images, volume, self.config, band)
+        known = volume, self.support, images, half, self.config
+        with self.job.bar("Assigning", len(images)) as bar:
+            state = assign(*known, grid, self.generator, bar)
+        self.job.say("every image has a first pose")
+        return state
