@@ -81,6 +81,15 @@ def test_a_search_has_settled_when_two_epochs_bring_no_evidence(stack):
         told.append(search.settled)
     # The fourth exceeds the best of the first two by 0.02, of which 0.01 is enough.
     assert told == [False] * 5 + [True] * 3
+    # Images that leave many poses go on while 0.0025 is gained.
+    search.course.append(10.425)
+    for poses, settled in ((24.0, True), (25.0, True)):
+        search.poses = poses
+        assert search.settled == settled
+    search.course[-2:] = 10.425, 10.43
+    for poses, settled in ((24.0, True), (25.0, False)):
+        search.poses = poses
+        assert search.settled == settled
 
 
 def test_its_course_is_the_evidence_of_images_that_it_does_not_see(stack):

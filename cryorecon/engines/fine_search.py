@@ -11,12 +11,13 @@ from torch import Tensor
 from cryorecon.engines.accumulate import NormalEquations
 from cryorecon.engines.grid_map import GridMap
 from cryorecon.engines.observations import Observations
-from cryorecon.engines.reconstruction import shell_prior
+from cryorecon.engines.reconstruction import TOLD_APART, shell_prior
 from cryorecon.engines.rmfn import Search, excess_power
 from cryorecon.physics.masks import Support
 
-# Epochs before a map may count as settled.
-_FEWEST = 3
+# Epochs before a map may count as settled, and the share of the evidence that two must bring: less
+# while poses are not told apart, since most of it then lies in shells that have long been found.
+_FEWEST, _GAIN, _SMALL_GAIN = 3, 1e-3, 2.5e-4
 # Least signal of a coefficient, over its noise: no shell is taken to be empty.
 _LEAST_SIGNAL = 0.01
 # That by which a later map must be better, or rounding would choose between maps that are alike.
@@ -46,8 +47,6 @@ class FineSearch(Search):
         The search's map, on any grid that holds it.
     unexplained : Tensor, shape (s,)
         Its :attr:`Search.excess`.
-    least_gain : float
-        Share of the evidence that two epochs must bring, or the map has settled.
     course : list of float
         Mean log-evidence of an image held out, after each epoch.
     poses : float
@@ -59,7 +58,6 @@ class FineSearch(Search):
     held_out: Observations
     start: Tensor
     unexplained: Tensor
-    least_gain: float = 1e-3
     course: list[float] = field(default_factory=list)
     poses: float = 1.0
     best: Tensor = field(init=False)
@@ -96,7 +94,8 @@ class FineSearch(Search):
         if len(self.course) < _FEWEST:
             return False
         before, last = max(self.course[:-2]), max(self.course[-2:])
-        return last - before < self.least_gain * abs(before)
+        share = _GAIN if self.poses <= TOLD_APART else _SMALL_GAIN
+        return last - before < share * abs(before)
 
     def _remembered(self) -> int:
         """Images that the sums hold: those of a mini-batch at least."""

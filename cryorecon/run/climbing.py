@@ -17,19 +17,14 @@ from cryorecon.run.checkpoint import Entry, broken
 from cryorecon.run.progress import Update
 from cryorecon.run.stages import HELD_OUT, Stages
 
-# Share of the evidence that two epochs must bring for the search to go on: of hard sets most lies
-# in shells that have long been found.
-_GAIN, _HARD_GAIN = 1e-3, 2.5e-4
-
 
 @dataclass(frozen=True)
 class Rung:
-    """How the search goes on: band in cycles per box, most images and epochs, when to end."""
+    """How the search goes on: band in cycles per box, most images and epochs."""
 
     band: int
     images: int
     epochs: int
-    least_gain: float
 
 
 @dataclass
@@ -73,8 +68,8 @@ class ClimbingStages(Stages):
         config = self.search_config
         bands = config.search_band(box), config.fine_band(box), config.hard_band(box)
         rungs = [
-            Rung(bands[1], config.fine_images, config.fine_epochs, _GAIN),
-            Rung(bands[2], config.hard_images, config.hard_epochs, _HARD_GAIN),
+            Rung(bands[1], config.fine_images, config.fine_epochs),
+            Rung(bands[2], config.hard_images, config.hard_epochs),
         ]
         higher = [now > before for before, now in pairwise(bands)]
         return [rung for rung, so in zip(rungs, higher, strict=True) if so and rung.epochs > 0]
@@ -160,8 +155,7 @@ class ClimbingStages(Stages):
         sets = self.seen_and_held(climb, rung.images, images)
         seen, held = (images.select(rows, rung.band) for rows in sets)
         shared = (self.search_config, seen, self.generator, self.mask, images.ranks)
-        gain = rung.least_gain
-        search = FineSearch(*shared, held_out=held, least_gain=gain, **climb.reached)
+        search = FineSearch(*shared, held_out=held, **climb.reached)
         if climb.fine is not None:
             search.load(climb.fine)
         return search
