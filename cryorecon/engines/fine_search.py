@@ -15,9 +15,10 @@ from cryorecon.engines.reconstruction import TOLD_APART, shell_prior
 from cryorecon.engines.rmfn import Search, excess_power
 from cryorecon.physics.masks import Support
 
-# Epochs before a map may count as settled, and the share of the evidence that two must bring: less
-# while poses are not told apart, since most of it then lies in shells that have long been found.
-_FEWEST, _GAIN, _SMALL_GAIN = 3, 1e-3, 2.5e-4
+# Epochs before a map may count as settled, and the share of the evidence that so many more must
+# bring. While poses are not told apart, most of it lies in shells that have long been found, and a
+# map may stand still for a while before it falls to one hand.
+_SETTLED = {True: (3, 2, 1e-3), False: (8, 4, 2.5e-4)}
 # Least signal of a coefficient, over its noise: no shell is taken to be empty.
 _LEAST_SIGNAL = 0.01
 # That by which a later map must be better, or rounding would choose between maps that are alike.
@@ -90,12 +91,12 @@ class FineSearch(Search):
 
     @property
     def settled(self) -> bool:
-        """Whether the last two epochs brought hardly any evidence beyond that of those before."""
-        if len(self.course) < _FEWEST:
+        """Whether the last epochs brought hardly any evidence beyond that of those before."""
+        fewest, last, share = _SETTLED[self.poses <= TOLD_APART]
+        if len(self.course) < fewest:
             return False
-        before, last = max(self.course[:-2]), max(self.course[-2:])
-        share = _GAIN if self.poses <= TOLD_APART else _SMALL_GAIN
-        return last - before < share * abs(before)
+        before, now = max(self.course[:-last]), max(self.course[-last:])
+        return now - before < share * abs(before)
 
     def _remembered(self) -> int:
         """Images that the sums hold: those of a mini-batch at least."""
