@@ -93,7 +93,7 @@ class AmortizedStages(ClimbingStages):
 
         # What the training has not seen, no search sees either.
         n_held = self.counts(images)[0]
-        climb.order = torch.cat([order[n_held:], order[:n_held]])
+        climb.order = self.shortened(order.roll(-n_held), 0, images)
         nothing = torch.ones(1, device=images.device)
         found = self.finer(climb, run.volume(), nothing, images, keep)
         return self.assigned(*found, images, half)

@@ -74,10 +74,9 @@ class ClimbingStages(Stages):
         higher = [now > before for before, now in pairwise(bands)]
         return [rung for rung, so in zip(rungs, higher, strict=True) if so and rung.epochs > 0]
 
-    def drawn(self, images: ImageSet, least: int) -> torch.Tensor:
-        """Images that searches see, `least` of them at least, then those that none does."""
+    def shortened(self, order: torch.Tensor, least: int, images: ImageSet) -> torch.Tensor:
+        """Of all images, in some order, those that searches see (`least` or more), and the last."""
         free = self.counts(images)[1]
-        order = torch.randperm(len(images), generator=self.generator)
         most = max(least, *(rung.images for rung in self._rungs(images.plane.box)), 0)
         return torch.cat([order[: min(most, free)], order[free:]])
 

@@ -153,7 +153,8 @@ class RmfnStages(ClimbingStages):
         config, band = self.config, self.config.search_band(images.plane.box)
         at = self.generator.get_state()
         if run.climb.order is None:
-            run.climb.order = self.drawn(images, config.search_images)
+            order = torch.randperm(len(images), generator=self.generator)
+            run.climb.order = self.shortened(order, config.search_images, images)
         rows, held = self.seen_and_held(run.climb, config.search_images, images)
         n = len(rows)
         seen = images.select(rows, band)
