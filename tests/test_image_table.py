@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cryorecon import image_table as tables
-from cryorecon.engines.reconstruction import RefineConfig, assign
+from cryorecon.engines.reconstruction import PoseGrid, RefineConfig, assign
 from cryorecon.engines.rounds import refine_round
 from cryorecon.image_table import image_table, kept
 from cryorecon.io.mrc import read_map
@@ -62,13 +62,14 @@ def test_a_full_disk_leaves_tables_in_memory(monkeypatch):
 def test_a_round_is_the_same_with_poses_on_disk(stack_32, generator, monkeypatch):
     particles, config = read_particles(stack_32 / "particles.star"), RefineConfig(search_nside=2)
     truth, seed = torch.from_numpy(read_map(stack_32 / "map.mrc").data), generator.get_state()
+    grid = PoseGrid(config.assign_band(particles.box), config.search_nside + 1)
     poses = []
     for limit in (tables._IN_MEMORY, 0):
         monkeypatch.setattr(tables, "_IN_MEMORY", limit)
         images = load_observations(particles, config.diameter)
         half = torch.arange(len(images)) % 2
         support = Support(config.diameter / 2)
-        state = assign(truth, support, images, half, config, generator.set_state(seed))
+        state = assign(truth, support, images, half, config, grid, generator.set_state(seed))
         assert mapped(state.rotations) == (limit == 0)
         report = refine_round(state, images, config, fsc_curve, joint=False)
         poses.append((state.rotations, state.offsets_px, torch.tensor(report.pose_change_deg)))
