@@ -7,6 +7,7 @@ import pytest
 from cryorecon.engines.amortized import AmortizedConfig
 from cryorecon.engines.moments.config import MomentFitConfig
 from cryorecon.engines.mra.training import TrainingConfig
+from cryorecon.engines.rmfn import RmfnConfig
 from cryorecon.errors import CryoreconError
 from cryorecon.run.settings import with_settings
 
@@ -38,10 +39,17 @@ def test_settings_that_do_not_fit_are_told(pair, words):
         with_settings(MomentFitConfig(), None, [pair])
 
 
-@pytest.mark.parametrize("pair", ["batch=0", "heads=0", "images_seen=0"])
-def test_engine_amortized_needs_positive_counts(pair):
-    with pytest.raises(CryoreconError, match=pair.split("=")[0]):
-        with_settings(AmortizedConfig(), None, [pair])
+COUNTS = {
+    AmortizedConfig: ("batch", "heads", "images_seen"),
+    RmfnConfig: ("search_images", "search_batch", "n_starts", "fine_images", "hard_images"),
+}
+
+
+@pytest.mark.parametrize("kind", COUNTS)
+def test_engines_need_positive_counts(kind):
+    for name in COUNTS[kind]:
+        with pytest.raises(CryoreconError, match=f"{name} must be positive"):
+            with_settings(kind(), None, [f"{name}=0"])
 
 
 def test_keys_of_a_file_may_be_no_words(tmp_path):

@@ -97,6 +97,11 @@ class RmfnConfig(RefineConfig):
     final_steps: int = 60
     fit: FitConfig = field(default_factory=FitConfig)
 
+    def __post_init__(self) -> None:
+        for name in ("search_images", "search_batch", "n_starts", "fine_images", "hard_images"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive")
+
     def fine_band(self, box: int) -> int:
         """Radius at which the search goes on, in cycles per box."""
         wanted = round(self.fine_cycles / self.diameter)
