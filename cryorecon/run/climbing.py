@@ -144,7 +144,7 @@ class ClimbingStages(Stages):
                 keep()
         self.job.say(
             f"after {len(search.course)} epochs: log-evidence {max(search.course):.2f} an image of "
-            f"{n_held} held out, {search.poses:.0f} poses likely for each"
+            f"{n_held} held out, likely poses of each: {search.poses:.0f}"
         )
         return search
 
