@@ -152,6 +152,11 @@ def telling_grid(images: ImageSet, volume: Tensor, config: RefineConfig, limit: 
     volume : Tensor, shape (M, M, M)
     limit : float
         How far the map can be trusted, in cycles per box.
+
+    Returns
+    -------
+    PoseGrid
+        The same in all processes.
     """
     box = images.plane.box
     rows = torch.arange(len(images))[:: max(1, len(images) // _ASKED)]

@@ -9,10 +9,7 @@ import torch
 from cryorecon.engines.grid_map import GridMap
 from cryorecon.engines.network_map import NetworkMap
 from cryorecon.engines.observations import ImageSet
-from cryorecon.engines.reconstruction import (
-    Reconstruction,
-    offsets_for,
-)
+from cryorecon.engines.reconstruction import Reconstruction, offsets_for
 from cryorecon.engines.rmfn import RmfnConfig, Search, fit_scales, new_map, scaled_to_images
 from cryorecon.engines.search import evidence
 from cryorecon.errors import CryoreconError
