@@ -26,7 +26,7 @@ from cryorecon.physics.fourier import lowpass
 from cryorecon.physics.masks import soft_ball
 from cryorecon.physics.rotations import exp_map, geodesic_distance_deg
 from cryorecon.physics.symmetry import symmetry_group
-from cryorecon.run import load, stages
+from cryorecon.run import load, refining, stages
 from cryorecon.run.abinitio import AbinitioOptions, abinitio
 from cryorecon.run.load import load_observations
 from cryorecon.run.simulate import simulate
@@ -279,7 +279,8 @@ def test_symmetry_makes_half_maps_from_poses_before_the_joint_rounds(trimer, tmp
             seen.append(("half", state.rotations.clone()))
         return report
 
-    monkeypatch.setattr(stages, "refine_round", spy)
+    for module in (refining, stages):
+        monkeypatch.setattr(module, "refine_round", spy)
     engine = dataclasses.replace(TINY, joint_rounds=2)
     options = AbinitioOptions(symmetry="C3", engine=engine)
     abinitio(trimer / "particles.star", tmp_path / "job", options, QUIET)

@@ -27,7 +27,7 @@ from cryorecon.engines.rmfn import RmfnConfig
 from cryorecon.engines.rmfn_paper import PaperConfig
 from cryorecon.errors import CryoreconError
 from cryorecon.io.mrc import read_map
-from cryorecon.run import amortized_stages, checkpoint, stages, stopping
+from cryorecon.run import amortized_stages, checkpoint, refining, stages, stopping
 from cryorecon.run import job as job_module
 from cryorecon.run.abinitio import AbinitioOptions, abinitio
 from cryorecon.run.continuing import continue_job, from_plain
@@ -191,7 +191,8 @@ def at_round(monkeypatch, number, act):
             act()
         return refine_round(*args, **kwargs)
 
-    monkeypatch.setattr(stages, "refine_round", acting)
+    for module in (refining, stages):
+        monkeypatch.setattr(module, "refine_round", acting)
 
 
 @pytest.fixture(scope="module")

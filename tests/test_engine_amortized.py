@@ -24,7 +24,7 @@ from cryorecon.io.particles import read_particles
 from cryorecon.io.star import read_star, write_star
 from cryorecon.maps.poses import compare_pose_sets
 from cryorecon.physics.fourier import half_plane, lowpass, resample_sums, to_coefficients
-from cryorecon.run import stages
+from cryorecon.run import refining, stages
 from cryorecon.run.abinitio import AbinitioOptions, abinitio
 from cryorecon.run.load import load_observations
 from cryorecon.run.simulate import simulate
@@ -359,7 +359,8 @@ def test_the_encoder_has_the_last_word_where_asked(choice, stack_24, tmp_path, m
         steps.append(n_steps)
         return refine_round(*args, n_steps=n_steps, **kwargs)
 
-    monkeypatch.setattr(stages, "refine_round", spy)
+    for module in (refining, stages):
+        monkeypatch.setattr(module, "refine_round", spy)
     monkeypatch.setattr(stages, "_SURE", float("-inf"))
     engine = replace(TINY, images_seen=128, finish=False)
     options = AbinitioOptions(engine=engine, **choice)
@@ -377,7 +378,8 @@ def test_particles_outside_a_subset_do_not_see_a_fine_joint_map(stack_24, tmp_pa
             seen.append((state.band, state.maps[0].clone(), state.maps[1].clone()))
         return refine_round(state, *args, joint=joint, **kwargs)
 
-    monkeypatch.setattr(stages, "refine_round", spy)
+    for module in (refining, stages):
+        monkeypatch.setattr(module, "refine_round", spy)
     engine = replace(TINY, images_seen=4000)
     options = AbinitioOptions(engine=engine, subset=300)
     abinitio(stack_24 / "particles.star", tmp_path / "job", options, QUIET)

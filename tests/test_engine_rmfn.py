@@ -333,6 +333,9 @@ def test_the_job_directory_is_whole(recovered, stack_32):
     assert list(after["rlnImageName"]) == list(before["rlnImageName"])
     assert set(before) <= set(after)
     assert set(after["rlnRandomSubset"]) == {"1", "2"}
+    shares = after["rlnMaxValueProbDistribution"].astype(float)
+    assert shares.between(0, 1).all()
+    assert shares.median() > 0.9
     halves = [read_map(recovered / f"run_half{h}_class001_unfil.mrc") for h in (1, 2)]
     assert all(h.pixel_size_angst == pytest.approx(2.4) for h in halves)
 

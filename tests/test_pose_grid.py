@@ -16,8 +16,7 @@ from cryorecon.run.load import load_observations
 
 BOX, COUNT = 32, 60
 CONFIG = RmfnConfig(search_nside=3)
-COARSE = PoseGrid(CONFIG.assign_band(BOX), 4)
-FINER, FINEST = PoseGrid(8, 4), PoseGrid(10, 5)
+COARSE, FINER, FINEST = (PoseGrid(band, 4) for band in (CONFIG.assign_band(BOX), 8, 10))
 
 
 def observed(folder, snr):
@@ -35,7 +34,18 @@ def observed(folder, snr):
 )
 def test_the_finer_grid_is_for_images_that_leave_many_poses(tmp_path, snr, limit, wanted):
     images, truth, _ = observed(tmp_path, snr)
-    assert telling_grid(images, truth, CONFIG, limit) == wanted
+    found = telling_grid(images, truth, CONFIG, limit)
+    assert (found.band, found.nside) == (wanted.band, wanted.nside)
+
+
+def test_the_more_poses_are_likely_the_more_are_tried(tmp_path):
+    tried = [
+        telling_grid(*observed(tmp_path / f"{snr}", snr)[:2], CONFIG, 5.0).candidates
+        for snr in (1.0, 0.1, 0.01)
+    ]
+    assert tried == sorted(tried)
+    assert tried[0] == 24
+    assert tried[-1] == 200
 
 
 @pytest.mark.parametrize("chosen", [COARSE, FINER])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -12,30 +13,37 @@ from torch import Tensor
 
 from cryorecon.engines.observations import ImageSet, Observations
 from cryorecon.engines.reconstruction import (
+    PoseGrid,
     Progress,
     Reconstruction,
     RefineConfig,
     grid_poses,
     telling_grid,
 )
-from cryorecon.engines.refine import refine_poses
+from cryorecon.engines.refine import PoseObjective, refined
+from cryorecon.engines.rivals import N_RIVALS, SAME_DEG, weighed
 from cryorecon.engines.rounds import agreement_band, image_batches, without_solvent
 from cryorecon.engines.shrinking import ShrinkingBatch
 from cryorecon.physics.fourier import max_band
 from cryorecon.physics.pose_derivatives import Derivatives, derivatives
-from cryorecon.physics.rotations import geodesic_distance_deg
+from cryorecon.physics.rotations import geodesic_distance_deg, grid_step_deg
 
-# Poses of the coarse grid that are tried, and how many of them at each higher band; steps of each.
-_CANDIDATES, _STEPS = (24, 6, 3), (2, 2, 4)
-# A new pose is farther away than rounds of refinement go, and surely likelier.
-_FAR_DEG, _LIKELIER = 5.0, 1.0
-# Log-likelihood by which a candidate may lie behind the old pose and still go on.
-_HOPELESS = 15.0
+# Share of the tried poses that are left at each higher band, at least how many, and steps of each.
+_RUNGS = ((1.0, 1, 1), (0.3, 8, 1), (0.12, 6, 2), (0.04, 4, 4))
+# Of the particle's rim, in periods of the finest detail, when a pose turns by half a grid's step:
+# farther, and a candidate may not come to the pose next to it.
+_RIM = 0.5
+# Log-likelihood by which a candidate may lie behind the best one, or the old pose, and still go on.
+_HOPELESS = 10.0
+# Candidates of the last band that rivals are chosen from: several come to the same pose.
+_LOOKED_AT = 8
 
 # Blocks of images whose candidates are held together.
-_BLOCKS = 8
+_BLOCKS = 2
+# Of a table of images that are gone through at a time.
+_ROWS = 1 << 17
 
-# Rotations and offsets; the same after rows, or after whether they are likelier.
+# Rotations and offsets; the same after rows, or after log-likelihoods.
 _Pairs = tuple[Tensor, Tensor]
 _Found = tuple[Tensor, Tensor, Tensor]
 
@@ -50,7 +58,13 @@ def reassign(
     """Search every image's pose anew against the other half set's map; move it where likelier.
 
     Frees images that the first map put into a wrong maximum. The other half set's map, since the
-    noise of an image is part of its own one and makes its old pose likelier than it is.
+    noise of an image is part of its own one and makes its old pose likelier than it is. Poses that
+    are nearly as likely become an image's rivals.
+
+    Parameters
+    ----------
+    progress : callable, optional
+        Told how many images are done.
 
     Returns
     -------
@@ -64,13 +78,15 @@ def reassign(
             progress(n_before + count)
 
     limit = agreement_band(state.fsc) + 2
+    references = [without_solvent(volume, config) for volume in state.maps]
+    unseen = images.apart(torch.nonzero(state.half == 1)[:, 0])
+    grid = telling_grid(unseen, references[0], config, limit)
     for half in (0, 1):
         members = torch.nonzero(state.half == half)[:, 0]
-        reference = without_solvent(state.maps[1 - half], config)
-        ladder = _Ladder.of(reference, config, limit)
+        reference = references[1 - half]
         own = images.apart(members)
-        grid = telling_grid(own, reference, config, limit)
-        tried = grid_poses(own, reference, config, grid, generator, tell, _CANDIDATES[0])
+        ladder = _Ladder.of(reference, config, grid, limit)
+        tried = grid_poses(own, reference, config, grid, generator, tell, grid.candidates)
         held = state.rotations[members], state.offsets_px[members]
         n_moved += _move(state, own, members, list(_climbed(own, ladder, held, tried)))
         n_before += len(members)
@@ -94,13 +110,16 @@ class _Ladder:
     rungs: list[_Rung]
 
     @staticmethod
-    def of(reference: Tensor, config: RefineConfig, limit: float) -> _Ladder:
-        """For a map that can be trusted up to a shell."""
-        box = reference.shape[-1]
-        low = min(2.0 * config.assign_band(box), max_band(box))
-        high = min(max(low, limit), max_band(box))
-        bands = [low, (low + high) / 2, high]
-        rungs = [_Rung(*each) for each in zip(bands, _CANDIDATES, _STEPS, strict=True)]
+    def of(reference: Tensor, config: RefineConfig, grid: PoseGrid, limit: float) -> _Ladder:
+        """For candidates of a grid, and a map that can be trusted up to a shell."""
+        most = float(max_band(reference.shape[-1]))
+        half_step_rad = math.radians(grid_step_deg(grid.nside)) / 2
+        low = min(_RIM / (half_step_rad * config.diameter / 2), most)
+        high = min(max(low, limit), most)
+        rungs = []
+        for number, (share, least, n_steps) in enumerate(_RUNGS):
+            band = low * (high / low) ** (number / (len(_RUNGS) - 1))
+            rungs.append(_Rung(band, max(least, round(share * grid.candidates)), n_steps))
         return _Ladder(derivatives(reference, 2, high), rungs)
 
     @property
@@ -111,7 +130,7 @@ class _Ladder:
     def climb(
         self, batch: Observations, held: _Pairs, found: _Pairs
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """By how much another pose is likelier than an image's own, and that pose.
+        """By how much other poses are likelier than an image's own, and these poses.
 
         Parameters
         ----------
@@ -122,14 +141,15 @@ class _Ladder:
 
         Returns
         -------
-        gain : Tensor, shape (b,)
-            Of the log-likelihood; -inf where no candidate is left, and then the pose is any.
-        rotations : Tensor, shape (b, 3, 3)
-        offsets_px : Tensor, shape (b, 2)
+        gain : Tensor, shape (b, k)
+            Of the log-likelihood, descending; -inf where no candidate is left, and then the pose
+            is any.
+        rotations : Tensor, shape (b, k, 3, 3)
+        offsets_px : Tensor, shape (b, k, 2)
         """
         gain = torch.zeros_like(found[0][..., 0, 0])
         for rung in self.rungs:
-            near = batch.within(rung.band)
+            near = PoseObjective(batch.within(rung.band), self.model)
             # Many candidates come back to the pose that is held.
             going = gain.isfinite() & _away(found[0], held[0])
             going &= gain >= gain.where(going, -torch.inf).topk(rung.most).values[:, -1:]
@@ -137,38 +157,50 @@ class _Ladder:
             alone = (held[0][:, None], held[1][:, None])
             own = self._refined_where(going.any(1, keepdim=True), near, rung.n_steps, alone)[1]
             gain = (likelihood - own).where(going, -torch.inf)
-            gain = gain.where(gain > -_HOPELESS, -torch.inf)
-        gain, best = gain.where(_away(found[0], held[0]), -torch.inf).max(1)
-        rows = torch.arange(len(batch), device=batch.device)
-        return gain, found[0][rows, best], found[1][rows, best]
+            best = gain.amax(1, keepdim=True).clamp(min=0.0)
+            gain = gain.where(gain > best - _HOPELESS, -torch.inf)
+        return _best_apart(gain.where(_away(found[0], held[0]), -torch.inf), found)
 
     def _refined_where(
-        self, chosen: Tensor, batch: Observations, n_steps: int, poses: _Pairs
+        self, chosen: Tensor, images: PoseObjective, n_steps: int, poses: _Pairs
     ) -> tuple[_Pairs, Tensor]:
         """Chosen ones (b, c) of several poses an image, refined; others' likelihood is -inf."""
         image, candidate = torch.nonzero(chosen, as_tuple=True)
         rotations, offsets_px = (table.clone() for table in poses)
         likelihood = torch.full_like(rotations[..., 0, 0], -torch.inf)
-        for some in torch.arange(len(image), device=image.device).split(len(batch)):
+        for some in torch.arange(len(image), device=image.device).split(len(chosen)):
             at = image[some], candidate[some]
             start = rotations[at], offsets_px[at]
-            refined = refine_poses(batch.select(at[0]), self.model, *start, n_steps)
-            rotations[at], offsets_px[at] = refined.rotations, refined.offsets_px
-            likelihood[at] = refined.log_likelihood
+            better = refined(images.select(at[0]), *start, n_steps)
+            rotations[at], offsets_px[at] = better.rotations, better.offsets_px
+            likelihood[at] = better.log_likelihood
         return (rotations, offsets_px), likelihood
+
+
+def _best_apart(gain: Tensor, poses: _Pairs) -> tuple[Tensor, Tensor, Tensor]:
+    """The likeliest poses (b, k) of several (b, c) an image that are not the same."""
+    rows = torch.arange(len(gain), device=gain.device)[:, None]
+    gain, best = gain.topk(min(_LOOKED_AT, gain.shape[1]))
+    rotations, offsets_px = (table[rows, best] for table in poses)
+    for k in range(1, gain.shape[1]):
+        apart = geodesic_distance_deg(rotations[:, :k], rotations[:, k : k + 1])
+        same = (apart < SAME_DEG) & gain[:, :k].isfinite()
+        gain[:, k] = gain[:, k].where(~same.any(1), -torch.inf)
+    gain, best = gain.topk(N_RIVALS)
+    return gain, rotations[rows, best], offsets_px[rows, best]
 
 
 def _away(rotations: Tensor, held: Tensor) -> Tensor:
     """Which of several poses an image are other ones than its own."""
-    return geodesic_distance_deg(rotations, held[:, None]) > _FAR_DEG
+    return geodesic_distance_deg(rotations, held[:, None]) > SAME_DEG
 
 
 def _climbed(
     own: ImageSet, ladder: _Ladder, held: _Pairs, tried: Iterator[_Found]
 ) -> Iterator[_Found]:
-    """Of this process's images: whether another pose is likelier (uint8), and that pose.
+    """Of this process's images: by how much other poses are likelier, and these.
 
-    Candidates of few images are held at a time: they take a kilobyte each.
+    Candidates of few images are held at a time: they take up to ten kilobytes each.
     """
     batches = image_batches(own.plane.within(ladder.band), own.device)
     while some := list(islice(tried, _BLOCKS)):
@@ -191,17 +223,22 @@ def _better(
     known = held[0][mine].to(own.device), held[1][mine].to(own.device)
     some = tried[0][span], tried[1][span]
     gain, *pose = ladder.climb(own.select(mine, ladder.band), known, some)
-    return (gain > _LIKELIER).to(torch.uint8), pose[0], pose[1]
+    return gain, pose[0], pose[1]
 
 
 def _move(state: Reconstruction, own: ImageSet, members: Tensor, found: list[_Found]) -> int:
-    """Put likelier poses of a half set's images into the table; how many."""
-    none = torch.zeros(0, dtype=torch.uint8), torch.zeros(0, 3, 3), torch.zeros(0, 2)
+    """Put likelier poses of a half set's images into the table, and their rivals; how many."""
+    none = torch.zeros(0, N_RIVALS), torch.zeros(0, N_RIVALS, 3, 3), torch.zeros(0, N_RIVALS, 2)
     # To the CPU at the end: each copy would wait for the device.
     mine = [torch.cat(parts).cpu() for parts in zip(*(found or [none]), strict=True)]
     everyone = own.in_file_order(torch.arange(len(own)))
-    moved, turned, shifted = own.everyones(everyone, *mine)
-    better = moved > 0
-    chosen = members[everyone[better]]
-    state.rotations[chosen], state.offsets_px[chosen] = turned[better], shifted[better]
-    return len(chosen)
+    gain, *others = own.everyones(everyone, *mine)
+    rows, n_moved = members[everyone], 0
+    for some in torch.arange(len(rows)).split(_ROWS):
+        at = rows[some]
+        held = state.rotations[at], state.offsets_px[at]
+        moved, held, rivals = weighed(gain[some], held, (others[0][some], others[1][some]))
+        state.rotations[at], state.offsets_px[at] = held
+        state.rivals.put(at, rivals)
+        n_moved += int(moved.sum())
+    return n_moved

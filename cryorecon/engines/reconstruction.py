@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cryorecon.engines.accumulate import NormalEquations
 from cryorecon.engines.observations import ImageSet
+from cryorecon.engines.rivals import Rivals
 from cryorecon.engines.search import best_grid_pose, evidence, offset_grid
 from cryorecon.image_table import image_table
 from cryorecon.physics.fourier import max_band, resample_sums
@@ -23,10 +24,13 @@ Progress = Callable[[int], None]
 
 # Images that see the same random turn of a grid of poses, on any device.
 _TURNED_TOGETHER = 500
-# A grid that leaves an image more poses than this does not tell them apart; as many images are
-# asked. Finer grids: band relative to the coarse one's, and how much finer the rotations are.
-TOLD_APART, _ASKED = 24, 100
-_FINER = ((1.6, 0), (2.0, 1))
+# A search that leaves an image more poses than this has not told them apart.
+TOLD_APART = 24
+# A grid that leaves more makes way for a finer one; as many images are asked. Bands of finer ones,
+# relative to the coarse one's.
+_FEW, _ASKED, _FINER = 12, 100, (1.6, 2.0)
+# Poses that are tried of each that a grid leaves likely, at least, and at most.
+_TRIED, _LEAST_TRIED, _MOST_TRIED = 16, 24, 200
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,8 @@ class Reconstruction:
         may be made of.
     chance : Tensor, shape (N // 2 + 1,), or None
         FSC that aligning noise would reach, of half sets that were aligned.
+    rivals : Rivals
+        Other poses that images may have; none until all have been searched anew.
     """
 
     rotations: Tensor
@@ -124,6 +130,10 @@ class Reconstruction:
     group: Tensor = field(default_factory=lambda: torch.eye(3)[None])
     half_poses: tuple[Tensor, Tensor] | None = None
     chance: Tensor | None = None
+    rivals: Rivals = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rivals = Rivals.none(len(self.rotations))
 
 
 def offsets_for(config: RefineConfig, box: int, band: float) -> Tensor:
@@ -138,10 +148,17 @@ def shell_prior(sums: NormalEquations, strength: float, band: float) -> Tensor:
 
 @dataclass(frozen=True)
 class PoseGrid:
-    """A grid of poses: rotations 60 / nside degrees apart, compared up to a band."""
+    """A grid of poses: rotations 60 / nside degrees apart, compared up to a band.
+
+    Attributes
+    ----------
+    candidates : int
+        How many of an image's poses deserve a closer look.
+    """
 
     band: int
     nside: int
+    candidates: int = _MOST_TRIED
 
 
 def telling_grid(images: ImageSet, volume: Tensor, config: RefineConfig, limit: float) -> PoseGrid:
@@ -159,20 +176,26 @@ def telling_grid(images: ImageSet, volume: Tensor, config: RefineConfig, limit: 
         The same in all processes.
     """
     box = images.plane.box
-    rows = torch.arange(len(images))[:: max(1, len(images) // _ASKED)]
-    chosen = coarse = PoseGrid(config.assign_band(box), config.search_nside + 1)
-    for further, more in _FINER:
-        finer = PoseGrid(min(round(further * coarse.band), max_band(box)), coarse.nside + more)
-        if finer.band > limit:
-            break
-        small = resample_sums(volume, min(box, 2 * (chosen.band + 5)))
-        grid = so3_grid(chosen.nside, torch.float32)[0]
-        shifts = offsets_for(config, box, chosen.band)
-        found = evidence(images.select(rows, chosen.band), small, grid, shifts)
-        if images.ranks.numbers(*found)[2] <= TOLD_APART:
-            break
-        chosen = finer
+    coarse = config.assign_band(box)
+    bands = [coarse, *(min(round(further * coarse), max_band(box)) for further in _FINER)]
+    bands = [band for band in bands if band == coarse or band <= limit]
+    chosen = PoseGrid(bands[-1], config.search_nside + 1)
+    for band in bands[: len(_FINER)]:
+        poses = _likely_poses(images, volume, config, replace(chosen, band=band))
+        if poses <= _FEW or band == bands[-1]:
+            tried = min(max(round(_TRIED * poses), _LEAST_TRIED), _MOST_TRIED)
+            return replace(chosen, band=band, candidates=tried)
     return chosen
+
+
+def _likely_poses(images: ImageSet, volume: Tensor, config: RefineConfig, tried: PoseGrid) -> float:
+    """How many poses of a grid an image leaves likely, the median."""
+    rows = torch.arange(len(images))[:: max(1, len(images) // _ASKED)]
+    small = resample_sums(volume, min(images.plane.box, 2 * (tried.band + 5)))
+    grid = so3_grid(tried.nside, torch.float32)[0]
+    shifts = offsets_for(config, images.plane.box, tried.band)
+    found = evidence(images.select(rows, tried.band), small, grid, shifts)
+    return images.ranks.numbers(*found)[2]
 
 
 def grid_poses(

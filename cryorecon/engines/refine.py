@@ -54,7 +54,7 @@ class PoseObjective:
     """
 
     def __init__(
-        self, observations: Observations, model: Derivatives, offset_sigma_px: float
+        self, observations: Observations, model: Derivatives, offset_sigma_px: float = 10.0
     ) -> None:
         root = observations.precision().sqrt()
         self.plane, self.model = observations.plane, model
@@ -66,7 +66,7 @@ class PoseObjective:
         self.prior[3:] = self.offset_precision
 
     def select(self, rows: Tensor) -> PoseObjective:
-        """Of some of the images."""
+        """Of some of the images, in any number."""
         few = copy(self)
         few.target, few.power, few.gain = self.target[rows], self.power[rows], self.gain[rows]
         return few
@@ -130,6 +130,13 @@ def refine_poses(
         log-likelihood is not looked at again.
     """
     objective = PoseObjective(observations, model, offset_sigma_px)
+    return refined(objective, rotations, offsets_px, n_steps)
+
+
+def refined(
+    objective: PoseObjective, rotations: Tensor, offsets_px: Tensor, n_steps: int
+) -> Poses:  # fmt: skip
+    """As :func:`refine_poses`, for an objective that is used more than once."""
     if n_steps == 0:
         return Poses(rotations, offsets_px, objective.value(rotations, offsets_px))
     walk = _Walk(objective, rotations, offsets_px)

@@ -154,7 +154,7 @@ def _refine_all(
     for parts in _refined(state, images, images.mine(order), models, n_steps, learned):
         for half, rows, loaded, poses, seen in parts:
             learned.add(rows, seen)
-            _insert(sums[half], loaded, poses, state.group)
+            _insert(sums[half], loaded, poses, rows, state)
             found[half].append(poses)
         tell(sum(len(rows) for _, rows, *_ in parts))
     for new in sums:
@@ -264,17 +264,42 @@ def _store(state: Reconstruction, images: ImageSet, rows: Tensor, found: list[Po
     return likelihood
 
 
-def _insert(sums: NormalEquations, batch: Observations, poses: Poses, group: Tensor) -> None:
+def _insert(
+    sums: NormalEquations,
+    batch: Observations,
+    poses: Poses,
+    rows: Tensor,
+    state: Reconstruction,
+) -> None:
+    """Add images of some rows at their poses, or a share of each at every pose it may have."""
     matched, weight = batch.matched()
-    signal = centred(matched, poses.offsets_px, batch.plane)
-    parts = ShrinkingBatch(max(1, len(batch)))
-    for rotation in group.to(poses.rotations):
-        turned = poses.rotations @ rotation
+    held = poses.rotations, poses.offsets_px
+    own, image, others, share = state.rivals.of(rows, batch.device)
+    own = own[:, None]
+    _add(sums, batch.plane, (matched * own, weight * own), held, state.group)
+    for some in torch.arange(len(image), device=batch.device).split(max(1, len(batch))):
+        part = share[some, None]
+        values = matched[image[some]] * part, weight[image[some]] * part
+        _add(sums, batch.plane, values, (others[0][some], others[1][some]), state.group)
+
+
+def _add(
+    sums: NormalEquations,
+    plane: HalfPlane,
+    values: tuple[Tensor, Tensor],
+    poses: tuple[Tensor, Tensor],
+    group: Tensor,
+) -> None:
+    """Add images, as :meth:`Observations.matched` gives them, at poses and their equivalents."""
+    signal, weight = centred(values[0], poses[1], plane), values[1]
+    parts = ShrinkingBatch(max(1, len(signal)))
+    for rotation in group.to(poses[0]):
+        turned = poses[0] @ rotation
 
         def add(span: slice, turned: Tensor = turned) -> None:
-            sums.add(signal[span], weight[span], turned[span], batch.plane)
+            sums.add(signal[span], weight[span], turned[span], plane)
 
-        for _ in parts.over(len(batch), add):
+        for _ in parts.over(len(signal), add):
             pass
 
 

@@ -255,6 +255,7 @@ class Particles:
         origins_angst: NDArray[np.floating] | None = None,
         random_subsets: NDArray[np.integer] | None = None,
         class_number: int | None = None,
+        pose_share: NDArray[np.floating] | None = None,
     ) -> None:
         """Write the table with new poses: every row and column, in order, in the file's dialect.
 
@@ -265,6 +266,8 @@ class Particles:
             Written as pixels to a RELION 3.0 file, unless it holds them in angstrom.
         random_subsets : array of 1 and 2, optional
         class_number : int, optional
+        pose_share : array, shape (n,), optional
+            How much of an image belongs to its pose, 0 to 1: RELION's largest probability.
         """
         new: dict[str, NDArray[np.generic]] = {}
         if euler_deg is not None:
@@ -277,6 +280,8 @@ class Particles:
             new["rlnClassNumber"] = np.full(len(self), class_number)
         if random_subsets is not None:
             new["rlnRandomSubset"] = np.asarray(random_subsets)
+        if pose_share is not None:
+            new["rlnMaxValueProbDistribution"] = np.asarray(pose_share, np.float64)
         write_star(path, {**self.blocks, self.block_name: self.table.frames(new)})
 
 

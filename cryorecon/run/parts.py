@@ -11,6 +11,7 @@ import torch
 
 from cryorecon.engines.observations import ImageSet
 from cryorecon.engines.reconstruction import Reconstruction, RefineConfig
+from cryorecon.engines.rivals import Rivals
 from cryorecon.image_table import kept
 from cryorecon.physics.masks import Support
 from cryorecon.run.checkpoint import Entry
@@ -18,6 +19,8 @@ from cryorecon.run.job import Job
 
 # All images are searched again after this round.
 FIRST_NEW_SEARCH = 3
+# What a state is made anew with, or kept as tables.
+_NOT_KEPT = ("support", "rivals")
 HALF_SETS = ("half set 1", "half set 2")
 
 
@@ -115,9 +118,10 @@ class Parts(ABC):
         """Keep the state of the part that is going on, if it is time to."""
 
         def pack() -> Entry:
-            names = [f.name for f in dataclasses.fields(state) if f.name != "support"]
+            names = [f.name for f in dataclasses.fields(state) if f.name not in _NOT_KEPT]
             return {
                 "state": {name: getattr(state, name) for name in names},
+                "rivals": list(state.rivals.tables()),
                 "place": dataclasses.asdict(place),
                 "noise_power": images.noise_power,
                 "gain": images.gain,
@@ -136,6 +140,7 @@ class Parts(ABC):
         place = Place(**saved["place"])
         state = Reconstruction(**saved["state"], support=self.support)
         state.rotations, state.offsets_px = kept(state.rotations), kept(state.offsets_px)
+        state.rivals = Rivals(*saved["rivals"]).copied()
         if state.half_poses is not None:
             state.half_poses = kept(state.half_poses[0]), kept(state.half_poses[1])
         state.maps = [volume.to(images.device) for volume in state.maps]

@@ -116,6 +116,7 @@ def write_results(
         origins_angst=(state.offsets_px.double() * pixel).numpy(),
         random_subsets=(state.half + 1).numpy(),
         class_number=1,
+        pose_share=state.rivals.own_share().numpy(),
     )
     nodes["run_data.star"] = 3
     written = [*nodes, "map.png", "views.png"]

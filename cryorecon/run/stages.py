@@ -8,11 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
-from cryorecon.conventions import shell_to_angst
-from cryorecon.engines.new_search import reassign
 from cryorecon.engines.observations import ImageSet
 from cryorecon.engines.reconstruction import Reconstruction, best_grid_poses, telling_grid
-from cryorecon.engines.rounds import RoundReport, agreement_band, refine_round
+from cryorecon.engines.rivals import PosePair
+from cryorecon.engines.rounds import agreement_band, refine_round
 from cryorecon.errors import CryoreconError
 from cryorecon.image_table import image_table, kept
 from cryorecon.maps.align import align_maps
@@ -23,12 +22,9 @@ from cryorecon.maps.symmetry import find_symmetry
 from cryorecon.physics.fourier import lowpass
 from cryorecon.physics.symmetry import symmetry_group
 from cryorecon.ranks import Ranks
-from cryorecon.run.checkpoint import broken
-from cryorecon.run.parts import HALF_SETS, Parts, Place
+from cryorecon.run.parts import HALF_SETS, Place
+from cryorecon.run.refining import Refining
 
-# All images are searched again every second round while more than this share of them finds a
-# better pose.
-_ENOUGH_FOUND = 0.02
 # The axes are looked for where half maps agree by more than this; copies that correlate less are
 # doubtful.
 _SYMMETRY_FSC = 0.5
@@ -37,15 +33,6 @@ _DOUBTFUL = 0.3
 # standard errors?
 HELD_OUT = 200
 _SURE = 3.0
-
-
-# What ``rounds.star`` puts before the stage's name: rounds are counted anew in each part.
-_IN_TABLE = {
-    "half set 1": "half-set-1-",
-    "half set 2": "half-set-2-",
-    "all": "all-particles-",
-    "symmetry": "symmetric-",
-}
 
 
 def beyond_noise(log_evidence: float, error: float) -> bool:
@@ -69,7 +56,7 @@ def refuse_noise(log_evidence: float, error: float) -> None:
 
 
 @dataclass
-class Stages(Parts):
+class Stages(Refining):
     """What runs of all engines go through."""
 
     @abstractmethod
@@ -86,38 +73,6 @@ class Stages(Parts):
         """Maps of an engine's scales, coarse to fine; none where it has none."""
         del joint
         return []
-
-    def refine(self, state: Reconstruction, images: ImageSet, place: Place) -> None:
-        """Rounds against the half maps until they settle, then against the joint map."""
-        while not place.settled and place.number < self.config.half_rounds:
-            if place.number == place.search_after:
-                share = self.search_again(state, images)
-                place.search_after = place.number + 2 if share > _ENOUGH_FOUND else -1
-                self.save(state, images, place)
-            place.number += 1
-            moved = self.round(state, images, place.number, joint=False)
-            place.settled = moved < self.config.settled_deg and place.search_after < 0
-            self.save(state, images, place)
-        self.finish(state, images, place)
-
-    def finish(self, state: Reconstruction, images: ImageSet, place: Place) -> None:
-        """Rounds against the map of all images."""
-        if place.joint < 0:
-            state.half_poses = kept(state.rotations), kept(state.offsets_px)
-            place.joint = 0
-        while place.joint < self.config.joint_rounds:
-            place.joint += 1
-            self.round(state, images, place.number + place.joint, joint=True)
-            self.save(state, images, place)
-
-    def keep(self, state: Reconstruction, images: ImageSet, *, halves: bool = True) -> None:
-        """Maps from the poses as they are; half maps and their FSC too unless told otherwise."""
-        state.half_poses = kept(state.rotations), kept(state.offsets_px)
-        with self.job.bar("Averaging", len(images)) as bar:
-            for joint in (False, True) if halves else (True,):
-                refine_round(
-                    state, images, self.config, fsc_curve, joint=joint, n_steps=0, progress=bar
-                )
 
     def extend(
         self,
@@ -176,51 +131,6 @@ class Stages(Parts):
         with self.job.bar("Assigning", len(images)) as bar:
             return best_grid_poses(images, joint, self.config, grid, self.generator, bar)
 
-    def search_again(self, state: Reconstruction, images: ImageSet) -> float:
-        """Every image against the better map; the share that found a better pose."""
-        with self.job.bar("Searching again", len(images)) as bar:
-            share = reassign(state, images, self.config, self.generator, bar)
-        self.job.say(f"searched again: {100 * share:.1f} % of the images found a better pose")
-        return share
-
-    def round(self, state: Reconstruction, images: ImageSet, number: int, *, joint: bool) -> float:
-        """One round; degrees that the poses moved, or infinity while the band still grows."""
-        box = images.plane.box
-        band_angst = self._angst(state.band, box)
-        title = f"Refining {'all' if joint else 'halves'} at {band_angst:.2f} A"
-        with self.job.bar(title, len(images)) as bar:
-            try:
-                report = refine_round(
-                    state,
-                    images,
-                    self.config,
-                    fsc_curve,
-                    joint=joint,
-                    n_steps=8 if number == 1 else 6,
-                    progress=bar,
-                )
-            except FloatingPointError as error:
-                raise broken(f"Round {number} of {self.part}", error) from error
-        self.job.say(
-            f"round {number} ({'joint' if joint else 'half'} maps) at {band_angst:.2f} A: "
-            f"log-likelihood {report.log_likelihood:.2f}, poses moved "
-            f"{report.pose_change_deg:.2f} deg and {report.offset_change_px:.2f} px, half maps "
-            f"agree to {self._angst(report.agreement_band, box):.2f} A"
-        )
-        stage = f"{_IN_TABLE.get(self.part, '')}{'joint-map' if joint else 'half-maps'}"
-        self.job.record_round(stage, number, self._measured(report, box))
-        return report.pose_change_deg if state.band <= report.band else float("inf")
-
-    def _measured(self, report: RoundReport, box: int) -> dict[str, float]:
-        """A round's row of ``rounds.star``."""
-        return {
-            "cryoreconResolutionUsed": self._angst(report.band, box),
-            "cryoreconPoseChange": report.pose_change_deg,
-            "cryoreconOffsetChangeAngst": report.offset_change_px * self.pixel_size_angst,
-            "cryoreconLogLikelihood": report.log_likelihood,
-            "cryoreconHalfMapResolution": self._angst(report.agreement_band, box),
-        }
-
     def independent_halves(self, images: ImageSet, half: torch.Tensor) -> Reconstruction:
         """Each half set from scratch on its own, the second moved onto the first.
 
@@ -246,6 +156,7 @@ class Stages(Parts):
         state = Reconstruction(rotations, offsets, half, maps, band, self.support)
         for mine, run in zip(rows, runs, strict=True):
             state.rotations[mine], state.offsets_px[mine] = run.rotations, run.offsets_px
+            state.rivals.put(mine, run.rivals)
         refine_round(state, images, self.config, fsc_curve, joint=False, n_steps=0)
         self._take_out_chance(state)
         return state
@@ -281,7 +192,8 @@ class Stages(Parts):
             other = Reconstruction(*blank, [nothing] * 2, 0.0, self.support)
             found = run if k == number else other
             gain = images.gain[rows[k]]
-            ranks.same(found.rotations, found.offsets_px, found.maps[0], gain, source=source)
+            poses = found.rotations, found.offsets_px, *found.rivals.tables()
+            ranks.same(*poses, found.maps[0], gain, source=source)
             (found.band,) = ranks.numbers(found.band, source=source)
             images.gain[rows[k]] = gain
             runs.append(found)
@@ -327,7 +239,7 @@ class Stages(Parts):
         group = symmetry_group(name)
         if images.ranks.first:
             self._turn(state, group, name)
-        images.ranks.same(state.rotations, state.offsets_px)
+        images.ranks.same(state.rotations, state.offsets_px, *state.rivals.tables())
         state.group = group.float()
         refine_round(state, images, self.config, fsc_curve, joint=False, n_steps=0)
         if state.chance is not None:
@@ -345,27 +257,33 @@ class Stages(Parts):
         )
         if fit.correlation < _DOUBTFUL:
             self.job.say(f"WARNING: the map hardly has {name}; see initial_model_C1.mrc")
-        rotations, origins = state.half_poses or (state.rotations, state.offsets_px)
-        poses = rotate_poses(rotations.double(), fit.rotation.cpu())
-        offsets = shift_origins(origins.double(), poses, fit.shift_px.cpu())
-        state.rotations, state.offsets_px = kept(poses), kept(offsets)
+
+        def move(rotations: torch.Tensor, offsets_px: torch.Tensor) -> PosePair:
+            poses = rotate_poses(rotations.double(), fit.rotation.cpu())
+            return poses, shift_origins(offsets_px.double(), poses, fit.shift_px.cpu())
+
+        poses = move(*(state.half_poses or (state.rotations, state.offsets_px)))
+        state.rotations, state.offsets_px = map(kept, poses)
+        state.rivals.move(move)
 
     def _move_second(self, runs: list[Reconstruction], ranks: Ranks) -> None:
         first, second = runs
         if ranks.first:
             self._moved(second, first)
-        ranks.same(second.rotations, second.offsets_px)
+        ranks.same(second.rotations, second.offsets_px, *second.rivals.tables())
 
     def _moved(self, second: Reconstruction, first: Reconstruction) -> None:
         found = align_maps(second.maps[0], first.maps[0], self.pixel_size_angst)
         self.job.say(
             f"half set 2 moved onto half set 1{', as its mirror image' if found.flipped else ''}"
         )
-        poses = second.rotations.double()
-        poses = mirror_poses(poses) if found.flipped else poses
-        poses = rotate_poses(poses, found.rotation.double().cpu())
-        offsets = shift_origins(second.offsets_px.double(), poses, found.shift_px.double().cpu())
-        second.rotations, second.offsets_px = poses.float(), offsets.float()
 
-    def _angst(self, shell: float, box: int) -> float:
-        return shell_to_angst(shell, box, self.pixel_size_angst)
+        def move(rotations: torch.Tensor, offsets_px: torch.Tensor) -> PosePair:
+            poses = rotations.double()
+            poses = mirror_poses(poses) if found.flipped else poses
+            poses = rotate_poses(poses, found.rotation.double().cpu())
+            offsets = shift_origins(offsets_px.double(), poses, found.shift_px.double().cpu())
+            return poses.float(), offsets.float()
+
+        second.rotations, second.offsets_px = move(second.rotations, second.offsets_px)
+        second.rivals.move(move)

@@ -1,0 +1,117 @@
+"""Rounds of refinement and new searches, until poses settle; told to the log as they go."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cryorecon.conventions import shell_to_angst
+from cryorecon.engines.new_search import reassign
+from cryorecon.engines.observations import ImageSet
+from cryorecon.engines.reconstruction import Reconstruction
+from cryorecon.engines.rounds import RoundReport, refine_round
+from cryorecon.image_table import kept
+from cryorecon.maps.fsc import fsc_curve
+from cryorecon.run.checkpoint import broken
+from cryorecon.run.parts import Parts, Place
+
+# All images are searched again every second round while more than this share of them finds a
+# better pose.
+_ENOUGH_FOUND = 0.02
+# An image is in doubt where less of it than this belongs to its pose.
+_SURE = 0.9
+# What ``rounds.star`` puts before the stage's name: rounds are counted anew in each part.
+_IN_TABLE = {
+    "half set 1": "half-set-1-",
+    "half set 2": "half-set-2-",
+    "all": "all-particles-",
+    "symmetry": "symmetric-",
+}
+
+
+@dataclass
+class Refining(Parts):
+    """What every run does with a first pose of each image and a coarse map."""
+
+    def refine(self, state: Reconstruction, images: ImageSet, place: Place) -> None:
+        """Rounds against the half maps until they settle, then against the joint map."""
+        while not place.settled and place.number < self.config.half_rounds:
+            if place.number == place.search_after:
+                share = self.search_again(state, images)
+                place.search_after = place.number + 2 if share > _ENOUGH_FOUND else -1
+                self.save(state, images, place)
+            place.number += 1
+            moved = self.round(state, images, place.number, joint=False)
+            place.settled = moved < self.config.settled_deg and place.search_after < 0
+            self.save(state, images, place)
+        self.finish(state, images, place)
+
+    def finish(self, state: Reconstruction, images: ImageSet, place: Place) -> None:
+        """Rounds against the map of all images."""
+        if place.joint < 0:
+            state.half_poses = kept(state.rotations), kept(state.offsets_px)
+            place.joint = 0
+        while place.joint < self.config.joint_rounds:
+            place.joint += 1
+            self.round(state, images, place.number + place.joint, joint=True)
+            self.save(state, images, place)
+
+    def keep(self, state: Reconstruction, images: ImageSet, *, halves: bool = True) -> None:
+        """Maps from the poses as they are; half maps and their FSC too unless told otherwise."""
+        state.half_poses = kept(state.rotations), kept(state.offsets_px)
+        with self.job.bar("Averaging", len(images)) as bar:
+            for joint in (False, True) if halves else (True,):
+                refine_round(
+                    state, images, self.config, fsc_curve, joint=joint, n_steps=0, progress=bar
+                )
+
+    def search_again(self, state: Reconstruction, images: ImageSet) -> float:
+        """Every image against the better map; the share that found a better pose."""
+        with self.job.bar("Searching again", len(images)) as bar:
+            share = reassign(state, images, self.config, self.generator, bar)
+        doubtful = float((state.rivals.own_share() < _SURE).float().mean())
+        self.job.say(
+            f"searched again: {100 * share:.1f} % of the images found a better pose, "
+            f"{100 * doubtful:.0f} % may have another"
+        )
+        return share
+
+    def round(self, state: Reconstruction, images: ImageSet, number: int, *, joint: bool) -> float:
+        """One round; degrees that the poses moved, or infinity while the band still grows."""
+        box = images.plane.box
+        band_angst = self._angst(state.band, box)
+        title = f"Refining {'all' if joint else 'halves'} at {band_angst:.2f} A"
+        with self.job.bar(title, len(images)) as bar:
+            try:
+                report = refine_round(
+                    state,
+                    images,
+                    self.config,
+                    fsc_curve,
+                    joint=joint,
+                    n_steps=8 if number == 1 else 6,
+                    progress=bar,
+                )
+            except FloatingPointError as error:
+                raise broken(f"Round {number} of {self.part}", error) from error
+        self.job.say(
+            f"round {number} ({'joint' if joint else 'half'} maps) at {band_angst:.2f} A: "
+            f"log-likelihood {report.log_likelihood:.2f}, poses moved "
+            f"{report.pose_change_deg:.2f} deg and {report.offset_change_px:.2f} px, half maps "
+            f"agree to {self._angst(report.agreement_band, box):.2f} A"
+        )
+        stage = f"{_IN_TABLE.get(self.part, '')}{'joint-map' if joint else 'half-maps'}"
+        self.job.record_round(stage, number, self._measured(report, box))
+        return report.pose_change_deg if state.band <= report.band else float("inf")
+
+    def _measured(self, report: RoundReport, box: int) -> dict[str, float]:
+        """A round's row of ``rounds.star``."""
+        return {
+            "cryoreconResolutionUsed": self._angst(report.band, box),
+            "cryoreconPoseChange": report.pose_change_deg,
+            "cryoreconOffsetChangeAngst": report.offset_change_px * self.pixel_size_angst,
+            "cryoreconLogLikelihood": report.log_likelihood,
+            "cryoreconHalfMapResolution": self._angst(report.agreement_band, box),
+        }
+
+    def _angst(self, shell: float, box: int) -> float:
+        return shell_to_angst(shell, box, self.pixel_size_angst)

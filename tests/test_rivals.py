@@ -1,0 +1,123 @@
+"""Images that may have one pose or another go into the map at each of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import simulated
+
+from cryorecon.conventions import euler_to_matrix
+from cryorecon.engines.new_search import reassign
+from cryorecon.engines.reconstruction import Reconstruction, RefineConfig
+from cryorecon.engines.rivals import N_RIVALS, Rivals, weighed
+from cryorecon.engines.rounds import refine_round
+from cryorecon.io.mrc import read_map
+from cryorecon.io.particles import read_particles
+from cryorecon.maps.fsc import fsc_curve
+from cryorecon.physics.masks import Support
+from cryorecon.physics.rotations import geodesic_distance_deg, random_rotations
+from cryorecon.run.load import load_observations
+
+CONFIG = RefineConfig(search_nside=3)
+NONE = -torch.inf
+
+
+def poses(count, generator, *shape):
+    rotations = random_rotations(count, generator, torch.float32)
+    offsets = torch.randn(count, 2, generator=generator)
+    return rotations.unflatten(0, shape), offsets.unflatten(0, shape)
+
+
+@pytest.mark.parametrize(
+    ("gain", "moved", "share"),
+    [
+        ((NONE, NONE, NONE), False, (0, 0, 0)),
+        ((0.0, NONE, NONE), False, (0.5, 0, 0)),
+        # An image's own pose stays unless the other is surely likelier.
+        ((0.75, NONE, NONE), False, (0.622, 0, 0)),
+        ((3.0, -3.0, NONE), True, (0.119, 0, 0)),
+        ((30.0, 29.0, NONE), True, (0, 0.339, 0)),
+    ],
+)
+def test_shares_follow_likelihoods(generator, gain, moved, share):
+    held, others = poses(1, generator, 1), poses(N_RIVALS, generator, 1, N_RIVALS)
+    found, new, rivals = weighed(torch.tensor([gain]), held, others)
+    assert found.tolist() == [moved]
+    torch.testing.assert_close(
+        rivals.share[0], torch.tensor(share, dtype=torch.float32), atol=1e-3, rtol=0
+    )
+    assert torch.equal(new[0], others[0][:, 0] if moved else held[0])
+    assert torch.equal(rivals.offsets_px[:, 0], held[1] if moved else others[1][:, 0])
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory):
+    return simulated(tmp_path_factory.mktemp("stack"), 400, 24, 0.05)
+
+
+@pytest.fixture
+def case(stack):
+    """Images, a state of true poses, and the true map."""
+    particles = read_particles(stack / "particles.star")
+    images = load_observations(particles, CONFIG.diameter)
+    rotations = euler_to_matrix(torch.from_numpy(particles.euler_deg())).float()
+    offsets = torch.from_numpy(particles.origins_angst() / particles.pixel_size_angst).float()
+    blank, half = torch.zeros(24, 24, 24), torch.arange(len(particles)) % 2
+    support = Support(CONFIG.diameter / 2)
+    state = Reconstruction(rotations, offsets, half, [blank, blank], 11.0, support)
+    return images, state, torch.from_numpy(read_map(stack / "map.mrc").data)
+
+
+def averaged(state, images):
+    """Half maps from poses as they are."""
+    refine_round(state, images, CONFIG, fsc_curve, joint=False, n_steps=0)
+    return [half.clone() for half in state.halves]
+
+
+def test_a_rival_with_its_pose_changes_nothing(case):
+    images, state, _ = case
+    before = averaged(state, images)
+    state.rivals.rotations[:, 0] = state.rotations
+    state.rivals.offsets_px[:, 0] = state.offsets_px
+    state.rivals.share[:, 0] = torch.linspace(0, 1, len(images))
+    for one, other in zip(before, averaged(state, images), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4 * float(one.abs().max()), rtol=0)
+
+
+def test_a_rival_with_all_of_an_image_takes_its_place(case, generator):
+    images, state, _ = case
+    before = averaged(state, images)
+    state.rivals.rotations[:, 2], state.rivals.offsets_px[:, 2] = state.rotations, state.offsets_px
+    state.rivals.share[:, 2] = 1
+    state.rotations = random_rotations(len(images), generator, torch.float32)
+    for one, other in zip(before, averaged(state, images), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4 * float(one.abs().max()), rtol=0)
+
+
+def test_maps_are_better_with_rivals(case, generator):
+    """Every third image begins at a wrong pose; noise leaves the search in doubt of many."""
+    images, state, truth = case
+    right = state.rotations.clone()
+    averaged(state, images)
+    lost = torch.arange(len(images)) % 3 == 0
+    state.rotations = right.clone()
+    state.rotations[lost] = random_rotations(int(lost.sum()), generator, torch.float32)
+    reassign(state, images, CONFIG, generator)
+    wrong = geodesic_distance_deg(state.rotations, right) > 15
+    assert 0.1 < wrong.float().mean() < 0.6
+    assert (state.rivals.share.sum(1) > 0.2).float().mean() > 0.2
+    soft = sum(averaged(state, images))
+    state.rivals = Rivals.none(len(images))
+    hard = sum(averaged(state, images))
+    gain = (fsc_curve(soft, truth) - fsc_curve(hard, truth))[2:10]
+    assert gain.mean() > 0.02
+
+
+def test_rivals_move_as_own_poses_do(generator):
+    rivals = Rivals(*poses(10 * N_RIVALS, generator, 10, N_RIVALS), torch.rand(10, N_RIVALS))
+    before = rivals.copied()
+    (turn,) = random_rotations(1, generator, torch.float32)
+    rivals.move(lambda rotations, offsets: (rotations @ turn, offsets + 1))
+    torch.testing.assert_close(rivals.rotations, before.rotations @ turn)
+    torch.testing.assert_close(rivals.offsets_px, before.offsets_px + 1)
+    assert torch.equal(rivals.share, before.share)
