@@ -175,6 +175,18 @@ def test_amortized_goes_on_within_the_search_of_a_hard_set(few, tmp_path, monkey
     assert "searched on" not in log_of(tmp_path / "without")
 
 
+def test_particles_outside_the_subset_of_a_hard_set_are_searched_in_the_map(
+    few, tmp_path, monkeypatch
+):
+    """The encoder cannot tell their poses apart either."""
+    told = {}
+    for hardest in (0, 10**9):
+        monkeypatch.setattr(amortized_stages, "TOLD_APART", hardest)
+        amortized(few, tmp_path / f"{hardest}", subset=60)
+        told[hardest] = re.findall("the encoder has read", log_of(tmp_path / f"{hardest}"))
+    assert [len(lines) for lines in told.values()] == [1, 2]
+
+
 def saving_always(monkeypatch):
     monkeypatch.setattr(checkpoint, "_EVERY_S", 0.0)
     monkeypatch.setattr(checkpoint, "_TIMES_ITS_COST", 0.0)

@@ -41,11 +41,14 @@ class AmortizedStages(ClimbingStages):
         Of the last training.
     read : tuple of Tensor
         Rotations and offsets as the encoder read them at the end of the last training.
+    hard : bool
+        Whether the encoder cannot tell poses apart, so that its map was searched on from.
     """
 
     config: AmortizedConfig
     trained: Amortized | None = None
     read: tuple[torch.Tensor, torch.Tensor] | None = None
+    hard: bool = False
 
     def begin(self, images: ImageSet, half: torch.Tensor) -> Reconstruction:
         """Train, judge by images that took no part, and read every image's pose."""
@@ -63,7 +66,8 @@ class AmortizedStages(ClimbingStages):
         rotations, offsets = self.read_poses(images)
         self.read = kept(rotations), kept(offsets)
         volume, band = self.trained.volume(), self.trained.band
-        if poses > TOLD_APART and self.config.finish and self.config.search_on:
+        self.hard = poses > TOLD_APART and self.config.finish and self.config.search_on
+        if self.hard:
             climb = Climb(**saved["climb"]) if saved is not None and "climb" in saved else Climb()
             return self._searched_on(self.trained, climb, order, images, half)
         return Reconstruction(rotations, offsets, half, [volume, volume], band, self.support)
@@ -115,14 +119,14 @@ class AmortizedStages(ClimbingStages):
     def engine_state(self) -> Entry:
         """Both networks, and the poses that the encoder has read."""
         assert self.trained is not None
-        return {"trained": self.trained.weights(), "read": self.read}
+        return {"trained": self.trained.weights(), "read": self.read, "hard": self.hard}
 
     def load_engine(self, state: Entry, images: ImageSet) -> None:
         """Go on from what :meth:`engine_state` gave."""
         # What a fresh network draws is thrown away.
         self.trained = self._new(images, torch.Generator())
         self.trained.load_weights(state["trained"])
-        self.read = state["read"]
+        self.read, self.hard = state["read"], state["hard"]
 
     def refine(self, state: Reconstruction, images: ImageSet, place: Place) -> None:
         """Local refinement of the table of poses, unless the encoder has the last word."""
@@ -141,8 +145,9 @@ class AmortizedStages(ClimbingStages):
     def read_poses(
         self, images: ImageSet, state: Reconstruction | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The encoder's poses of images that it may never have seen."""
-        del state
+        """The encoder's poses of images that it may never have seen; of hard sets the map's."""
+        if state is not None and self.hard:
+            return super().read_poses(images, state)
         assert self.trained is not None
         trained, parts = self.trained, ShrinkingBatch(_READ_AT_ONCE, self.job.say)
         everyone, found = torch.arange(len(images)), []
