@@ -13,6 +13,7 @@ from cryorecon.engines import new_search
 from cryorecon.engines.new_search import reassign
 from cryorecon.engines.reconstruction import Reconstruction, RefineConfig
 from cryorecon.engines.rounds import refine_round
+from cryorecon.engines.shrinking import ShrinkingBatch
 from cryorecon.io.particles import read_particles
 from cryorecon.maps.fsc import fsc_curve
 from cryorecon.physics.masks import Support
@@ -84,7 +85,7 @@ def test_leaving_hopeless_candidates_out_changes_nothing(case, generator, monkey
 
 def test_candidates_are_held_of_few_images_at_a_time(case, generator, monkeypatch):
     images, state, _ = case
-    monkeypatch.setattr("cryorecon.engines.reconstruction._TURNED_TOGETHER", 30)
+    monkeypatch.setattr("cryorecon.engines.reconstruction.TURNED_TOGETHER", 30)
     wrong = torch.arange(300) % 5 == 0
     state.rotations[wrong] = random_rotations(60, generator, torch.float32)
     other = replace(state, rotations=state.rotations.clone(), offsets_px=state.offsets_px.clone())
@@ -98,7 +99,7 @@ def test_candidates_are_held_of_few_images_at_a_time(case, generator, monkeypatc
         return climb(ladder, batch, held, found)
 
     monkeypatch.setattr(new_search._Ladder, "climb", spy)
-    monkeypatch.setattr(new_search, "_BLOCKS", 1)
+    monkeypatch.setattr(new_search, "image_batches", lambda *_: ShrinkingBatch(30))
     reassign(other, images, CONFIG, generator.set_state(seed))
     assert seen == [30] * 10
     apart = geodesic_distance_deg(state.rotations, other.rotations)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import simulated
@@ -36,6 +38,18 @@ def test_the_finer_grid_is_for_images_that_leave_many_poses(tmp_path, snr, limit
     images, truth, _ = observed(tmp_path, snr)
     found = telling_grid(images, truth, CONFIG, limit)
     assert (found.band, found.nside) == (wanted.band, wanted.nside)
+
+
+def test_images_that_are_not_finite_are_left_to_the_round_that_names_them(tmp_path):
+    images, truth, _ = observed(tmp_path, 1.0)
+    source = images.source
+
+    def broken(rows, count):
+        coefficients, ctf = source(rows, count)
+        return coefficients * torch.where(rows == 0, torch.nan, 1.0)[:, None], ctf
+
+    images = replace(images, source=broken)
+    assert telling_grid(images, truth, CONFIG, 16.0).candidates > 0
 
 
 def test_the_more_poses_are_likely_the_more_are_tried(tmp_path):

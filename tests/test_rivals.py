@@ -15,7 +15,8 @@ from cryorecon.io.mrc import read_map
 from cryorecon.io.particles import read_particles
 from cryorecon.maps.fsc import fsc_curve
 from cryorecon.physics.masks import Support
-from cryorecon.physics.rotations import geodesic_distance_deg, random_rotations
+from cryorecon.physics.rotations import exp_map, geodesic_distance_deg, random_rotations
+from cryorecon.physics.symmetry import symmetry_group
 from cryorecon.run.load import load_observations
 
 CONFIG = RefineConfig(search_nside=3)
@@ -92,6 +93,37 @@ def test_a_rival_with_all_of_an_image_takes_its_place(case, generator):
     state.rotations = random_rotations(len(images), generator, torch.float32)
     for one, other in zip(before, averaged(state, images), strict=True):
         torch.testing.assert_close(one, other, atol=1e-4 * float(one.abs().max()), rtol=0)
+
+
+def test_rivals_are_refined_with_their_images(case, generator):
+    """In their own half set's map; the share of their images that they have stays."""
+    images, state, _ = case
+    right = state.rotations.clone()
+    averaged(state, images)
+    turns = exp_map(0.15 * torch.randn(len(images), 3, generator=generator))
+    state.rivals.rotations[:, 1] = turns @ right
+    state.rivals.offsets_px[:, 1] = state.offsets_px
+    state.rivals.share[::2, 1] = 0.5
+    before = state.rivals.copied()
+    refine_round(state, images, CONFIG, fsc_curve, joint=False, n_steps=4)
+    error, start = (
+        geodesic_distance_deg(rivals.rotations[:, 1], right) for rivals in (state.rivals, before)
+    )
+    assert error[::2].median() < 0.7 * start[::2].median()
+    assert torch.equal(error[1::2], start[1::2])
+    assert torch.equal(state.rivals.share, before.share)
+
+
+def test_equivalents_in_a_symmetric_map_are_no_rivals(generator):
+    group = symmetry_group("C3").float()
+    own = random_rotations(10, generator, torch.float32)
+    rivals = Rivals.none(10)
+    rivals.share[:] = 0.2
+    rivals.rotations[:, 0] = own @ group[1]
+    rivals.rotations[:, 1] = exp_map(torch.tensor([[0.0, 0.05, 0.0]])) @ own @ group[2]
+    rivals.rotations[:, 2] = exp_map(torch.tensor([[0.0, 0.3, 0.0]])) @ own
+    rivals.fold(own, group)
+    torch.testing.assert_close(rivals.share, torch.tensor([[0.0, 0.0, 0.2]]).expand(10, 3))
 
 
 def test_maps_are_better_with_rivals(case, generator):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cryorecon.engines.observations import ImageSet, Observations
 from cryorecon.engines.reconstruction import (
+    TURNED_TOGETHER,
     PoseGrid,
     Progress,
     Reconstruction,
@@ -38,8 +39,8 @@ _HOPELESS = 10.0
 # Candidates of the last band that rivals are chosen from: several come to the same pose.
 _LOOKED_AT = 8
 
-# Blocks of images whose candidates are held together.
-_BLOCKS = 2
+# Candidates that are refined together, at least.
+_TOGETHER = 250
 # Of a table of images that are gone through at a time.
 _ROWS = 1 << 17
 
@@ -168,7 +169,9 @@ class _Ladder:
         image, candidate = torch.nonzero(chosen, as_tuple=True)
         rotations, offsets_px = (table.clone() for table in poses)
         likelihood = torch.full_like(rotations[..., 0, 0], -torch.inf)
-        for some in torch.arange(len(image), device=image.device).split(len(chosen)):
+        for some in torch.arange(len(image), device=image.device).split(
+            max(len(chosen), _TOGETHER)
+        ):
             at = image[some], candidate[some]
             start = rotations[at], offsets_px[at]
             better = refined(images.select(at[0]), *start, n_steps)
@@ -203,7 +206,8 @@ def _climbed(
     Candidates of few images are held at a time: they take up to ten kilobytes each.
     """
     batches = image_batches(own.plane.within(ladder.band), own.device)
-    while some := list(islice(tried, _BLOCKS)):
+    blocks = max(1, batches.size // TURNED_TOGETHER)
+    while some := list(islice(tried, blocks)):
         rows, rotations, offsets_px = (torch.cat(parts) for parts in zip(*some, strict=True))
         search = partial(_better, own, ladder, held, rows, (rotations, offsets_px), batches)
         yield from (result for _, result in batches.over(len(rows), search))
@@ -231,6 +235,7 @@ def _move(state: Reconstruction, own: ImageSet, members: Tensor, found: list[_Fo
     none = torch.zeros(0, N_RIVALS), torch.zeros(0, N_RIVALS, 3, 3), torch.zeros(0, N_RIVALS, 2)
     # To the CPU at the end: each copy would wait for the device.
     mine = [torch.cat(parts).cpu() for parts in zip(*(found or [none]), strict=True)]
+    found.clear()
     everyone = own.in_file_order(torch.arange(len(own)))
     gain, *others = own.everyones(everyone, *mine)
     rows, n_moved = members[everyone], 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -23,7 +24,7 @@ Agreement = Callable[[Tensor, Tensor], Tensor]
 Progress = Callable[[int], None]
 
 # Images that see the same random turn of a grid of poses, on any device.
-_TURNED_TOGETHER = 500
+TURNED_TOGETHER = 500
 # A search that leaves an image more poses than this has not told them apart.
 TOLD_APART = 24
 # A grid that leaves more makes way for a finer one; as many images are asked. Bands of finer ones,
@@ -182,6 +183,8 @@ def telling_grid(images: ImageSet, volume: Tensor, config: RefineConfig, limit: 
     chosen = PoseGrid(bands[-1], config.search_nside + 1)
     for band in bands[: len(_FINER)]:
         poses = _likely_poses(images, volume, config, replace(chosen, band=band))
+        if math.isnan(poses):
+            return chosen
         if poses <= _FEW or band == bands[-1]:
             tried = min(max(round(_TRIED * poses), _LEAST_TRIED), _MOST_TRIED)
             return replace(chosen, band=band, candidates=tried)
@@ -189,7 +192,7 @@ def telling_grid(images: ImageSet, volume: Tensor, config: RefineConfig, limit: 
 
 
 def _likely_poses(images: ImageSet, volume: Tensor, config: RefineConfig, tried: PoseGrid) -> float:
-    """How many poses of a grid an image leaves likely, the median."""
+    """How many poses of a grid an image leaves likely, the median; NaN if any image's are."""
     rows = torch.arange(len(images))[:: max(1, len(images) // _ASKED)]
     small = resample_sums(volume, min(images.plane.box, 2 * (tried.band + 5)))
     grid = so3_grid(tried.nside, torch.float32)[0]
@@ -223,7 +226,7 @@ def grid_poses(
     coarse = resample_sums(volume, min(plane.box, 2 * (chosen.band + 5)))
     transform = padded_transform(coarse, band=band)
     everyone = images.in_file_order(torch.arange(len(images)))
-    blocks = [*everyone.split(_TURNED_TOGETHER), everyone[:0]]
+    blocks = [*everyone.split(TURNED_TOGETHER), everyone[:0]]
     for number, (block, following) in enumerate(pairwise(blocks), 1):
         # Drawn for every block, whoever works on it.
         turned = grid @ random_rotations(1, generator, torch.float32)[0].to(device)
@@ -235,7 +238,7 @@ def grid_poses(
             rotation, offset = best_grid_pose(batch, templates, shifts, count=count)
             yield rows, turned[rotation], shifts[offset]
         if progress is not None:
-            progress(min(len(images), number * _TURNED_TOGETHER))
+            progress(min(len(images), number * TURNED_TOGETHER))
 
 
 def best_grid_poses(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from cryorecon.engines.observations import taken_to
 from cryorecon.image_table import image_table, kept
+from cryorecon.physics.rotations import geodesic_distance_deg
 
 # Rivals of an image that are kept. Log-likelihoods count for less by this factor, since the map
 # that they are found in has noise of its own; smaller shares are not worth the work.
@@ -17,6 +19,8 @@ N_RIVALS, _TEMPERATURE, _LEAST_SHARE = 3, 1.5, 0.02
 SAME_DEG = 5.0
 # Another pose takes the place of an image's own if it is surely likelier.
 _LIKELIER = 1.0
+# Of a table of images that are gone through at a time.
+_ROWS = 1 << 17
 
 PosePair = tuple[Tensor, Tensor]
 
@@ -66,30 +70,66 @@ class Rivals:
 
     def move(self, move: Callable[[Tensor, Tensor], PosePair]) -> None:
         """Change all poses, as rotations (m, 3, 3) and offsets (m, 2), the way own poses change."""
-        turned, shifted = move(self.rotations.flatten(0, 1), self.offsets_px.flatten(0, 1))
-        self.rotations.copy_(turned.view_as(self.rotations))
-        self.offsets_px.copy_(shifted.view_as(self.offsets_px))
+        pairs = zip(self.rotations.split(_ROWS), self.offsets_px.split(_ROWS), strict=True)
+        for rotations, offsets_px in pairs:
+            turned, shifted = move(rotations.flatten(0, 1), offsets_px.flatten(0, 1))
+            rotations.copy_(turned.view_as(rotations))
+            offsets_px.copy_(shifted.view_as(offsets_px))
 
-    def of(
-        self, rows: Tensor, device: torch.device
-    ) -> tuple[Tensor, Tensor, PosePair, Tensor]:  # fmt: skip
-        """What of some images, b in all, belongs to which other poses; on a device.
+    def fold(self, own: Tensor, group: Tensor) -> None:
+        """Give poses that a symmetric map cannot tell from an image's own one back to it.
 
-        Returns
-        -------
-        own : Tensor, shape (b,)
-            Share of an image's own pose.
-        image : Tensor, shape (m,), int64
-            Which of the rows each other pose belongs to.
-        poses : tuple of Tensor, shapes (m, 3, 3) and (m, 2)
-        share : Tensor, shape (m,)
+        Parameters
+        ----------
+        own : Tensor, shape (n, 3, 3)
+        group : Tensor, shape (g, 3, 3)
+            Rotations that leave the map as it is: A and A g are one pose.
         """
+        for rotation in group.to(own):
+            apart = geodesic_distance_deg(self.rotations, (own @ rotation)[:, None])
+            self.share[apart < SAME_DEG] = 0
+
+    def of(self, rows: Tensor, device: torch.device) -> Doubt:
+        """What of some images belongs to which other poses, on a device."""
         share = self.share[rows]
         image, rival = torch.nonzero(share, as_tuple=True)
         at = rows[image], rival
-        poses = self.rotations[at].to(device), self.offsets_px[at].to(device)
-        others = share[image, rival].to(device)
-        return _left(share).to(device), image.to(device), poses, others
+        found = _left(share), image, self.rotations[at], self.offsets_px[at], share[image, rival]
+        return Doubt(at, *(taken_to(values, device) for values in found))
+
+    def keep(self, doubt: Doubt) -> None:
+        """Take the poses of :meth:`of` as they are now."""
+        self.rotations[doubt.at] = doubt.rotations.to(self.rotations)
+        self.offsets_px[doubt.at] = doubt.offsets_px.to(self.offsets_px)
+
+
+@dataclass(frozen=True)
+class Doubt:
+    """Other poses that some images, b in all, may have: m, one after the other.
+
+    Attributes
+    ----------
+    at : tuple of Tensor, shape (m,), int64
+        Rows and columns of the tables, on the CPU.
+    own : Tensor, shape (b,)
+        Share of an image's own pose.
+    image : Tensor, shape (m,), int64
+        Which of the b each belongs to.
+    rotations : Tensor, shape (m, 3, 3)
+    offsets_px : Tensor, shape (m, 2)
+    share : Tensor, shape (m,)
+    """
+
+    at: tuple[Tensor, Tensor]
+    own: Tensor
+    image: Tensor
+    rotations: Tensor
+    offsets_px: Tensor
+    share: Tensor
+
+    def at_poses(self, rotations: Tensor, offsets_px: Tensor) -> Doubt:
+        """The same shares of other poses."""
+        return replace(self, rotations=rotations, offsets_px=offsets_px)
 
 
 def _left(share: Tensor) -> Tensor:

@@ -20,12 +20,14 @@ from cryorecon.engines.reconstruction import (
     shell_prior,
 )
 from cryorecon.engines.refine import (
+    PoseObjective,
     Poses,
     image_scales,
     predictions,
-    refine_poses,
+    refined,
     residual_power,
 )
+from cryorecon.engines.rivals import Doubt, Rivals
 from cryorecon.engines.shrinking import ShrinkingBatch, at_once
 from cryorecon.image_table import kept
 from cryorecon.physics.fourier import HalfPlane, max_band
@@ -133,7 +135,7 @@ def _median_turn_deg(before: Tensor, after: Tensor) -> float:
 
 
 _Seen = tuple[Tensor, Tensor, Tensor | None]
-_Refined = tuple[int, Tensor, Observations, Poses, _Seen]
+_Refined = tuple[int, Tensor, Observations, Poses, Doubt, _Seen]
 
 
 def _refine_all(
@@ -152,9 +154,10 @@ def _refine_all(
     sums = [_empty(images) for _ in range(2)]
     found: list[list[Poses]] = [[], []]
     for parts in _refined(state, images, images.mine(order), models, n_steps, learned):
-        for half, rows, loaded, poses, seen in parts:
+        for half, rows, loaded, poses, doubt, seen in parts:
             learned.add(rows, seen)
-            _insert(sums[half], loaded, poses, rows, state)
+            _insert(sums[half], loaded, poses, doubt, state.group)
+            state.rivals.keep(doubt)
             found[half].append(poses)
         tell(sum(len(rows) for _, rows, *_ in parts))
     for new in sums:
@@ -191,12 +194,30 @@ def _refined(
         rotations, offsets = (t[mine] for t in (state.rotations, state.offsets_px))
         start = rotations.to(images.device), offsets.to(images.device)
         model = models[min(half, len(models) - 1)]  # One for both in a joint round.
-        poses = refine_poses(batch, model, *start, n_steps=n_steps)
-        return half, mine, loaded, poses, learned.seen(batch, predictions(batch, model, poses))
+        objective = PoseObjective(batch, model)
+        poses = refined(objective, *start, n_steps)
+        doubt = _stepped(state.rivals.of(mine, images.device), objective, n_steps)
+        seen = learned.seen(batch, predictions(batch, model, poses))
+        return half, mine, loaded, poses, doubt, seen
 
     # Half of what is read is worked on at a time.
     batches.size *= 2
     return (parts for _, parts in batches.over(len(rows), refine))
+
+
+def _stepped(doubt: Doubt, objective: PoseObjective, n_steps: int) -> Doubt:
+    """Images' rivals refined, as own poses are."""
+    if n_steps == 0 or not len(doubt.image):
+        return doubt
+    parts = [
+        refined(objective.select(image), rotations, offsets_px, n_steps)
+        for image, rotations, offsets_px in zip(
+            *(t.split(len(doubt.own)) for t in (doubt.image, doubt.rotations, doubt.offsets_px)),
+            strict=True,
+        )
+    ]
+    pairs = zip(*((part.rotations, part.offsets_px) for part in parts), strict=True)
+    return doubt.at_poses(*map(torch.cat, pairs))
 
 
 class _Learned:
@@ -261,26 +282,24 @@ def _store(state: Reconstruction, images: ImageSet, rows: Tensor, found: list[Po
     rotations, offsets_px, likelihood = images.everyones(rows, *mine)
     _refuse_broken(images.rows[rows], likelihood)
     state.rotations[rows], state.offsets_px[rows] = rotations, offsets_px
+    if images.ranks.count > 1:
+        own = images.mine(rows)
+        new = images.everyones(rows, *(table[own] for table in state.rivals.tables()))
+        state.rivals.put(rows, Rivals(*new))
     return likelihood
 
 
 def _insert(
-    sums: NormalEquations,
-    batch: Observations,
-    poses: Poses,
-    rows: Tensor,
-    state: Reconstruction,
+    sums: NormalEquations, batch: Observations, poses: Poses, doubt: Doubt, group: Tensor
 ) -> None:
-    """Add images of some rows at their poses, or a share of each at every pose it may have."""
-    matched, weight = batch.matched()
+    """Add images at their poses, or a share of each at every pose it may have."""
+    (matched, weight), own = batch.matched(), doubt.own[:, None]
     held = poses.rotations, poses.offsets_px
-    own, image, others, share = state.rivals.of(rows, batch.device)
-    own = own[:, None]
-    _add(sums, batch.plane, (matched * own, weight * own), held, state.group)
-    for some in torch.arange(len(image), device=batch.device).split(max(1, len(batch))):
-        part = share[some, None]
-        values = matched[image[some]] * part, weight[image[some]] * part
-        _add(sums, batch.plane, values, (others[0][some], others[1][some]), state.group)
+    _add(sums, batch.plane, (matched * own, weight * own), held, group)
+    for some in torch.arange(len(doubt.image), device=batch.device).split(max(1, len(batch))):
+        image, share = doubt.image[some], doubt.share[some, None]
+        others = doubt.rotations[some], doubt.offsets_px[some]
+        _add(sums, batch.plane, (matched[image] * share, weight[image] * share), others, group)
 
 
 def _add(

@@ -267,7 +267,8 @@ class Particles:
         random_subsets : array of 1 and 2, optional
         class_number : int, optional
         pose_share : array, shape (n,), optional
-            How much of an image belongs to its pose, 0 to 1: RELION's largest probability.
+            How much of an image belongs to its pose, 0 to 1, where RELION tells the largest
+            probability.
         """
         new: dict[str, NDArray[np.generic]] = {}
         if euler_deg is not None:

@@ -116,7 +116,9 @@ class Stages(Refining):
         rotations[rest], offsets[rest] = self.read_poses(images.apart(rest), state)
         band = float(self.config.assign_band(images.plane.box))
         coarse = lowpass((state.maps[0] + state.maps[1]) / 2, band, 3)
-        return Reconstruction(rotations, offsets, half, [coarse, coarse], band, self.support)
+        joined = Reconstruction(rotations, offsets, half, [coarse, coarse], band, self.support)
+        joined.rivals.put(rows, state.rivals)
+        return joined
 
     def _keep_part(self, state: Reconstruction, images: ImageSet, place: Place) -> None:
         del place
@@ -265,6 +267,7 @@ class Stages(Refining):
         poses = move(*(state.half_poses or (state.rotations, state.offsets_px)))
         state.rotations, state.offsets_px = map(kept, poses)
         state.rivals.move(move)
+        state.rivals.fold(state.rotations, group)
 
     def _move_second(self, runs: list[Reconstruction], ranks: Ranks) -> None:
         first, second = runs
