@@ -15,6 +15,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from conftest import simulated
 
 from cryorecon.io.files import locked
 from cryorecon.io.moments_file import read_moments_data
@@ -100,6 +101,63 @@ def test_two_processes_find_what_one_finds(script, few, tmp_path):
     assert len(rounds[0]) == len(rounds[1]) == 3
     assert not list(tmp_path.glob("two/checkpoint*"))
     assert "processes: 2" in (tmp_path / "two/job.yaml").read_text()
+
+
+# A new search from poses of which a third are wrong, and the maps that follow from it.
+SEARCHED_AGAIN = """
+import sys
+from dataclasses import replace
+
+import torch
+
+from cryorecon.conventions import euler_to_matrix
+from cryorecon.engines.new_search import reassign
+from cryorecon.engines.reconstruction import Reconstruction, RefineConfig
+from cryorecon.engines.rounds import refine_round
+from cryorecon.io.particles import read_particles
+from cryorecon.maps.fsc import fsc_curve
+from cryorecon.physics.masks import Support
+from cryorecon.physics.rotations import random_rotations
+from cryorecon.ranks import joined
+from cryorecon.run.load import load_observations
+
+star, sets, out = sys.argv[1:]
+config, generator = RefineConfig(search_nside=2), torch.Generator().manual_seed(3)
+with joined() as ranks:
+    particles = read_particles(star)
+    images = replace(load_observations(particles, config.diameter), ranks=ranks)
+    rotations = euler_to_matrix(torch.from_numpy(particles.euler_deg())).float()
+    offsets = torch.from_numpy(particles.origins_angst() / particles.pixel_size_angst).float()
+    rows = torch.arange(len(particles))
+    half = rows % 2 if sets == "mixed" else (rows >= len(rows) // 2).long()
+    rotations[::3] = random_rotations(len(rows[::3]), generator, torch.float32)
+    maps, support = [torch.zeros(24, 24, 24)] * 2, Support(config.diameter / 2)
+    state = Reconstruction(rotations, offsets, half, maps, 8.0, support)
+    refine_round(state, images, config, fsc_curve, joint=False, n_steps=0)
+    reassign(state, images, config, generator)
+    refine_round(state, images, config, fsc_curve, joint=False, n_steps=2)
+    drawn = generator.get_state()
+    tables = [state.rotations, state.offsets_px, *state.rivals.tables()]
+    torch.save([*tables, *state.maps, drawn], f"{out}_{ranks.index}of{ranks.count}.pt")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sets", ["mixed", "one a process"])
+def test_two_processes_search_anew_as_one_does(tmp_path, sets):
+    """All processes know the same of all images, rivals among it."""
+    star = simulated(tmp_path / "stack", 200, 24, 0.1) / "particles.star"
+    script = tmp_path / "searched.py"
+    script.write_text(SEARCHED_AGAIN)
+    for several in (False, True):
+        run(script, star, sets, tmp_path / "found", several=several)
+    names = ("found_0of1.pt", "found_0of2.pt", "found_1of2.pt")
+    one, first, second = (torch.load(tmp_path / name, weights_only=True) for name in names)
+    assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
+    assert (one[4].sum(1) > 0.2).sum() > 20
+    assert torch.equal(one[-1], first[-1])
+    for mine, theirs in zip(one[:-1], first[:-1], strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-3 * float(mine.abs().max()), rtol=0)
 
 
 @pytest.mark.slow

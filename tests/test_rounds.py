@@ -63,12 +63,12 @@ def test_each_image_is_read_once_and_batches_do_not_matter(observed, half, joint
     assert torch.equal(torch.cat(read), torch.arange(N))
     seen = []
 
-    def refine(objective, *args):
-        seen.append(len(objective.target))
-        return refined(objective, *args)
+    def refine(batch, *args, **kwargs):
+        seen.append(len(batch))
+        return rounds_refine(batch, *args, **kwargs)
 
-    refined = rounds.refined
-    monkeypatch.setattr(rounds, "refined", refine)
+    rounds_refine = rounds.refine_poses
+    monkeypatch.setattr(rounds, "refine_poses", refine)
     monkeypatch.setattr(rounds, "image_batches", lambda *_: ShrinkingBatch(7))
     small, read = _round(observed, half, joint)
     assert [len(rows) for rows in read] == [14] * 6 + [6]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -30,7 +30,8 @@ class Rivals:
     """PosePair that images may have instead of their own, k each.
 
     A map is then the mean over what is not known, as in expectation maximisation, and right poses
-    that are not the likeliest yet are part of it.
+    that are not the likeliest yet are part of it. Rivals stay as they were found, in a map that
+    does not hold their images' noise.
 
     Attributes
     ----------
@@ -95,12 +96,7 @@ class Rivals:
         image, rival = torch.nonzero(share, as_tuple=True)
         at = rows[image], rival
         found = _left(share), image, self.rotations[at], self.offsets_px[at], share[image, rival]
-        return Doubt(at, *(taken_to(values, device) for values in found))
-
-    def keep(self, doubt: Doubt) -> None:
-        """Take the poses of :meth:`of` as they are now."""
-        self.rotations[doubt.at] = doubt.rotations.to(self.rotations)
-        self.offsets_px[doubt.at] = doubt.offsets_px.to(self.offsets_px)
+        return Doubt(*(taken_to(values, device) for values in found))
 
 
 @dataclass(frozen=True)
@@ -109,8 +105,6 @@ class Doubt:
 
     Attributes
     ----------
-    at : tuple of Tensor, shape (m,), int64
-        Rows and columns of the tables, on the CPU.
     own : Tensor, shape (b,)
         Share of an image's own pose.
     image : Tensor, shape (m,), int64
@@ -120,16 +114,11 @@ class Doubt:
     share : Tensor, shape (m,)
     """
 
-    at: tuple[Tensor, Tensor]
     own: Tensor
     image: Tensor
     rotations: Tensor
     offsets_px: Tensor
     share: Tensor
-
-    def at_poses(self, rotations: Tensor, offsets_px: Tensor) -> Doubt:
-        """The same shares of other poses."""
-        return replace(self, rotations=rotations, offsets_px=offsets_px)
 
 
 def _left(share: Tensor) -> Tensor:

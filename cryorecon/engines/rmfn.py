@@ -90,7 +90,7 @@ class RmfnConfig(RefineConfig):
     fine_prior: float = 0.5
     hard_poses: int = 100
     hard_cycles: float = 6.4
-    hard_epochs: int = 30
+    hard_epochs: int = 14
     hard_images: int = 8000
     volume: Literal["rmfn", "grid"] = "rmfn"
     width: int = 128

@@ -20,14 +20,13 @@ from cryorecon.engines.reconstruction import (
     shell_prior,
 )
 from cryorecon.engines.refine import (
-    PoseObjective,
     Poses,
     image_scales,
     predictions,
-    refined,
+    refine_poses,
     residual_power,
 )
-from cryorecon.engines.rivals import Doubt, Rivals
+from cryorecon.engines.rivals import Doubt
 from cryorecon.engines.shrinking import ShrinkingBatch, at_once
 from cryorecon.image_table import kept
 from cryorecon.physics.fourier import HalfPlane, max_band
@@ -157,7 +156,6 @@ def _refine_all(
         for half, rows, loaded, poses, doubt, seen in parts:
             learned.add(rows, seen)
             _insert(sums[half], loaded, poses, doubt, state.group)
-            state.rivals.keep(doubt)
             found[half].append(poses)
         tell(sum(len(rows) for _, rows, *_ in parts))
     for new in sums:
@@ -194,30 +192,14 @@ def _refined(
         rotations, offsets = (t[mine] for t in (state.rotations, state.offsets_px))
         start = rotations.to(images.device), offsets.to(images.device)
         model = models[min(half, len(models) - 1)]  # One for both in a joint round.
-        objective = PoseObjective(batch, model)
-        poses = refined(objective, *start, n_steps)
-        doubt = _stepped(state.rivals.of(mine, images.device), objective, n_steps)
+        poses = refine_poses(batch, model, *start, n_steps=n_steps)
+        doubt = state.rivals.of(mine, images.device)
         seen = learned.seen(batch, predictions(batch, model, poses))
         return half, mine, loaded, poses, doubt, seen
 
     # Half of what is read is worked on at a time.
     batches.size *= 2
     return (parts for _, parts in batches.over(len(rows), refine))
-
-
-def _stepped(doubt: Doubt, objective: PoseObjective, n_steps: int) -> Doubt:
-    """Images' rivals refined, as own poses are."""
-    if n_steps == 0 or not len(doubt.image):
-        return doubt
-    parts = [
-        refined(objective.select(image), rotations, offsets_px, n_steps)
-        for image, rotations, offsets_px in zip(
-            *(t.split(len(doubt.own)) for t in (doubt.image, doubt.rotations, doubt.offsets_px)),
-            strict=True,
-        )
-    ]
-    pairs = zip(*((part.rotations, part.offsets_px) for part in parts), strict=True)
-    return doubt.at_poses(*map(torch.cat, pairs))
 
 
 class _Learned:
@@ -282,10 +264,6 @@ def _store(state: Reconstruction, images: ImageSet, rows: Tensor, found: list[Po
     rotations, offsets_px, likelihood = images.everyones(rows, *mine)
     _refuse_broken(images.rows[rows], likelihood)
     state.rotations[rows], state.offsets_px[rows] = rotations, offsets_px
-    if images.ranks.count > 1:
-        own = images.mine(rows)
-        new = images.everyones(rows, *(table[own] for table in state.rivals.tables()))
-        state.rivals.put(rows, Rivals(*new))
     return likelihood
 
 
