@@ -294,6 +294,19 @@ def _shorten(star):
     write_star(star, tables)
 
 
+def test_particles_in_doubt_are_counted_in_jobs_of_the_program_alone(short, copy, stack_32):
+    table, doubt = copy / "run_data.star", "Another pose is likely"
+    particles = read_particles(stack_32 / "particles.star")
+    for share in (None, np.where(np.arange(600) % 4 == 0, 0.5, 1.0)):
+        particles.write(table, pose_share=share)
+        report.write_report(copy)
+        assert (doubt in Reader(page_of(copy)).text) == (share is not None)
+    assert "150 (25%)" in Reader(page_of(copy)).text
+    report.write_map_report(copy / "initial_model.mrc", particles=table)
+    page = (copy / "initial_model_report.html").read_text("utf-8")
+    assert doubt not in Reader(page).text
+
+
 def test_a_map_and_a_table_alone_will_do(short, job, tmp_path):
     for name in ("initial_model.mrc", "run_data.star"):
         shutil.copy(job / name, tmp_path / name)

@@ -17,6 +17,8 @@ from cryorecon.physics.rotations import geodesic_distance_deg
 N_RIVALS, _TEMPERATURE, _LEAST_SHARE = 3, 1.5, 0.02
 # PosePair this near each other are the same, for the rounds of refinement that follow.
 SAME_DEG = 5.0
+# An image is in doubt where less of it than this belongs to its pose.
+SURE = 0.9
 # Another pose takes the place of an image's own if it is surely likelier.
 _LIKELIER = 1.0
 # Of a table of images that are gone through at a time.

@@ -8,6 +8,7 @@ from cryorecon.conventions import shell_to_angst
 from cryorecon.engines.new_search import reassign
 from cryorecon.engines.observations import ImageSet
 from cryorecon.engines.reconstruction import Reconstruction
+from cryorecon.engines.rivals import SURE
 from cryorecon.engines.rounds import RoundReport, refine_round
 from cryorecon.image_table import kept
 from cryorecon.maps.fsc import fsc_curve
@@ -17,8 +18,6 @@ from cryorecon.run.parts import Parts, Place
 # All images are searched again every second round while more than this share of them finds a
 # better pose.
 _ENOUGH_FOUND = 0.02
-# An image is in doubt where less of it than this belongs to its pose.
-_SURE = 0.9
 # What ``rounds.star`` puts before the stage's name: rounds are counted anew in each part.
 _IN_TABLE = {
     "half set 1": "half-set-1-",
@@ -68,7 +67,7 @@ class Refining(Parts):
         """Every image against the better map; the share that found a better pose."""
         with self.job.bar("Searching again", len(images)) as bar:
             share = reassign(state, images, self.config, self.generator, bar)
-        doubtful = float((state.rivals.own_share() < _SURE).float().mean())
+        doubtful = float((state.rivals.own_share() < SURE).float().mean())
         self.job.say(
             f"searched again: {100 * share:.1f} % of the images found a better pose, "
             f"{100 * doubtful:.0f} % may have another"

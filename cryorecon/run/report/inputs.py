@@ -22,6 +22,7 @@ from cryorecon.run.curves import FscCurve, read_fsc_star
 MAP = "initial_model.mrc"
 POSES = "run_data.star"
 _ANGLES = ["rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi"]
+_SHARE = "rlnMaxValueProbDistribution"
 _OUTCOMES = {
     "RELION_JOB_EXIT_SUCCESS": "done",
     "RELION_JOB_EXIT_FAILURE": "failed",
@@ -40,12 +41,15 @@ class Poses:
     origins_angst : Tensor, shape (n, 2), float64
     names : list of str
         Image of each.
+    share : Tensor, shape (n,), float64, optional
+        How much of an image belongs to its pose, 0 to 1.
     """
 
     path: Path
     rotations: Tensor
     origins_angst: Tensor
     names: list[str]
+    share: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -237,7 +241,9 @@ def _poses(path: Path) -> Poses:
         pixel = _old_pixel_size(path, table)
         origins = pixel * np.stack([numbers(path, table, f"rlnOrigin{a}") for a in "XY"], -1)
     names = list(table["rlnImageName"]) if "rlnImageName" in table else []
-    return Poses(path, euler_to_matrix(torch.from_numpy(angles)), torch.from_numpy(origins), names)
+    share = torch.from_numpy(numbers(path, table, _SHARE)) if _SHARE in table else None
+    rotations = euler_to_matrix(torch.from_numpy(angles))
+    return Poses(path, rotations, torch.from_numpy(origins), names, share)
 
 
 def _old_pixel_size(path: Path, table: pd.DataFrame) -> float:

@@ -17,6 +17,7 @@ from matplotlib.colors import to_hex
 from numpy.typing import NDArray
 
 from cryorecon import __version__
+from cryorecon.engines.rivals import SURE
 from cryorecon.errors import CryoreconError
 from cryorecon.io.files import replacing
 from cryorecon.io.particles import Particles
@@ -121,7 +122,12 @@ class Report:
             threshold = 0.143 if inputs.poses is not None else 0.5
             facts.append((f"{what} agree", inputs.fsc.resolution_text(threshold)))
         if inputs.poses is not None:
-            facts.append(("Particles", f"{len(inputs.poses.rotations):,}"))
+            n, share = len(inputs.poses.rotations), inputs.poses.share
+            facts.append(("Particles", f"{n:,}"))
+            # Of finer poses, in another program's table, none is ever sure.
+            if share is not None and "program" in inputs.settings:
+                doubtful = int((share < SURE).sum())
+                facts.append(("Another pose is likely", f"{doubtful:,} ({doubtful / n:.0%})"))
         elif "input_rows" in inputs.settings:
             facts.append(("Particles", f"{inputs.settings['input_rows']:,}"))
         if inputs.map is not None:
