@@ -22,11 +22,18 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 import torch
 
 from cryorecon.cli.main import app, main
+from cryorecon.conventions import euler_to_matrix
+from cryorecon.engines.observations import ImageSet
+from cryorecon.engines.reconstruction import Reconstruction, RefineConfig
 from cryorecon.errors import CryoreconError
 from cryorecon.io.atoms import read_atoms
+from cryorecon.io.particles import read_particles
 from cryorecon.maps import align
+from cryorecon.physics.fourier import max_band
+from cryorecon.physics.masks import Support
 from cryorecon.physics.potential import potential_map
 from cryorecon.run import abinitio
+from cryorecon.run.load import load_observations
 from cryorecon.run.moments import reconstruct as moment_reconstruct
 from cryorecon.run.simulate import simulate
 from cryorecon.run.simulate_config import SimulateConfig
@@ -45,6 +52,17 @@ def cryorecon(*arguments: object, cwd: Path | None = None) -> subprocess.Complet
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
+
+
+def at_true_poses(stack: Path, config: RefineConfig) -> tuple[ImageSet, Reconstruction]:
+    """Images of a simulated stack, and a state that holds their poses and no maps yet."""
+    particles = read_particles(stack / "particles.star")
+    rotations = euler_to_matrix(torch.from_numpy(particles.euler_deg())).float()
+    offsets = torch.from_numpy(particles.origins_angst() / particles.pixel_size_angst).float()
+    blank, half = torch.zeros([particles.box] * 3), torch.arange(len(particles)) % 2
+    band, support = float(max_band(particles.box)), Support(config.diameter / 2)
+    state = Reconstruction(rotations, offsets, half, [blank, blank], band, support)
+    return load_observations(particles, config.diameter), state
 
 
 @pytest.fixture

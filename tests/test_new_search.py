@@ -6,19 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import simulated
+from conftest import at_true_poses, simulated
 
-from cryorecon.conventions import euler_to_matrix
 from cryorecon.engines import new_search
 from cryorecon.engines.new_search import reassign
-from cryorecon.engines.reconstruction import Reconstruction, RefineConfig
+from cryorecon.engines.reconstruction import RefineConfig
 from cryorecon.engines.rounds import refine_round
 from cryorecon.engines.shrinking import ShrinkingBatch
-from cryorecon.io.particles import read_particles
 from cryorecon.maps.fsc import fsc_curve
-from cryorecon.physics.masks import Support
 from cryorecon.physics.rotations import geodesic_distance_deg, random_rotations
-from cryorecon.run.load import load_observations
 
 CONFIG = RefineConfig(search_nside=2)
 
@@ -31,16 +27,9 @@ def stack(tmp_path_factory):
 @pytest.fixture
 def case(stack):
     """Images, a state of true poses with its maps, and these poses."""
-    particles = read_particles(stack / "particles.star")
-    images = load_observations(particles, CONFIG.diameter)
-    rotations = euler_to_matrix(torch.from_numpy(particles.euler_deg())).float()
-    offsets = torch.from_numpy(particles.origins_angst() / particles.pixel_size_angst).float()
-    blank, half = torch.zeros(24, 24, 24), torch.arange(300) % 2
-    state = Reconstruction(
-        rotations.clone(), offsets, half, [blank, blank], 11.0, Support(CONFIG.diameter / 2)
-    )
+    images, state = at_true_poses(stack, CONFIG)
     refine_round(state, images, CONFIG, fsc_curve, joint=False, n_steps=0)
-    return images, state, rotations
+    return images, state, state.rotations.clone()
 
 
 def test_wrong_poses_are_found_again_and_right_ones_stay(case, generator):

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import simulated
+from conftest import at_true_poses, simulated
 
-from cryorecon.conventions import euler_to_matrix
 from cryorecon.engines.new_search import reassign
-from cryorecon.engines.reconstruction import Reconstruction, RefineConfig
+from cryorecon.engines.reconstruction import RefineConfig
 from cryorecon.engines.rivals import N_RIVALS, Rivals, weighed
 from cryorecon.engines.rounds import refine_round
 from cryorecon.io.mrc import read_map
-from cryorecon.io.particles import read_particles
 from cryorecon.maps.fsc import fsc_curve
-from cryorecon.physics.masks import Support
 from cryorecon.physics.rotations import exp_map, geodesic_distance_deg, random_rotations
 from cryorecon.physics.symmetry import symmetry_group
-from cryorecon.run.load import load_observations
 
 CONFIG = RefineConfig(search_nside=3)
 NONE = -torch.inf
@@ -59,14 +55,8 @@ def stack(tmp_path_factory):
 @pytest.fixture
 def case(stack):
     """Images, a state of true poses, and the true map."""
-    particles = read_particles(stack / "particles.star")
-    images = load_observations(particles, CONFIG.diameter)
-    rotations = euler_to_matrix(torch.from_numpy(particles.euler_deg())).float()
-    offsets = torch.from_numpy(particles.origins_angst() / particles.pixel_size_angst).float()
-    blank, half = torch.zeros(24, 24, 24), torch.arange(len(particles)) % 2
-    support = Support(CONFIG.diameter / 2)
-    state = Reconstruction(rotations, offsets, half, [blank, blank], 11.0, support)
-    return images, state, torch.from_numpy(read_map(stack / "map.mrc").data)
+    truth = torch.from_numpy(read_map(stack / "map.mrc").data)
+    return *at_true_poses(stack, CONFIG), truth
 
 
 def averaged(state, images):
