@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+# Rows of a long table that are gone through at a time.
+ROWS = 1 << 17
 # Bytes beyond which a table is an unnamed file of the folder for temporary ones, mapped to memory.
 _IN_MEMORY = 8_000_000
 

@@ -25,6 +25,7 @@ from cryorecon.engines.refine import PoseObjective, refined
 from cryorecon.engines.rivals import N_RIVALS, SAME_DEG, weighed
 from cryorecon.engines.rounds import agreement_band, image_batches, without_solvent
 from cryorecon.engines.shrinking import ShrinkingBatch
+from cryorecon.image_table import ROWS
 from cryorecon.physics.fourier import max_band
 from cryorecon.physics.pose_derivatives import Derivatives, derivatives
 from cryorecon.physics.rotations import geodesic_distance_deg, grid_step_deg
@@ -41,8 +42,6 @@ _LOOKED_AT = 8
 
 # Candidates that are refined together, at least.
 _TOGETHER = 250
-# Of a table of images that are gone through at a time.
-_ROWS = 1 << 17
 
 # Rotations and offsets; the same after rows, or after log-likelihoods.
 _Pairs = tuple[Tensor, Tensor]
@@ -169,9 +168,8 @@ class _Ladder:
         image, candidate = torch.nonzero(chosen, as_tuple=True)
         rotations, offsets_px = (table.clone() for table in poses)
         likelihood = torch.full_like(rotations[..., 0, 0], -torch.inf)
-        for some in torch.arange(len(image), device=image.device).split(
-            max(len(chosen), _TOGETHER)
-        ):
+        numbers = torch.arange(len(image), device=image.device)
+        for some in numbers.split(max(len(chosen), _TOGETHER)):
             at = image[some], candidate[some]
             start = rotations[at], offsets_px[at]
             better = refined(images.select(at[0]), *start, n_steps)
@@ -239,7 +237,7 @@ def _move(state: Reconstruction, own: ImageSet, members: Tensor, found: list[_Fo
     everyone = own.in_file_order(torch.arange(len(own)))
     gain, *others = own.everyones(everyone, *mine)
     rows, n_moved = members[everyone], 0
-    for some in torch.arange(len(rows)).split(_ROWS):
+    for some in torch.arange(len(rows)).split(ROWS):
         at = rows[some]
         held = state.rotations[at], state.offsets_px[at]
         moved, held, rivals = weighed(gain[some], held, (others[0][some], others[1][some]))

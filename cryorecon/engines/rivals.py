@@ -9,27 +9,25 @@ import torch
 from torch import Tensor
 
 from cryorecon.engines.observations import taken_to
-from cryorecon.image_table import image_table, kept
+from cryorecon.image_table import ROWS, image_table, kept
 from cryorecon.physics.rotations import geodesic_distance_deg
 
 # Rivals of an image that are kept. Log-likelihoods count for less by this factor, since the map
 # that they are found in has noise of its own; smaller shares are not worth the work.
 N_RIVALS, _TEMPERATURE, _LEAST_SHARE = 3, 1.5, 0.02
-# PosePair this near each other are the same, for the rounds of refinement that follow.
+# Poses this near each other are the same, for the rounds of refinement that follow.
 SAME_DEG = 5.0
 # An image is in doubt where less of it than this belongs to its pose.
 SURE = 0.9
 # Another pose takes the place of an image's own if it is surely likelier.
 _LIKELIER = 1.0
-# Of a table of images that are gone through at a time.
-_ROWS = 1 << 17
 
 PosePair = tuple[Tensor, Tensor]
 
 
 @dataclass
 class Rivals:
-    """PosePair that images may have instead of their own, k each.
+    """Poses that images may have instead of their own, k each.
 
     A map is then the mean over what is not known, as in expectation maximisation, and right poses
     that are not the likeliest yet are part of it. Rivals stay as they were found, in a map that
@@ -73,7 +71,7 @@ class Rivals:
 
     def move(self, move: Callable[[Tensor, Tensor], PosePair]) -> None:
         """Change all poses, as rotations (m, 3, 3) and offsets (m, 2), the way own poses change."""
-        pairs = zip(self.rotations.split(_ROWS), self.offsets_px.split(_ROWS), strict=True)
+        pairs = zip(self.rotations.split(ROWS), self.offsets_px.split(ROWS), strict=True)
         for rotations, offsets_px in pairs:
             turned, shifted = move(rotations.flatten(0, 1), offsets_px.flatten(0, 1))
             rotations.copy_(turned.view_as(rotations))

@@ -28,7 +28,7 @@ from cryorecon.engines.refine import (
 )
 from cryorecon.engines.rivals import Doubt
 from cryorecon.engines.shrinking import ShrinkingBatch, at_once
-from cryorecon.image_table import kept
+from cryorecon.image_table import ROWS, kept
 from cryorecon.physics.fourier import HalfPlane, max_band
 from cryorecon.physics.masks import molecule_mask
 from cryorecon.physics.pose_derivatives import Derivatives, derivatives
@@ -42,8 +42,6 @@ _STEPS = 5
 # Images at once on the CPU; memory of a coefficient in a pose step, bytes; and most points of the
 # map's transform, eight a coefficient, that are read at once.
 _IMAGES, _BYTES, _MOST_POINTS = 250, 500.0, 2**30
-# Of a table of images that are gone through at a time.
-_ROWS = 1 << 17
 
 
 def image_batches(plane: HalfPlane, device: torch.device) -> ShrinkingBatch:
@@ -129,7 +127,7 @@ def refine_round(
 
 
 def _median_turn_deg(before: Tensor, after: Tensor) -> float:
-    pairs = zip(before.split(_ROWS), after.split(_ROWS), strict=True)
+    pairs = zip(before.split(ROWS), after.split(ROWS), strict=True)
     return float(torch.cat([geodesic_distance_deg(*pair) for pair in pairs]).median())
 
 
