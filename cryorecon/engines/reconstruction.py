@@ -66,7 +66,7 @@ class RefineConfig:
     search_cycles: float = 3.2
     search_nside: int = 4
     offset_range: float = 0.1
-    half_rounds: int = 20
+    half_rounds: int = 40
     joint_rounds: int = 3
     mask_cycles: float = 6.4
     update_noise: bool = True

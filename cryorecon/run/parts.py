@@ -39,6 +39,8 @@ class Place:
     joint : int
         Rounds against the joint map that are done; -1 before they begin.
     done : bool
+    likelihood, searched_at : float
+        Mean log-likelihood in the last round, and in the one before the last new search.
     """
 
     number: int = 0
@@ -46,6 +48,8 @@ class Place:
     settled: bool = False
     joint: int = -1
     done: bool = False
+    likelihood: float = 0.0
+    searched_at: float = 0.0
 
 
 @dataclass

@@ -18,6 +18,8 @@ from cryorecon.run.parts import Parts, Place
 # All images are searched again every second round while more than this share of them finds a
 # better pose.
 _ENOUGH_FOUND = 0.02
+# After so many rounds new searches go on only while one brings this share of the log-likelihood.
+_LONG, _STILL_RISING = 18, 0.01
 # What ``rounds.star`` puts before the stage's name: rounds are counted anew in each part.
 _IN_TABLE = {
     "half set 1": "half-set-1-",
@@ -36,13 +38,22 @@ class Refining(Parts):
         while not place.settled and place.number < self.config.half_rounds:
             if place.number == place.search_after:
                 share = self.search_again(state, images)
-                place.search_after = place.number + 2 if share > _ENOUGH_FOUND else -1
+                again = share > _ENOUGH_FOUND and self._worth_it(place)
+                place.search_after = place.number + 2 if again else -1
                 self.save(state, images, place)
             place.number += 1
-            moved = self.round(state, images, place.number, joint=False)
-            place.settled = moved < self.config.settled_deg and place.search_after < 0
+            report = self.round(state, images, place.number, joint=False)
+            still = state.band <= report.band and report.pose_change_deg < self.config.settled_deg
+            place.settled = still and place.search_after < 0
+            place.likelihood = report.log_likelihood
             self.save(state, images, place)
         self.finish(state, images, place)
+
+    def _worth_it(self, place: Place) -> bool:
+        """Whether to search again, although many rounds are done: a hard set may still be won."""
+        before, place.searched_at = place.searched_at, place.likelihood
+        rising = place.likelihood - before > _STILL_RISING * abs(before)
+        return place.number < _LONG or rising
 
     def finish(self, state: Reconstruction, images: ImageSet, place: Place) -> None:
         """Rounds against the map of all images."""
@@ -74,8 +85,10 @@ class Refining(Parts):
         )
         return share
 
-    def round(self, state: Reconstruction, images: ImageSet, number: int, *, joint: bool) -> float:
-        """One round; degrees that the poses moved, or infinity while the band still grows."""
+    def round(
+        self, state: Reconstruction, images: ImageSet, number: int, *, joint: bool
+    ) -> RoundReport:  # fmt: skip
+        """One round, told to the log and ``rounds.star``."""
         box = images.plane.box
         band_angst = self._angst(state.band, box)
         title = f"Refining {'all' if joint else 'halves'} at {band_angst:.2f} A"
@@ -100,7 +113,7 @@ class Refining(Parts):
         )
         stage = f"{_IN_TABLE.get(self.part, '')}{'joint-map' if joint else 'half-maps'}"
         self.job.record_round(stage, number, self._measured(report, box))
-        return report.pose_change_deg if state.band <= report.band else float("inf")
+        return report
 
     def _measured(self, report: RoundReport, box: int) -> dict[str, float]:
         """A round's row of ``rounds.star``."""
