@@ -13,7 +13,7 @@ from conftest import cryorecon, simulated
 from pretended_device import DEVICE, OnDevice, pretended_device
 from rich.console import Console
 
-from cryorecon.engines import rounds
+from cryorecon.engines import rounds, stream
 from cryorecon.engines.accumulate import NormalEquations
 from cryorecon.engines.amortized import AmortizedConfig
 from cryorecon.engines.moments.config import MomentFitConfig
@@ -27,7 +27,7 @@ from cryorecon.physics.masks import Support
 from cryorecon.physics.rotations import exp_map, random_rotations
 from cryorecon.physics.symmetry import symmetry_group
 from cryorecon.run import abinitio as abinitio_module
-from cryorecon.run import stages
+from cryorecon.run import load, stages
 from cryorecon.run.abinitio import AbinitioOptions, abinitio
 from cryorecon.run.checkpoint import on_cpu
 from cryorecon.run.load import load_observations
@@ -108,9 +108,10 @@ def in_loops(waits):
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_engine_rmfn_runs_on_a_device(few, tmp_path):
+@pytest.mark.parametrize("keep", ["memory", "disk"])
+def test_engine_rmfn_runs_on_a_device(few, tmp_path, keep):
     """To the map of the CPU, and without waiting for the device in inner loops."""
-    waits = job(few, tmp_path / "there", engine=TINY)
+    waits = job(few, tmp_path / "there", engine=TINY, keep=keep)
     abinitio(few, tmp_path / "here", AbinitioOptions(engine=TINY), QUIET)
     there, here = (read_map(tmp_path / f / "initial_model.mrc").data for f in ("there", "here"))
     assert np.corrcoef(there.ravel(), here.ravel())[0, 1] > 0.9999
@@ -136,10 +137,59 @@ def test_the_other_ways_run_on_a_device(few, tmp_path, options, monkeypatch):
     assert not in_loops(waits)
 
 
+def close(there, here):
+    there = there.to("cpu")
+    return torch.allclose(there, here, atol=1e-5 * float(here.abs().max()))
+
+
+@pytest.mark.parametrize("held", ["nowhere", "on the CPU", "on the device"])
+def test_images_are_transformed_and_held_on_a_device(few, monkeypatch, held):
+    """As on the CPU, in whatever order, and some of them held by another process."""
+    particles, rows = read_particles(few), torch.randperm(60)[:50]
+    here = load_observations(particles, 0.8)
+    room = {"on the device": 1e9}.get(held, 0.0)
+    monkeypatch.setattr(load, "free_memory", lambda _: room)
+    keep = "disk" if held == "nowhere" else "memory"
+    with pretended_device() as waits:
+        there = load_observations(particles, 0.8, keep=keep, device=DEVICE)
+        if held != "nowhere":
+            whole = there.source
+            assert isinstance(whole.coefficients, OnDevice) == (held == "on the device")
+            part = slice(10, 40)
+            source = replace(
+                whole, coefficients=whole.coefficients[part], gain=whole.gain[part], first=10
+            )
+            there = replace(there, source=source)
+        waits.clear()
+        for band in (4.0, None):
+            seen = there.select(rows, band)
+            known = here.select(rows, band)
+            assert isinstance(seen.coefficients, OnDevice)
+            assert close(seen.coefficients, known.coefficients)
+            assert close(seen.ctf, known.ctf)
+        assert isinstance(there.noise_power, OnDevice)
+        assert close(there.noise_power, here.noise_power)
+    if held == "nowhere":
+        assert not [line for line in waits if "load.py" in line or "ctf.py" in line]
+
+
+def test_blocks_of_a_training_are_kept_on_a_device(few, monkeypatch):
+    monkeypatch.setattr(stream, "block_size", lambda _: 8)
+    monkeypatch.setattr(stream, "_TOGETHER", 16)
+    particles, rows = read_particles(few), torch.randperm(60)
+    here = load_observations(particles, 0.8).select(rows)
+    with pretended_device():
+        images = load_observations(particles, 0.8, keep="disk", device=DEVICE)
+        there = stream.read_ahead(images).select(rows)
+        assert isinstance(there.coefficients, OnDevice)
+        assert close(there.coefficients, here.coefficients)
+        assert close(there.ctf, here.ctf)
+
+
 def test_a_start_on_a_grid_goes_on_from_its_state_on_a_device(few):
     config = replace(TINY, volume="grid", diameter=0.8)
     with pretended_device():
-        images = load_observations(read_particles(few), 0.8).to(DEVICE)
+        images = load_observations(read_particles(few), 0.8, device=DEVICE)
         seen = images.whole(config.search_band(20))
         run = Search(config, seen, torch.Generator().manual_seed(0))
         run.step(run.batches()[0], 1.0)

@@ -135,15 +135,13 @@ class Amortized:
     Parameters
     ----------
     images : ImageSet
-        All that the run learns from.
+        All that the run learns from; the networks live where their batches are taken to.
     pixel_size_angst : float
         Of the images.
     generator : torch.Generator
         On the CPU.
     mask : Tensor, shape (N, N, N), optional
         Multiplies the soft sphere of the particle's diameter.
-    device : torch.device or str
-        Where the networks live; batches are taken there.
     """
 
     def __init__(
@@ -153,9 +151,9 @@ class Amortized:
         pixel_size_angst: float,
         generator: torch.Generator,
         mask: Tensor | None = None,
-        device: torch.device | str = "cpu",
     ) -> None:
-        self.config, self.generator, self.device = config, generator, device
+        self.config, self.generator, device = config, generator, images.device
+        self.device = device
         box = images.plane.box
         shape = EncoderConfig(
             config.encoder,
@@ -184,7 +182,7 @@ class Amortized:
                 {"params": list(self.reader.encoder.parameters()), "lr": config.encoder_rate},
                 {"params": list(self.decoder.parameters()), "lr": config.decoder_rate},
             ],
-            fused=torch.device(device).type in ("cpu", "cuda"),
+            fused=device.type in ("cpu", "cuda"),
         )
         self.seen = 0
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
@@ -260,7 +258,7 @@ class Amortized:
 
     def _learn(self, rows: Tensor, share: float, drawn: tuple[Tensor, ...]) -> tuple[float, float]:
         """Gradients of a share of a batch; its share of the step's report."""
-        whole = self._ahead.select(rows).to(self.device)
+        whole = self._ahead.select(rows)
         batch = whole.within(self.band)
         transform = self.decoder.transform(self.band)
         guesses = self.reader(whole)
@@ -291,7 +289,7 @@ class Amortized:
             Log-likelihood against an empty image.
         """
         with torch.no_grad():
-            whole = images.select(rows, self.reach).to(self.device)
+            whole = images.select(rows, self.reach)
             batch = whole.within(self.band)
             transform = self.decoder.transform(self.band)
             guesses = self.reader(whole)
@@ -369,7 +367,7 @@ class Amortized:
         """Give the decoder the power that the images hold beyond their noise, at the first band."""
         n = len(self.images)
         rows = torch.arange(n)[:: max(1, n // 500)]
-        batch = self.images.select(rows, self.band).to(self.device)
+        batch = self.images.select(rows, self.band)
         turns = random_rotations(100, self.generator, torch.float32).to(self.device)
         with torch.no_grad():
             slices = self.decoder.slices(self.decoder.transform(self.band), turns, batch.plane)

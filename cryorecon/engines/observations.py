@@ -61,16 +61,6 @@ class Observations:
             noise_power=self.noise_power[:, : plane.n_shells],
         )
 
-    def to(self, device: torch.device | str) -> Observations:
-        """The same on another device."""
-        return Observations(
-            self.plane.to(device),
-            self.coefficients.to(device),
-            self.ctf.to(device),
-            self.noise_power.to(device),
-            self.group.to(device),
-        )
-
     def with_coefficients(self, coefficients: Tensor) -> Observations:
         """Other images, shape (n, m), with the same CTFs and noise."""
         return replace(self, coefficients=coefficients)
@@ -99,16 +89,17 @@ Source = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 class ImageSet:
     """All images of a job; coefficients come from memory or from disk when they are asked for.
 
-    They and all that belongs to one image lie on the CPU; a batch moves to the device of the
-    plane and the noise spectra when it is selected.
+    All else that belongs to one image lies on the CPU; a batch moves to the device of the
+    plane and the noise spectra when it is selected, if the source does not give it there.
 
     Attributes
     ----------
     plane : HalfPlane of m coefficients
     source : callable
         Given rows (b,) and a number k, the first k coefficients of these images, shape (b, k),
-        complex, and their CTF, real. It may have methods `expect`, see :meth:`expect`, and `ready`,
-        which tells whether rows that were expected need not be waited for.
+        complex, and their CTF, real, on any device. It may have methods `expect`, see
+        :meth:`expect`, and `ready`, which tells whether rows that were expected need not be waited
+        for.
     noise_power : Tensor, shape (groups, n_shells), real
         Expected ``|noise|^2`` of a coefficient, by optics group and shell.
     group : Tensor, shape (n,), int32
@@ -172,19 +163,14 @@ class ImageSet:
         """Where batches are taken to."""
         return self.noise_power.device
 
-    def to(self, device: torch.device | str) -> ImageSet:
-        """The same images, batches of which are taken to another device."""
-        return replace(self, plane=self.plane.to(device), noise_power=self.noise_power.to(device))
-
     def select(self, rows: Tensor, band: float | None = None) -> Observations:
         """Load the images of some rows, up to a radius in cycles per box."""
         plane = self.plane if band is None else self.plane.within(band)
         coefficients, ctf = self.source(self.rows[rows].long(), len(plane))
-        ctf = ctf * self.gain[rows, None]
+        mine = coefficients, ctf, self.gain[rows, None], self.group[rows].long()
+        coefficients, ctf, gain, group = (taken_to(values, self.device) for values in mine)
         noise = self.noise_power[:, : plane.n_shells]
-        moved = (taken_to(v, self.device) for v in (coefficients, ctf, self.group[rows].long()))
-        coefficients, ctf, group = moved
-        return Observations(plane, coefficients, ctf, noise, group)
+        return Observations(plane, coefficients, ctf * gain, noise, group)
 
     def expect(self, rows: Tensor) -> None:
         """Tell which images will be selected next: they are read while others are worked on."""
@@ -222,6 +208,11 @@ class ImageSet:
             rows=self.rows[rows],
             place=None if self.place is None else self.place[rows],
         )
+
+
+def rows_of(values: Tensor, rows: Tensor) -> Tensor:
+    """Some rows of values on any device, asked for on the CPU."""
+    return values[rows.to(values.device)]
 
 
 def taken_to(values: Tensor, device: torch.device) -> Tensor:

@@ -14,6 +14,14 @@ Result = TypeVar("Result")
 _SHARE = 0.25
 
 
+def free_memory(device: torch.device) -> float:
+    """Bytes of a GPU that are free, those that torch holds in reserve among them; else none."""
+    if device.type != "cuda":
+        return 0.0
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return float(torch.cuda.mem_get_info(device)[0] + held)
+
+
 def at_once(on_cpu: int, bytes_each: float, device: torch.device, most: int = 4096) -> int:
     """How many images, or numbers, to work on together.
 
@@ -30,9 +38,7 @@ def at_once(on_cpu: int, bytes_each: float, device: torch.device, most: int = 40
     """
     if device.type != "cuda":
         return on_cpu
-    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    free = torch.cuda.mem_get_info(device)[0] + held
-    return max(1, min(most, int(_SHARE * free / bytes_each)))
+    return max(1, min(most, int(_SHARE * free_memory(device) / bytes_each)))
 
 
 class ShrinkingBatch:

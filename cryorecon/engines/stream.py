@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cryorecon.engines.observations import ImageSet, Source
+from cryorecon.engines.observations import ImageSet, Source, rows_of
 from cryorecon.physics.fourier import HalfPlane
 
 # Batches are drawn from at least so many images at once, of one block of neighbours or of some.
@@ -113,7 +113,7 @@ def read_ahead(images: ImageSet) -> ImageSet:
         Up to the frequencies that are wanted.
     """
     order = images.in_file_order(torch.arange(len(images)))
-    source = _Blocks(images.source, images.rows[order], images.plane)
+    source = _Blocks(images.source, images.rows[order], images.plane, images.device)
     return replace(
         images,
         source=source,
@@ -127,14 +127,16 @@ def read_ahead(images: ImageSet) -> ImageSet:
 class _Blocks:
     """A source that keeps the blocks that were loaded last, as many as there are places."""
 
-    def __init__(self, source: Source, rows: Tensor, plane: HalfPlane) -> None:
+    def __init__(
+        self, source: Source, rows: Tensor, plane: HalfPlane, device: torch.device
+    ) -> None:
         self.source, self.rows, self.count = source, rows, len(plane)
         self.block = block_size(plane.box)
         blocks = -(-len(rows) // self.block)
         self.most = min(_GROUPS_KEPT * max(1, _TOGETHER // self.block), blocks)
         held = self.most * self.block
-        kept = torch.empty(held, self.count, dtype=torch.complex64)
-        self.kept = kept, torch.empty(held, self.count)
+        kept = torch.empty(held, self.count, dtype=torch.complex64, device=device)
+        self.kept = kept, torch.empty(held, self.count, device=device)
         # Place of each block, the one that was loaded first before others; of whole ones, a table.
         self.places: dict[int, int] = {}
         self.place_of = torch.full((blocks,), -1)
@@ -167,20 +169,21 @@ class _Blocks:
         place = self.place_of[block]
         if bool((place >= 0).all()):
             return self._kept(rows, place, count)
-        coefficients = torch.empty(len(rows), count, dtype=torch.complex64)
-        ctf = torch.empty(len(rows), count)
+        parts, order = [], []
         # Large batches lie in more blocks than there are places.
         for needed in block.unique().split(self.most):
             self._keep(needed.tolist())
             mine = torch.isin(block, needed).nonzero()[:, 0]
-            found = self._kept(rows[mine], self.place_of[block[mine]], count)
-            coefficients[mine], ctf[mine] = found
-        return coefficients, ctf
+            parts.append(self._kept(rows[mine], self.place_of[block[mine]], count))
+            order.append(mine)
+        coefficients, ctf = (torch.cat(values) for values in zip(*parts, strict=True))
+        back = torch.argsort(torch.cat(order))
+        return rows_of(coefficients, back), rows_of(ctf, back)
 
     def _kept(self, rows: Tensor, place: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """What is kept of rows whose blocks have these places."""
         where = place * self.block + rows % self.block
-        coefficients, ctf = (kept[where, :count] for kept in self.kept)
+        coefficients, ctf = (rows_of(kept[:, :count], where) for kept in self.kept)
         return coefficients, ctf
 
     def _keep(self, needed: list[int]) -> None:

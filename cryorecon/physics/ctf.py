@@ -87,4 +87,6 @@ def ctf(
     phase = phase + torch.deg2rad(column(parameters.phase_shift_deg))
     b_factor = column(parameters.b_factor_angst2)
     found = torch.sin(phase)
-    return found * torch.exp(-b_factor * s2 / 4) if bool(b_factor.any()) else found
+    # Elsewhere than on the CPU asking takes longer than an envelope that is not needed.
+    plain = b_factor.device.type == "cpu" and not bool(b_factor.any())
+    return found if plain else found * torch.exp(-b_factor * s2 / 4)

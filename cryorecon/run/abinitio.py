@@ -240,14 +240,12 @@ def _run(
         f"{len(particles)} particles, {box} px at {pixel:g} A, particle diameter "
         f"{config.diameter * box * pixel:.0f} A"
     )
-    with job.bar("Reading", len(particles)) as bar:
-        images = load_observations(
-            particles, config.diameter, lambda done, _: bar(done), options.keep, job.ranks
-        )
     device = job.ranks.device(options.device)
     if device != "cpu":
         job.say(f"computing on {device_text(device)}")
-    images = images.to(device)
+    with job.bar("Reading", len(particles)) as bar:
+        where = options.keep, job.ranks, device
+        images = load_observations(particles, config.diameter, lambda done, _: bar(done), *where)
     _set_contrast(job, images, config, options.contrast)
     half = half_sets(particles, generator)
     stages = _stages(job, config, generator, pixel, options, particles)

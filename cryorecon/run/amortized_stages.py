@@ -113,7 +113,6 @@ class AmortizedStages(ClimbingStages):
             self.pixel_size_angst,
             generator or self.generator,
             self.mask,
-            images.device,
         )
 
     def engine_state(self) -> Entry:

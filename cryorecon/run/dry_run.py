@@ -21,7 +21,13 @@ from cryorecon.run.cost import (
     moments_cost,
 )
 from cryorecon.run.device import device_text
-from cryorecon.run.load import Keep, load_observations, memory_needed, memory_to_use
+from cryorecon.run.load import (
+    Keep,
+    load_observations,
+    memory_needed,
+    memory_to_use,
+    place_to_hold,
+)
 from cryorecon.run.moments.estimate import MomentsOptions, resolve_geometry
 from cryorecon.run.moments.reconstruct import MomentReconstructOptions
 
@@ -48,7 +54,7 @@ def describe_abinitio(star: Path, options: AbinitioOptions, console: Console) ->
     independent = options.halves == "independent"
     box, n = particles.box, len(rows)
     cost = abinitio_cost(config, n, box, independent=independent, others=others)
-    held = _tell_images(len(particles), box, options.keep, say)
+    held = _tell_images(len(particles), box, options.keep, torch.device(options.device), say)
     _tell_cost(cost, held, say, options.device)
 
 
@@ -104,12 +110,17 @@ def _tell_particles(
     say(f"contrast: {seen} ({score:.1f} standard errors, {len(images)} images)")
 
 
-def _tell_images(n: int, box: int, keep: Keep, say: Callable[[str], None]) -> int:
-    """How images would be held; bytes that they take."""
+def _tell_images(
+    n: int, box: int, keep: Keep, device: torch.device, say: Callable[[str], None]
+) -> int:
+    """How images would be held; bytes of the CPU's memory that they take."""
     needed, limit = memory_needed(n, box), memory_to_use()
-    held = keep == "memory" or (keep == "auto" and needed < limit)
+    place = place_to_hold(n, box, keep, device)
     why = f"half of the free memory is {limit / _GB:.1f} GB" if keep == "auto" else "as asked"
-    if held:
+    if place is not None and place.type != "cpu":
+        say(f"images held in the memory of {device}, {needed / _GB:.2f} GB")
+        return 0
+    if place is not None:
         say(f"images held in memory, {needed / _GB:.2f} GB ({why})")
         return needed
     say(f"images read again when needed; held they would take {needed / _GB:.1f} GB ({why})")

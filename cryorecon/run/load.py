@@ -12,7 +12,8 @@ import psutil
 import torch
 from torch import Tensor
 
-from cryorecon.engines.observations import ImageSet, Source
+from cryorecon.engines.observations import ImageSet, Source, rows_of, taken_to
+from cryorecon.engines.shrinking import free_memory
 from cryorecon.errors import CryoreconError
 from cryorecon.io.mrc import read_map
 from cryorecon.io.particles import Particles
@@ -28,9 +29,13 @@ Keep = Literal["auto", "memory", "disk"]
 _BLOCK = 512
 # Of images that are worked on together: two megabytes, which stay in a cache.
 _PIXELS_AT_ONCE = 1 << 19
+# On a GPU: 64 MB, and some ten times that while they are worked on.
+_PIXELS_AT_ONCE_ELSEWHERE = 1 << 24
 # Coefficients (complex64) and CTF (float32) of an image, bytes each.
 _BYTES = 12
 _SHARE_OF_MEMORY = 0.5
+# Of a GPU's: maps, their derivatives and batches need the rest.
+_SHARE_OF_GPU = 0.25
 # Images that noise spectra are measured on: more would not make them better.
 _NOISE_IMAGES = 20_000
 
@@ -40,7 +45,7 @@ def normalised(images: Tensor, outside: Tensor) -> Tensor:
     weight = outside.flatten() / outside.sum()
     found = torch.empty_like(images)
     # Some megabyte at a time: it is gone through six times.
-    step = max(1, _PIXELS_AT_ONCE // weight.numel())
+    step = _images_at_once(images.shape[-1], images.device)
     for raw, target in zip(images.split(step), found.split(step), strict=True):
         flat, values = raw.flatten(1), target.view(len(raw), -1)
         torch.sub(flat, (flat @ weight)[:, None], out=values)
@@ -53,12 +58,20 @@ def normalised(images: Tensor, outside: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _FromDisk:
-    """A source that reads, normalises and transforms the images each time."""
+    """A source that reads, normalises and transforms the images each time, on a device.
+
+    The plane and the window outside the particle lie there.
+    """
 
     reader: ReadAhead
     optics: CtfParameters
     plane: HalfPlane
     outside: Tensor
+
+    @property
+    def device(self) -> torch.device:
+        """Where images are worked on; what is found stays there."""
+        return self.outside.device
 
     def expect(self, rows: Tensor) -> None:
         """Read these rows, wanted next, while others are worked on."""
@@ -70,9 +83,9 @@ class _FromDisk:
 
     def __call__(self, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
         plane, raw = self.plane.first(count), self._raw(rows)
-        coefficients = torch.empty(len(rows), count, dtype=torch.complex64)
-        gain = torch.empty(len(rows), count)
-        step = max(1, _PIXELS_AT_ONCE // self.plane.box**2)
+        coefficients = torch.empty(len(rows), count, dtype=torch.complex64, device=self.device)
+        gain = torch.empty(len(rows), count, device=self.device)
+        step = _images_at_once(self.plane.box, self.device)
         for here in torch.arange(len(rows)).split(step):
             some = slice(int(here[0]), int(here[-1]) + 1)
             coefficients[some] = to_coefficients(normalised(raw[some], self.outside), plane)
@@ -87,18 +100,27 @@ class _FromDisk:
     def _raw(self, rows: Tensor) -> Tensor:
         images = torch.from_numpy(self.reader.images(rows.numpy()))
         refuse_blank(self.reader.particles, rows, images)
-        return images
+        return taken_to(images, self.device)
 
     def ctf(self, rows: Tensor, count: int) -> Tensor:
         """CTF of some images at the first coefficients."""
         frequencies = self.plane.frequencies[:count]
         pixel = self.reader.particles.pixel_size_angst
-        return ctf(frequencies, self.optics[rows], self.plane.box, pixel).float()
+        optics = self.optics[rows].to(self.device)
+        return ctf(frequencies, optics, self.plane.box, pixel).float()
+
+
+def _images_at_once(box: int, device: torch.device) -> int:
+    """How many images to work on together: as few as a CPU's cache holds, many on a GPU."""
+    pixels = _PIXELS_AT_ONCE if device.type == "cpu" else _PIXELS_AT_ONCE_ELSEWHERE
+    return max(1, pixels // box**2)
 
 
 @dataclass(frozen=True)
 class _InMemory:
     """A source that holds the coefficients and CTFs of neighbours, and reads others.
+
+    It gives them where it holds them, the CPU's memory or a GPU's.
 
     Attributes
     ----------
@@ -123,15 +145,33 @@ class _InMemory:
         return (rows < self.first) | (rows >= self.first + len(self.gain))
 
     def __call__(self, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        place, away = rows - self.first, self._away(rows)
+        away = self._away(rows)
         if not bool(away.any()):
-            return self.coefficients[place, :count], self.gain[place, :count]
-        coefficients = torch.empty(len(rows), count, dtype=self.coefficients.dtype)
-        gain = torch.empty(len(rows), count)
-        coefficients[away], gain[away] = self.others(rows[away], count)
-        held = place[~away]
-        coefficients[~away], gain[~away] = self.coefficients[held, :count], self.gain[held, :count]
-        return coefficients, gain
+            return self._held(rows, count)
+        parts = self._held(rows[~away], count), self.others(rows[away], count)
+        # Where each row is, once those that are held come first.
+        back = torch.argsort(torch.argsort(away.int(), stable=True))
+        both = zip(*parts, strict=True)
+        coefficients, gain = (torch.cat([held, other.to(held)]) for held, other in both)
+        return rows_of(coefficients, back), rows_of(gain, back)
+
+    @staticmethod
+    def empty(others: _FromDisk, first: int, end: int, device: torch.device) -> _InMemory:
+        """Room for images `first` to `end`."""
+        shape = end - first, len(others.plane)
+        coefficients = torch.empty(shape, dtype=torch.complex64, device=device)
+        return _InMemory(coefficients, torch.empty(shape, device=device), first, others)
+
+    def put(self, rows: Tensor, images: Tensor) -> None:
+        """Hold some normalised images."""
+        place = (rows - self.first).to(self.gain.device)
+        plane = self.others.plane
+        self.coefficients[place] = to_coefficients(images, plane).to(self.coefficients)
+        self.gain[place] = self.others.ctf(rows, len(plane)).to(self.gain)
+
+    def _held(self, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        place = rows - self.first
+        return rows_of(self.coefficients[:, :count], place), rows_of(self.gain[:, :count], place)
 
 
 def memory_needed(n: int, box: int) -> int:
@@ -139,9 +179,11 @@ def memory_needed(n: int, box: int) -> int:
     return n * len(half_plane(box)) * _BYTES
 
 
-def memory_to_use() -> float:
-    """Bytes that held images may take: half of what is free."""
-    return _SHARE_OF_MEMORY * psutil.virtual_memory().available
+def memory_to_use(device: torch.device | None = None) -> float:
+    """Bytes that held images may take: half of what is free, or a quarter of a GPU's."""
+    if device is None or device.type == "cpu":
+        return _SHARE_OF_MEMORY * psutil.virtual_memory().available
+    return _SHARE_OF_GPU * free_memory(device)
 
 
 def load_observations(
@@ -150,6 +192,7 @@ def load_observations(
     progress: Callable[[int, int], None] | None = None,
     keep: Keep = "auto",
     ranks: Ranks = ALONE,
+    device: torch.device | str = "cpu",
 ) -> ImageSet:
     """Read all images in file order and measure their noise; keep what fits into memory.
 
@@ -166,54 +209,58 @@ def load_observations(
     keep : "auto", "memory" or "disk"
         Hold all coefficients, or read images again whenever they are needed: the same numbers
         in memory that does not grow with their count. Auto holds them if they take less than
-        half of the free memory.
+        half of the free memory. A GPU holds them itself if they take less than a quarter of its.
     ranks : Ranks
         Each process reads and holds its share.
+    device : device
+        Where images are normalised and transformed, and batches taken to.
 
     Raises
     ------
     CryoreconError
         If an image is blank, so that no noise can be measured.
     """
-    plane, n = half_plane(particles.box), len(particles)
+    plane, n, device = half_plane(particles.box).to(device), len(particles), torch.device(device)
     radius_px = diameter / 2 * particles.box
-    outside = 1 - soft_ball(particles.box, radius_px, 2.0, 2)
+    outside = (1 - soft_ball(particles.box, radius_px, 2.0, 2)).to(device)
     disk = _FromDisk(ReadAhead(particles), particles.ctf_parameters(), plane, outside)
     first, end = ranks.bounds(n)[ranks.index : ranks.index + 2]
-    if keep == "auto":
-        needed = memory_needed(end - first, particles.box)
-        keep = "memory" if needed < memory_to_use() / ranks.neighbours else "disk"
-    held = end - first if keep == "memory" else 0
-    store = _InMemory(
-        torch.empty(held, len(plane), dtype=torch.complex64),
-        torch.empty(held, len(plane)),
-        first,
-        disk,
-    )
+    where = place_to_hold(end - first, particles.box, keep, device, ranks)
+    store = None if where is None else _InMemory.empty(disk, first, end, where)
     group = torch.from_numpy(particles.optics_index()).int()
-    power = torch.zeros(int(group.max()) + 1, plane.n_shells)
     heard = _spread(group)
+    power = torch.zeros(int(group.max()) + 1, plane.n_shells, device=device)
     done = 0
     for rows, following in with_next(_mine(particles, first, end)):
         done += len(rows)
         if progress is not None:
             progress(min(n, done * ranks.count), n)
-        rows, following = (r if held else r[heard[r]] for r in (rows, following))
+        rows, following = (r if store else r[heard[r]] for r in (rows, following))
         if len(rows) == 0:
             continue
         images = disk.images(rows, following)
-        if held:
-            store.coefficients[rows - first] = to_coefficients(images, plane)
-            store.gain[rows - first] = disk.ctf(rows, len(plane))
-        useful = heard[rows]
-        for number in group[rows][useful].unique().tolist():
-            of_group = images[useful & (group[rows] == number)]
+        if store:
+            store.put(rows, images)
+        useful = torch.nonzero(heard[rows])[:, 0]
+        for number in group[rows[useful]].unique().tolist():
+            of_group = rows_of(images, useful[group[rows[useful]] == number])
             power[number] += noise_power_outside(of_group, radius_px, plane) * len(of_group)
     ranks.add_up(power)
-    counts = torch.bincount(group[heard], minlength=len(power)).clamp(min=1)
-    source: Source = store if held else disk
+    counts = torch.bincount(group[heard], minlength=len(power)).clamp(min=1).to(device)
+    source: Source = store or disk
     rows, noise = torch.arange(n, dtype=torch.int32), power / counts[:, None]
     return ImageSet(plane, source, noise, group, torch.ones(n), rows, ranks, n, _place(particles))
+
+
+def place_to_hold(
+    n: int, box: int, keep: Keep, device: torch.device, ranks: Ranks = ALONE
+) -> torch.device | None:
+    """Where n images are held: the device, if it has room, else the CPU's memory; or nowhere."""
+    needed = memory_needed(n, box)
+    if keep != "disk" and device.type != "cpu" and needed < memory_to_use(device):
+        return device
+    fits = keep == "auto" and needed < memory_to_use() / ranks.neighbours
+    return torch.device("cpu") if keep == "memory" or fits else None
 
 
 def _mine(particles: Particles, first: int, end: int) -> Iterator[Tensor]:
