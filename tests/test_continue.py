@@ -463,6 +463,10 @@ def test_a_dry_run_tells_and_writes_nothing(few, tmp_path, monkeypatch, capsys):
         assert ("50 of the particles make the map, 30 join it" in told) == ("50" in words)
         assert ("images read again when needed" in told) == ("disk" in words)
         assert told.count("time about") == (3 if "all" in words else 1)
+        ours = told.count("if images hardly tell their poses")
+        assert ours == (
+            0 if {"moments", "reconstruct"} & set(words) else 2 if "all" in words else 1
+        )
     status, told = command(
         monkeypatch, capsys, "abinitio", few, "-o", tmp_path / "job", "--diameter", 999, "--dry-run"
     )
@@ -483,6 +487,8 @@ def test_estimates_grow_with_the_work(engine):
     assert cost(2000, 128).bytes > small.bytes
     assert cost(2000, 64, independent=True).cpu_s > small.cpu_s
     assert small.cpu_s < cost(2000, 64, others=1000).cpu_s < cost(4000, 64, others=1000).cpu_s
+    assert 300 < cost(2000, 64, hard=True).cpu_s < 1000
+    assert 900 < cost(10_000, 64, hard=True).cpu_s < 2600
 
 
 def test_folders_of_others_and_of_unfinished_jobs_are_kept(tmp_path):

@@ -3,7 +3,8 @@
 Every figure is a count (images, rounds, voxels) times the time of one, measured on one core of a
 desktop machine with 64 px images (``docs/benchmarks.md``, ``docs/scaling.md``).
 Assumed: settled poses after about eight
-rounds against half maps and two new searches, as on the simulated stacks there; images that a disk
+rounds against half maps and two new searches, as on most of the simulated stacks there, or, of
+images that hardly tell their poses, after twice as many and five; images that a disk
 gives as fast as they are worked on; one thread (a second one gains up to 1.6).
 """
 
@@ -29,9 +30,13 @@ _EPOCH, _SEARCHED, _SEARCHED_ON = 0.5, 0.8e-3, 2.2e-3
 _FINE_EPOCHS = 7
 # An image against all poses of the finer grid, as in the assignment; new searches, in which some of
 # these are refined besides.
-_ASSIGNED, _NEW_SEARCHES, _TRIED = 1.4e-3, 2, 2.6e-3
+_ASSIGNED, _NEW_SEARCHES, _TRIED = 1.1e-3, 2, 1.5e-3
+# The same of a hard set, whose grids go farther and leave up to 200 poses to refine; an image in
+# one of the search's last epochs.
+_HARD_SEARCHES, _HARD_GRID, _HARD_TRIED, _HARD_SEARCHED = 5, 8e-3, 10e-3, 6e-3
+_HARD_ROUNDS = 16
 # Rounds until poses settle; an image's pose steps in one; solving for maps, by padded voxel.
-_HALF_ROUNDS, _REFINED, _SOLVED = 8, 0.5e-3, 4e-7
+_HALF_ROUNDS, _REFINED, _SOLVED = 8, 0.4e-3, 4e-7
 # An image seen in training at 32 to 64 px by the dense encoder; others take as many times more.
 _TRAINED = 0.9e-3
 _ENCODERS = {"dense": 1.0, "small": 4.0, "paper": 100.0}
@@ -67,7 +72,7 @@ class Cost:
 
 
 def abinitio_cost(
-    config: RefineConfig, n: int, box: int, *, independent: bool, others: int
+    config: RefineConfig, n: int, box: int, *, independent: bool, others: int, hard: bool = False
 ) -> Cost:
     """Of a run of engine rmfn or amortized.
 
@@ -79,14 +84,19 @@ def abinitio_cost(
         Whether both half sets start from scratch.
     others : int
         Particles that join later.
+    hard : bool
+        Whether images hardly tell their poses, which only the job will find out.
     """
     times = 2 if independent else 1
-    begin = (
-        _search(config, n // times, box) if isinstance(config, RmfnConfig) else _training(config)
-    )
-    rounds = min(config.half_rounds, _HALF_ROUNDS) + config.joint_rounds
+    if isinstance(config, RmfnConfig):
+        begin = _search(config, n // times, box, hard=hard)
+    else:
+        begin = _training(config, n // times, box, hard=hard)
+    rounds = min(config.half_rounds, _HARD_ROUNDS if hard else _HALF_ROUNDS) + config.joint_rounds
     finish = not isinstance(config, AmortizedConfig) or config.finish
     searched = _NEW_SEARCHES * (_ASSIGNED + _TRIED * _size(box))
+    if hard:
+        searched = _HARD_SEARCHES * (_HARD_GRID + _HARD_TRIED * _size(box))
     moved = rounds * _REFINED * _size(box) + searched if finish else 0.0
     solved = times * rounds * _SOLVED * (2 * box) ** 3
     joined = others * (_ASSIGNED + moved)
@@ -94,22 +104,34 @@ def abinitio_cost(
     return Cost(seconds, max(begin.bytes, _PROGRAM + _BY_VOXEL * box**3))
 
 
-def _search(config: RmfnConfig, n: int, box: int) -> Cost:
+def _search(config: RmfnConfig, n: int, box: int, *, hard: bool) -> Cost:
     epochs = config.n_starts * len(config.temperatures)
     seconds = epochs * (_EPOCH + min(n, config.search_images) * _SEARCHED) + n * _ASSIGNED
-    if config.fine_band(box) > config.search_band(box):
-        epochs = min(config.fine_epochs, _FINE_EPOCHS)
-        seconds += epochs * min(n, config.fine_images) * _SEARCHED_ON
+    seconds += _searched_on(config, n, box, hard=hard)
     seconds += 0.1 * config.final_steps if config.volume == "rmfn" else 0.0
     network = _NETWORK_SEARCH if config.volume == "rmfn" else 0.0
     return Cost(seconds, _PROGRAM + _SEARCH + network)
 
 
-def _training(config: RefineConfig) -> Cost:
+def _searched_on(config: RmfnConfig, n: int, box: int, *, hard: bool) -> float:
+    """Seconds of the search's epochs at higher bands."""
+    seconds = 0.0
+    if config.fine_band(box) > config.search_band(box):
+        epochs = config.fine_epochs if hard else min(config.fine_epochs, _FINE_EPOCHS)
+        seconds += epochs * min(n, config.fine_images) * _SEARCHED_ON
+    if hard and config.hard_band(box) > config.fine_band(box):
+        seconds += config.hard_epochs * min(n, config.hard_images) * _HARD_SEARCHED
+    return seconds
+
+
+def _training(config: RefineConfig, n: int, box: int, *, hard: bool) -> Cost:
     assert isinstance(config, AmortizedConfig)
     grid = config.decoder in ("grid", "log-grid")
     each = _TRAINED * _ENCODERS[config.encoder] * (1.0 if grid else _NETWORK_DECODER)
-    return Cost(config.images_seen * each * config.heads / 4, _PROGRAM + 350e6)
+    seconds = config.images_seen * each * config.heads / 4
+    if hard:
+        seconds += _searched_on(RmfnConfig(diameter=config.diameter), n, box, hard=True)
+    return Cost(seconds, _PROGRAM + 350e6)
 
 
 def moments_cost(geometry: MomentsGeometry, n: int) -> Cost:

@@ -53,9 +53,12 @@ def describe_abinitio(star: Path, options: AbinitioOptions, console: Console) ->
         say(f"{len(rows)} of the particles make the map, {others} join it")
     independent = options.halves == "independent"
     box, n = particles.box, len(rows)
-    cost = abinitio_cost(config, n, box, independent=independent, others=others)
+    easy, hard = (
+        abinitio_cost(config, n, box, independent=independent, others=others, hard=hard)
+        for hard in (False, True)
+    )
     held = _tell_images(len(particles), box, options.keep, torch.device(options.device), say)
-    _tell_cost(cost, held, say, options.device)
+    _tell_cost(easy, held, say, options.device, hard)
 
 
 def describe_moments(
@@ -127,16 +130,23 @@ def _tell_images(
     return 0
 
 
-def _tell_cost(cost: Cost, images: int, say: Callable[[str], None], device: str) -> None:
+def _tell_cost(
+    cost: Cost,
+    images: int,
+    say: Callable[[str], None],
+    device: str,
+    hard: Cost | None = None,
+) -> None:
     peak, free = cost.bytes + images, psutil.virtual_memory().available
     short = "" if peak < free else f"; ONLY {free / _GB:.1f} GB ARE FREE"
     say(f"memory about {peak / _GB:.1f} GB{short}")
     cores = torch.get_num_threads()
     if device != "cpu":
         say(f"computes on {device_text(device)}; the time is that of a CPU, a GPU's is not known")
+    longer = "" if hard is None else f" (if images hardly tell their poses {_duration(hard.cpu_s)})"
     say(
-        f"time about {_duration(cost.cpu_s)} of one core ({cores} in use), within a factor of two; "
-        "nothing was written"
+        f"time about {_duration(cost.cpu_s)}{longer} of one core ({cores} in use), within a factor "
+        "of two; nothing was written"
     )
 
 
