@@ -91,7 +91,7 @@ class RmfnConfig(RefineConfig):
     hard_poses: int = 100
     hard_cycles: float = 6.4
     hard_epochs: int = 14
-    hard_images: int = 8000
+    hard_images: int = 4000
     volume: Literal["rmfn", "grid"] = "rmfn"
     width: int = 128
     final_steps: int = 60

@@ -33,7 +33,7 @@ _FINE_EPOCHS = 7
 _ASSIGNED, _NEW_SEARCHES, _TRIED = 1.1e-3, 2, 1.5e-3
 # The same of a hard set, whose grids go farther and leave up to 200 poses to refine; an image in
 # one of the search's last epochs.
-_HARD_SEARCHES, _HARD_GRID, _HARD_TRIED, _HARD_SEARCHED = 5, 8e-3, 10e-3, 6e-3
+_HARD_SEARCHES, _HARD_GRID, _HARD_TRIED, _HARD_SEARCHED = 4, 8e-3, 10e-3, 6e-3
 _HARD_ROUNDS = 16
 # Rounds until poses settle; an image's pose steps in one; solving for maps, by padded voxel.
 _HALF_ROUNDS, _REFINED, _SOLVED = 8, 0.4e-3, 4e-7
