@@ -57,9 +57,7 @@ class Ranks:
 
     def device(self, name: str) -> str:
         """Where this process computes, when all were told one name: each on a GPU of its own."""
-        if self.count == 1 or not name.startswith("cuda"):
-            return name
-        return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % max(torch.cuda.device_count(), 1)}"
+        return name if self.count == 1 else own_gpu(name)
 
     def bounds(self, n: int) -> list[int]:
         """Where the shares of n rows begin, and n: neighbours stay together."""
@@ -202,6 +200,13 @@ ALONE = Ranks()
 def wanted() -> int:
     """How many processes share this job, as ``torchrun`` says; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
+def own_gpu(name: str) -> str:
+    """The GPU of this process's number on its machine, if ``torchrun`` has started several."""
+    if wanted() == 1 or not name.startswith("cuda"):
+        return name
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % max(torch.cuda.device_count(), 1)}"
 
 
 @contextmanager

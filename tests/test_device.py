@@ -21,13 +21,17 @@ from cryorecon.engines.refine import Poses
 from cryorecon.engines.rivals import Rivals
 from cryorecon.engines.rmfn import RmfnConfig, Search
 from cryorecon.engines.shrinking import ShrinkingBatch, at_once
+from cryorecon.errors import CryoreconError
+from cryorecon.io import read_ahead
 from cryorecon.io.mrc import read_map
 from cryorecon.io.particles import read_particles
+from cryorecon.physics.fourier import half_plane
 from cryorecon.physics.masks import Support
 from cryorecon.physics.rotations import exp_map, random_rotations
 from cryorecon.physics.symmetry import symmetry_group
+from cryorecon.ranks import Ranks
 from cryorecon.run import abinitio as abinitio_module
-from cryorecon.run import load, stages
+from cryorecon.run import device, load, stages
 from cryorecon.run.abinitio import AbinitioOptions, abinitio
 from cryorecon.run.checkpoint import on_cpu
 from cryorecon.run.load import load_observations
@@ -247,6 +251,45 @@ def test_rotations_off_the_cpu_are_those_of_the_matrix_exponential(generator):
         there = slopes(vectors.to(DEVICE))
     for one, other in zip(here, there, strict=True):
         assert torch.allclose(one, other, atol=1e-12)
+
+
+def test_processes_that_share_a_gpu_are_refused(monkeypatch):
+    """At once, and by their number; where each has its own they go on."""
+    told: list[str] = []
+    monkeypatch.setattr(torch.cuda, "set_device", told.append)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(device, "_identity", lambda name: f"GPU of {name}")
+
+    class Two(Ranks):
+        others = 0
+
+        def everyones(self, mine, counts):
+            assert counts == [1, 1]
+            return torch.cat([mine + self.others, mine])
+
+    with pytest.raises(CryoreconError, match="2 processes have 1 GPU between them") as error:
+        device.own_device("cuda", Two(1, 2))
+    assert "--nproc-per-node" in error.value.remedy
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(Two, "others", 1)
+    assert device.own_device("cuda", Two(1, 2)) == "cuda:1"
+    assert told == ["cuda:0", "cuda:1"]
+    assert device.own_device("cpu", Two(1, 2)) == "cpu"
+
+
+def test_batches_of_a_gpu_are_read_ahead(monkeypatch):
+    """Two halves of a round's batch are no more than what is read before it is asked for."""
+    monkeypatch.setattr(rounds, "at_once", lambda on_cpu, bytes_each, device, most: most)
+    for box in (64, 128, 256, 500):
+        plane = half_plane(box)
+        batch = rounds.image_batches(plane, DEVICE).size
+        assert 2 * batch * 4 * box**2 <= read_ahead._LARGEST
+        assert 8 * len(plane) * batch <= 2**30
+        few = plane.within(6.0)
+        assert rounds.poses_at_once(few, DEVICE) >= 8 * batch
 
 
 def test_batches_take_a_share_of_a_gpus_free_memory(monkeypatch):

@@ -139,6 +139,17 @@ def test_molecule_mask_holds_the_molecule_and_drops_the_solvent(molecule_32, box
     assert torch.equal(molecule_mask(-volume.abs() - 1, 6.0), torch.ones_like(volume))
 
 
+def test_the_margin_of_a_molecule_mask_is_a_cube():
+    """One voxel that stands out becomes a cube of as many voxels as the margin asks for."""
+    volume = torch.zeros(64, 64, 64)
+    volume[20, 30, 40] = 1
+    grown = torch.zeros_like(volume)
+    grown[14:27, 24:37, 34:47] = 1
+    wanted = fourier.lowpass(grown, 10, 3, 8).clamp(0, 1)
+    # So narrow a threshold that only the peak of the low-passed voxel is above it.
+    assert torch.allclose(molecule_mask(volume, 32.0, 0.999, margin=6 / 64), wanted, atol=1e-6)
+
+
 @pytest.mark.parametrize("box", [32, 33])
 def test_solvent_mask_is_one_on_the_molecule_and_zero_away_from_it(box):
     radius = fourier.radius_grid(box, 3)

@@ -133,6 +133,25 @@ def test_a_pose_that_is_no_number_spoils_its_own_products_alone(generator):
     assert torch.equal(pose_derivatives.squared_residual(*images).isnan(), bad)
 
 
+def test_poses_that_are_no_numbers_end_no_job_on_a_gpu(by_torch, generator):
+    """Its indices outside a grid would: so values are no numbers there."""
+    plane, volume, rotations, noise = case(8, torch.float32, generator)
+    transform = padded_transform(volume).values
+    rotations[1] = torch.nan
+
+    def work():
+        found = points.read(transform, rotations, plane, 2)
+        grid = torch.zeros_like(transform)
+        points.add([(noise, grid)], rotations, plane, 2)
+        return found, grid, points.turn(transform, noise, rotations, plane, 2)
+
+    found, grid, turned = by_torch(work)
+    for values in (found, turned[:, :2]):
+        assert values[1].isnan().all()
+        assert values[[0, 2]].isfinite().all()
+    assert grid.isnan().any()
+
+
 def test_adding_wants_a_grid_that_is_whole(generator):
     plane, _, rotations, slices = case(12, torch.float32, generator)
     grid = torch.zeros(24, 24, 48, dtype=torch.complex64)[..., ::2]

@@ -23,7 +23,12 @@ from cryorecon.engines.reconstruction import (
 )
 from cryorecon.engines.refine import PoseObjective, refined
 from cryorecon.engines.rivals import N_RIVALS, SAME_DEG, weighed
-from cryorecon.engines.rounds import agreement_band, image_batches, without_solvent
+from cryorecon.engines.rounds import (
+    agreement_band,
+    image_batches,
+    poses_at_once,
+    without_solvent,
+)
 from cryorecon.engines.shrinking import ShrinkingBatch
 from cryorecon.image_table import ROWS
 from cryorecon.physics.fourier import max_band
@@ -169,7 +174,8 @@ class _Ladder:
         rotations, offsets_px = (table.clone() for table in poses)
         likelihood = torch.full_like(rotations[..., 0, 0], -torch.inf)
         numbers = torch.arange(len(image), device=image.device)
-        for some in numbers.split(max(len(chosen), _TOGETHER)):
+        together = poses_at_once(images.plane, image.device, max(len(chosen), _TOGETHER))
+        for some in numbers.split(together):
             at = image[some], candidate[some]
             start = rotations[at], offsets_px[at]
             better = refined(images.select(at[0]), *start, n_steps)

@@ -42,12 +42,24 @@ _STEPS = 5
 # Images at once on the CPU; memory of a coefficient in a pose step, bytes; and most points of the
 # map's transform, eight a coefficient, that are read at once.
 _IMAGES, _BYTES, _MOST_POINTS = 250, 500.0, 2**30
+# Bytes of images on disk that half a round's batch takes: twice as many are just read ahead.
+_MOST_READ = 128e6
+# A half set may have so many times its share of a batch and still be worked on at once.
+_UNEVEN = 1.1
+
+
+def poses_at_once(
+    plane: HalfPlane, device: torch.device, on_cpu: int = _IMAGES, most: int = 65536
+) -> int:
+    """How many poses to work on together: as many as a GPU holds, of so many coefficients."""
+    most = min(most, max(1, _MOST_POINTS // (8 * len(plane))))
+    return at_once(on_cpu, _BYTES * len(plane), device, most)
 
 
 def image_batches(plane: HalfPlane, device: torch.device) -> ShrinkingBatch:
-    """Images at once in pose steps, as many as the device holds."""
-    most = min(4096, max(1, _MOST_POINTS // (8 * len(plane))))
-    return ShrinkingBatch(at_once(_IMAGES, _BYTES * len(plane), device, most))
+    """Images at once in pose steps, as many as the device holds and are read ahead."""
+    most = min(4096, max(1, int(_MOST_READ / (4 * plane.box**2))))
+    return ShrinkingBatch(poses_at_once(plane, device, most=most))
 
 
 @dataclass(frozen=True)
@@ -177,11 +189,11 @@ def _refined(
     def refine(span: slice) -> list[_Refined]:
         images.expect(rows[span.stop : span.stop + batches.size])
         both = images.select(rows[span])
-        of_half = state.half[rows[span]]
+        of_half, most = state.half[rows[span]], max(1, int(_UNEVEN * batches.size / 2))
         return [
             of(half, rows[span], both, few)
             for half in of_half.unique().tolist()
-            for few in torch.nonzero(of_half == half)[:, 0].split(max(1, batches.size // 2))
+            for few in torch.nonzero(of_half == half)[:, 0].split(most)
         ]
 
     def of(half: int, read: Tensor, both: Observations, few: Tensor) -> _Refined:

@@ -195,7 +195,8 @@ def _sides(rotations: Tensor, plane: HalfPlane, size: int, padding: int) -> tupl
     frequencies = plane.frequencies.to(rotations.dtype) * padding
     # A.T @ (kx, ky, 0), one row for each of x, y, z.
     points = (rotations[..., :2, :].permute(2, 0, 1) @ frequencies.T).flatten(1) + size // 2
-    lower = points.floor().clamp(max=size - 2)
+    # Rotations that are no numbers give values that are none, not indices that end a GPU's job.
+    lower = points.floor().clamp(0, size - 2).nan_to_num(0)
     upper = points - lower
     x, y, z = lower.to(torch.int64).unbind(0)
     return (z * size + y) * size + x, torch.stack([1 - upper, upper])

@@ -22,7 +22,7 @@ from cryorecon.io.particles import Particles, read_particles
 from cryorecon.physics.symmetry import symmetry_group
 from cryorecon.ranks import ALONE, Ranks
 from cryorecon.run.amortized_stages import AmortizedStages
-from cryorecon.run.device import device_text, usable_device
+from cryorecon.run.device import device_text, own_device, usable_device
 from cryorecon.run.job import Job, Task, open_job
 from cryorecon.run.load import Keep, half_sets, load_observations, map_like
 from cryorecon.run.report.page import report_at_end
@@ -240,7 +240,7 @@ def _run(
         f"{len(particles)} particles, {box} px at {pixel:g} A, particle diameter "
         f"{config.diameter * box * pixel:.0f} A"
     )
-    device = job.ranks.device(options.device)
+    device = own_device(options.device, job.ranks)
     if device != "cpu":
         job.say(f"computing on {device_text(device)}")
     with job.bar("Reading", len(particles)) as bar:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import socket
+
 import torch
 
 from cryorecon.errors import CryoreconError
+from cryorecon.ranks import Ranks, own_gpu
 
 
 def usable_device(name: str) -> str:
@@ -18,7 +22,7 @@ def usable_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(1, device=name)
+        torch.empty(1, device=own_gpu(name))
     except (RuntimeError, AssertionError) as error:
         remedy = "Give --device cpu"
         if name.startswith("cuda"):
@@ -26,6 +30,41 @@ def usable_device(name: str) -> str:
         reason = str(error).splitlines()[0]
         raise CryoreconError(f"--device {name} cannot be used: {reason}", remedy) from error
     return name
+
+
+def own_device(name: str, ranks: Ranks) -> str:
+    """Where this process computes: each of several on a GPU of its own, in full single precision.
+
+    Raises
+    ------
+    CryoreconError
+        If processes share a GPU, which the library that adds up their sums refuses.
+    """
+    device = ranks.device(name)
+    if not device.startswith("cuda"):
+        return device
+    # Containers may allow products of ten bits, which tell no poses apart.
+    torch.set_float32_matmul_precision("highest")
+    if ranks.count > 1:
+        torch.cuda.set_device(device)
+        _refuse_shared(f"{socket.gethostname()} {_identity(device)}", ranks)
+    return device
+
+
+def _identity(device: str) -> str:
+    return str(torch.cuda.get_device_properties(device).uuid)
+
+
+def _refuse_shared(gpu: str, ranks: Ranks) -> None:
+    number = int.from_bytes(hashlib.sha256(gpu.encode()).digest()[:7], "big")
+    everyones = ranks.everyones(torch.tensor([number]), [1] * ranks.count)
+    gpus = len(everyones.unique())
+    if gpus < ranks.count:
+        raise CryoreconError(
+            f"{ranks.count} processes have {gpus} GPU{'s' * (gpus > 1)} between them",
+            "Start no more processes on a machine than it has GPUs, see torchrun's "
+            "--nproc-per-node",
+        )
 
 
 def device_text(name: str) -> str:

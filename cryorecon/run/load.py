@@ -170,7 +170,7 @@ class _InMemory:
         self.gain[place] = self.others.ctf(rows, len(plane)).to(self.gain)
 
     def _held(self, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        place = rows - self.first
+        place = taken_to(rows - self.first, self.gain.device)
         return rows_of(self.coefficients[:, :count], place), rows_of(self.gain[:, :count], place)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -129,7 +130,7 @@ class FullTarget:
         channels = torch.view_as_real(field).permute(3, 2, 0, 1)
         return channels[:, 0], channels[:, 1:].flatten(0, 1)
 
-    @property
+    @cached_property
     def count(self) -> float:
         """All measured entries: the scale of a misfit."""
         return len(self.first) + 2 * float((self.second_weight > 0).sum())

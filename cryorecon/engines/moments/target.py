@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -105,7 +106,7 @@ class Target:
         second = (self.second * by[:, None] * by).nan_to_num()
         return (self.first * by)[None], torch.view_as_real(second).permute(0, 3, 2, 1).flatten(0, 2)
 
-    @property
+    @cached_property
     def count(self) -> float:
         """Real and imaginary parts of all measured entries: the scale of a misfit."""
         third = 2 * self.third.count if self.third is not None else 0.0

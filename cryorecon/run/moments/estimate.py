@@ -23,6 +23,7 @@ from cryorecon.engines.moments.forms import (
 )
 from cryorecon.engines.moments.sums import MomentBatch, MomentSums
 from cryorecon.engines.moments.sums_full import check_full
+from cryorecon.engines.observations import taken_to
 from cryorecon.errors import CryoreconError
 from cryorecon.io.files import sha256_of
 from cryorecon.io.particles import Particles, read_particles
@@ -32,6 +33,7 @@ from cryorecon.physics.fourier import HalfPlane, half_plane, max_band
 from cryorecon.physics.imaging import noise_powers_outside, noise_unmixing
 from cryorecon.physics.masks import soft_ball
 from cryorecon.ranks import ALONE, Ranks
+from cryorecon.run.device import own_device
 from cryorecon.run.load import normalised, refuse_blank, with_next
 from cryorecon.run.moments.store import Progress, load_progress, new_sums, save_progress
 from cryorecon.run.stopping import Stop, StoppedError, listening
@@ -147,7 +149,7 @@ def _third_radius(options: MomentsOptions, radius: int) -> int:
 
 @dataclass(frozen=True)
 class _Reader:
-    """Blocks of images with what the sums need to know of them."""
+    """Blocks of images with what the sums need to know of them, on the device of the plane."""
 
     images: ReadAhead
     geometry: MomentsGeometry
@@ -158,7 +160,7 @@ class _Reader:
     unmixing: Tensor
 
     @staticmethod
-    def of(particles: Particles, geometry: MomentsGeometry) -> _Reader:
+    def of(particles: Particles, geometry: MomentsGeometry, device: torch.device | str) -> _Reader:
         origins = torch.from_numpy(particles.origins_angst() / particles.pixel_size_angst)
         radius_px, plane = geometry.diameter / 2 * geometry.box, half_plane(geometry.box)
         return _Reader(
@@ -166,9 +168,9 @@ class _Reader:
             geometry,
             particles.ctf_parameters() if geometry.ctf else None,
             origins,
-            plane,
-            1 - soft_ball(geometry.box, radius_px, 2.0, 2),
-            noise_unmixing(radius_px, plane),
+            plane.to(device),
+            (1 - soft_ball(geometry.box, radius_px, 2.0, 2)).to(device),
+            noise_unmixing(radius_px, plane).to(device),
         )
 
     def read(self, rows: Tensor, frequencies: Tensor, following: Tensor) -> MomentBatch:
@@ -176,10 +178,11 @@ class _Reader:
 
         The following ones are read while these are worked on.
         """
-        geometry, box = self.geometry, self.geometry.box
+        geometry, box, device = self.geometry, self.geometry.box, self.outside.device
         self.images.expect(following.numpy())
         images = torch.from_numpy(self.images.images(rows.numpy()))
         refuse_blank(self.images.particles, rows, images)
+        images = taken_to(images, device)
         if geometry.normalised:
             images = normalised(images, self.outside)
             radius_px = geometry.diameter / 2 * box
@@ -189,7 +192,8 @@ class _Reader:
             power = torch.full((len(rows), self.plane.n_shells), level)
         gain = None
         if self.optics is not None:
-            gain = ctf(frequencies, self.optics[rows], box, geometry.pixel_size_angst)
+            optics, at = self.optics[rows].to(device), frequencies.to(device)
+            gain = ctf(at, optics, box, geometry.pixel_size_angst)
         images, rest = centred_images(images, self.offsets_px[rows])
         return MomentBatch(images, rest, gain, power)
 
@@ -274,7 +278,7 @@ def moments_of(
         check_full(geometry, psutil.virtual_memory().available)
     source = sha256_of(particles.path)
     state = state_path(output)
-    device = ranks.device(options.device)
+    device = own_device(options.device, ranks)
     done = Progress(new_sums(geometry, device), 0, len(particles), (source,))
     if resume:
         saved = load_progress(state, geometry, source, device)
@@ -283,7 +287,8 @@ def moments_of(
     patient = ranks.count > 1
     listen = nullcontext(stop) if stop is not None else listening(grace_s=None, patient=patient)
     with listen as asked:
-        done = _pass(particles, done, state, options, progress, asked, ranks)
+        reader = _Reader.of(particles, geometry, device)
+        done = _pass(reader, done, state, options, progress, asked, ranks)
     if geometry.max_radius > _LONG_FINISH and ranks.first:
         # Solving for the moments takes long at high radii: an interruption must lose no sums.
         save_progress(state, done)
@@ -301,7 +306,7 @@ def state_path(output: Path) -> Path:
 
 
 def _pass(
-    particles: Particles,
+    reader: _Reader,
     done: Progress,
     state: Path,
     options: MomentsOptions,
@@ -311,7 +316,8 @@ def _pass(
 ) -> Progress:
     """All images that are not in the sums yet; each process takes every k-th block of them."""
     sums: MomentSums = done.sums
-    reader, total = _Reader.of(particles, sums.geometry), len(particles)
+    particles = reader.images.particles
+    total = len(particles)
     seen = saved = done.images_done
     blocks = map(torch.from_numpy, particles.in_file_order(_BLOCK * ranks.count, seen))
     mine = slice(ranks.index * _BLOCK, (ranks.index + 1) * _BLOCK)

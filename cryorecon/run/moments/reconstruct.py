@@ -28,6 +28,7 @@ from cryorecon.maps.fsc import crossing_shell, fsc_curve
 from cryorecon.physics.fourier import lowpass
 from cryorecon.ranks import ALONE, Ranks
 from cryorecon.run.curves import FscCurve, write_fsc_star
+from cryorecon.run.device import own_device
 from cryorecon.run.job import Job, Task, open_job, write_output_nodes
 from cryorecon.run.load import map_like
 from cryorecon.run.moments.estimate import MomentsOptions, moments_of, resolve_geometry, state_path
@@ -168,7 +169,7 @@ def _fit_and_write(
     given: Tensor | None = None,
 ) -> None:
     radius = _radius(path, moments, options.engine, job)
-    device = job.ranks.device(options.device)
+    device = own_device(options.device, job.ranks)
     fitter = Fitter.of(moments, options.engine, radius, device)
     near, geometry = None, moments.geometry.in_particle_box()
     if given is not None and job.ranks.count > 1:
