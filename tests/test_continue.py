@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import resource
 import shlex
@@ -488,7 +489,11 @@ def test_estimates_grow_with_the_work(engine):
     assert cost(2000, 64, independent=True).cpu_s > small.cpu_s
     assert small.cpu_s < cost(2000, 64, others=1000).cpu_s < cost(4000, 64, others=1000).cpu_s
     assert 300 < cost(2000, 64, hard=True).cpu_s < 1000
-    assert 900 < cost(10_000, 64, hard=True).cpu_s < 2600
+    assert 900 < cost(10_000, 64, hard=True).cpu_s < 2000
+    if isinstance(engine, AmortizedConfig):
+        alone = dataclasses.replace(engine, search_on=False)
+        shorter = abinitio_cost(alone, 2000, 64, independent=False, others=0, hard=True)
+        assert shorter.cpu_s < cost(2000, 64, hard=True).cpu_s - 100
 
 
 def test_folders_of_others_and_of_unfinished_jobs_are_kept(tmp_path):

@@ -31,7 +31,7 @@ from cryorecon.physics.rotations import exp_map, random_rotations
 from cryorecon.physics.symmetry import symmetry_group
 from cryorecon.ranks import Ranks
 from cryorecon.run import abinitio as abinitio_module
-from cryorecon.run import device, load, stages
+from cryorecon.run import device, dry_run, load, stages
 from cryorecon.run.abinitio import AbinitioOptions, abinitio
 from cryorecon.run.checkpoint import on_cpu
 from cryorecon.run.load import load_observations
@@ -112,9 +112,13 @@ def in_loops(waits):
 
 
 @pytest.mark.usefixtures("no_pictures")
-@pytest.mark.parametrize("keep", ["memory", "disk"])
-def test_engine_rmfn_runs_on_a_device(few, tmp_path, keep):
-    """To the map of the CPU, and without waiting for the device in inner loops."""
+@pytest.mark.parametrize("keep", ["auto", "disk"])
+def test_engine_rmfn_runs_on_a_device(few, tmp_path, keep, monkeypatch):
+    """To the map of the CPU, and without waiting for the device in inner loops.
+
+    Images are held by the device, or read again and again.
+    """
+    monkeypatch.setattr(load, "free_memory", lambda _: 1e9)
     waits = job(few, tmp_path / "there", engine=TINY, keep=keep)
     abinitio(few, tmp_path / "here", AbinitioOptions(engine=TINY), QUIET)
     there, here = (read_map(tmp_path / f / "initial_model.mrc").data for f in ("there", "here"))
@@ -175,6 +179,20 @@ def test_images_are_transformed_and_held_on_a_device(few, monkeypatch, held):
         assert close(there.noise_power, here.noise_power)
     if held == "nowhere":
         assert not [line for line in waits if "load.py" in line or "ctf.py" in line]
+
+
+def test_a_dry_run_tells_who_holds_the_images(monkeypatch):
+    told: list[str] = []
+    gpu, cpu = torch.device("cuda:1"), torch.device("cpu")
+    monkeypatch.setattr(load, "free_memory", lambda _: 1e9)
+    assert dry_run._tell_images(1000, 64, "auto", gpu, told.append) == 0
+    assert "held in the memory of cuda:1, 0.02 GB" in told[-1]
+    # A quarter of a gigabyte is not enough for these.
+    for device_, keep in ((gpu, "memory"), (cpu, "memory")):
+        assert dry_run._tell_images(20_000, 64, keep, device_, told.append) > 0.25e9
+        assert "held in memory" in told[-1]
+    assert dry_run._tell_images(1000, 64, "disk", gpu, told.append) == 0
+    assert "read again when needed" in told[-1]
 
 
 def test_blocks_of_a_training_are_kept_on_a_device(few, monkeypatch):
@@ -256,6 +274,8 @@ def test_rotations_off_the_cpu_are_those_of_the_matrix_exponential(generator):
 def test_processes_that_share_a_gpu_are_refused(monkeypatch):
     """At once, and by their number; where each has its own they go on."""
     told: list[str] = []
+    precisions: list[str] = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", precisions.append)
     monkeypatch.setattr(torch.cuda, "set_device", told.append)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
@@ -277,6 +297,7 @@ def test_processes_that_share_a_gpu_are_refused(monkeypatch):
     monkeypatch.setattr(Two, "others", 1)
     assert device.own_device("cuda", Two(1, 2)) == "cuda:1"
     assert told == ["cuda:0", "cuda:1"]
+    assert precisions == ["highest", "highest"]
     assert device.own_device("cpu", Two(1, 2)) == "cpu"
 
 

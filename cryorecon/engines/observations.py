@@ -216,10 +216,10 @@ def rows_of(values: Tensor, rows: Tensor) -> Tensor:
 
 
 def taken_to(values: Tensor, device: torch.device) -> Tensor:
-    """Values of the CPU on a device.
+    """Values on a device.
 
-    Through page-locked memory to a GPU: the copy is then twice as fast and nobody waits for it, so
-    that the next batch is gathered, or read from disk, while this one is worked on.
+    From the CPU to a GPU through page-locked memory: the copy is then twice as fast, and nobody
+    waits for it: the next batch is gathered, or read from disk, while this one is worked on.
     """
     if device.type == "cuda" and values.device.type == "cpu":
         return values.pin_memory().to(device, non_blocking=True)

@@ -44,7 +44,8 @@ _STEPS = 5
 _IMAGES, _BYTES, _MOST_POINTS = 250, 500.0, 2**30
 # Bytes of images on disk that half a round's batch takes: twice as many are just read ahead.
 _MOST_READ = 128e6
-# A half set may have so many times its share of a batch and still be worked on at once.
+# A half set may have so many times its share of a batch and still be worked on at once, in place of
+# a small rest by itself.
 _UNEVEN = 1.1
 
 

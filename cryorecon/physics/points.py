@@ -127,9 +127,9 @@ def add(
     Raises
     ------
     FloatingPointError
-        If a slice is turned by what is no number.
+        On the CPU, if a slice is turned by what is no number; elsewhere the grid holds it then.
     IndexError
-        If a slice leaves the grid.
+        On the CPU, if a slice leaves the grid.
     """
     if not on_cpu(rotations):
         _add_by_torch(pairs, rotations, plane, padding)

@@ -2,9 +2,9 @@
 
 Every figure is a count (images, rounds, voxels) times the time of one, measured on one core of a
 desktop machine with 64 px images (``docs/benchmarks.md``, ``docs/scaling.md``).
-Assumed: settled poses after about eight
+Assumed: settled poses after about six
 rounds against half maps and two new searches, as on most of the simulated stacks there, or, of
-images that hardly tell their poses, after twice as many and five; images that a disk
+images that hardly tell their poses, after sixteen and four; images that a disk
 gives as fast as they are worked on; one thread (a second one gains up to 1.6).
 """
 
@@ -30,13 +30,13 @@ _EPOCH, _SEARCHED, _SEARCHED_ON = 0.5, 0.8e-3, 2.2e-3
 _FINE_EPOCHS = 7
 # An image against all poses of the finer grid, as in the assignment; new searches, in which some of
 # these are refined besides.
-_ASSIGNED, _NEW_SEARCHES, _TRIED = 1.1e-3, 2, 1.5e-3
+_ASSIGNED, _NEW_SEARCHES, _TRIED = 1.1e-3, 2, 1.0e-3
 # The same of a hard set, whose grids go farther and leave up to 200 poses to refine; an image in
 # one of the search's last epochs.
 _HARD_SEARCHES, _HARD_GRID, _HARD_TRIED, _HARD_SEARCHED = 4, 8e-3, 10e-3, 6e-3
 _HARD_ROUNDS = 16
 # Rounds until poses settle; an image's pose steps in one; solving for maps, by padded voxel.
-_HALF_ROUNDS, _REFINED, _SOLVED = 8, 0.4e-3, 4e-7
+_HALF_ROUNDS, _REFINED, _SOLVED = 6, 0.4e-3, 4e-7
 # An image seen in training at 32 to 64 px by the dense encoder; others take as many times more.
 _TRAINED = 0.9e-3
 _ENCODERS = {"dense": 1.0, "small": 4.0, "paper": 100.0}
@@ -129,7 +129,7 @@ def _training(config: RefineConfig, n: int, box: int, *, hard: bool) -> Cost:
     grid = config.decoder in ("grid", "log-grid")
     each = _TRAINED * _ENCODERS[config.encoder] * (1.0 if grid else _NETWORK_DECODER)
     seconds = config.images_seen * each * config.heads / 4
-    if hard:
+    if hard and config.finish and config.search_on:
         seconds += _searched_on(RmfnConfig(diameter=config.diameter), n, box, hard=True)
     return Cost(seconds, _PROGRAM + 350e6)
 

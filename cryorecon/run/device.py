@@ -20,7 +20,7 @@ def usable_device(name: str) -> str:
         If it cannot be used.
     """
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(1, device=own_gpu(name))
     except (RuntimeError, AssertionError) as error:
@@ -29,11 +29,18 @@ def usable_device(name: str) -> str:
             remedy += ", or use a machine with a GPU and a torch that is built for it"
         reason = str(error).splitlines()[0]
         raise CryoreconError(f"--device {name} cannot be used: {reason}", remedy) from error
+    _full_precision(name)
     return name
 
 
+def _full_precision(name: str) -> None:
+    """Matrix products in single precision: containers may allow ten bits, which tell no poses."""
+    if name.startswith("cuda"):
+        torch.set_float32_matmul_precision("highest")
+
+
 def own_device(name: str, ranks: Ranks) -> str:
-    """Where this process computes: each of several on a GPU of its own, in full single precision.
+    """Where this process computes: each of several on a GPU of its own.
 
     Raises
     ------
@@ -43,8 +50,7 @@ def own_device(name: str, ranks: Ranks) -> str:
     device = ranks.device(name)
     if not device.startswith("cuda"):
         return device
-    # Containers may allow products of ten bits, which tell no poses apart.
-    torch.set_float32_matmul_precision("highest")
+    _full_precision(device)
     if ranks.count > 1:
         torch.cuda.set_device(device)
         _refuse_shared(f"{socket.gethostname()} {_identity(device)}", ranks)

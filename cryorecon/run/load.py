@@ -88,19 +88,20 @@ class _FromDisk:
         step = _images_at_once(self.plane.box, self.device)
         for here in torch.arange(len(rows)).split(step):
             some = slice(int(here[0]), int(here[-1]) + 1)
-            coefficients[some] = to_coefficients(normalised(raw[some], self.outside), plane)
+            images = normalised(taken_to(raw[some], self.device), self.outside)
+            coefficients[some] = to_coefficients(images, plane)
             gain[some] = self.ctf(rows[some], count)
         return coefficients, gain
 
     def images(self, rows: Tensor, following: Tensor) -> Tensor:
         """Normalised images of some rows, shape (b, N, N), while the following ones are read."""
         self.expect(following)
-        return normalised(self._raw(rows), self.outside)
+        return normalised(taken_to(self._raw(rows), self.device), self.outside)
 
     def _raw(self, rows: Tensor) -> Tensor:
         images = torch.from_numpy(self.reader.images(rows.numpy()))
         refuse_blank(self.reader.particles, rows, images)
-        return taken_to(images, self.device)
+        return images
 
     def ctf(self, rows: Tensor, count: int) -> Tensor:
         """CTF of some images at the first coefficients."""

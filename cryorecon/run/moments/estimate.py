@@ -189,7 +189,7 @@ class _Reader:
             power = noise_powers_outside(images, radius_px, self.plane, self.unmixing)
         else:
             level = (geometry.noise_std * box) ** 2
-            power = torch.full((len(rows), self.plane.n_shells), level)
+            power = torch.full((len(rows), self.plane.n_shells), level, device=device)
         gain = None
         if self.optics is not None:
             optics, at = self.optics[rows].to(device), frequencies.to(device)
