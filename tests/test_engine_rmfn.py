@@ -336,6 +336,7 @@ def test_the_job_directory_is_whole(recovered, stack_32):
     shares = after["rlnMaxValueProbDistribution"].astype(float)
     assert shares.between(0, 1).all()
     assert shares.median() > 0.9
+    assert after["rlnLogLikeliContribution"].astype(float).gt(0).all()
     halves = [read_map(recovered / f"run_half{h}_class001_unfil.mrc") for h in (1, 2)]
     assert all(h.pixel_size_angst == pytest.approx(2.4) for h in halves)
 

@@ -32,6 +32,7 @@ from cryorecon.run.checkpoint import Checkpoint
 from cryorecon.run.curves import FscCurve, read_fsc_star, write_fsc_star
 from cryorecon.run.job import Job, Task, add_output_node, open_job, write_output_nodes
 from cryorecon.run.report import page as report
+from cryorecon.run.report.charts import likelihood_histogram
 from cryorecon.run.report.inputs import read_job
 from cryorecon.run.report.particles import example_particles
 from cryorecon.run.report.pictures import sphere_picture
@@ -305,6 +306,26 @@ def test_particles_in_doubt_are_counted_in_jobs_of_the_program_alone(short, copy
     report.write_map_report(copy / "initial_model.mrc", particles=table)
     page = (copy / "initial_model_report.html").read_text("utf-8")
     assert doubt not in Reader(page).text
+
+
+def test_images_without_the_particle_are_warned_of(short, copy, stack_32):
+    """In a job of the program, whose log-likelihoods are against an empty image."""
+    table, said = copy / "run_data.star", "fit the map no better than an empty image"
+    particles = read_particles(stack_32 / "particles.star")
+    for empty in (0, 30):
+        told = np.where(np.arange(600) < empty, -5.0, 20.0 + np.arange(600) % 7)
+        particles.write(table, log_likelihood=told)
+        report.write_report(copy)
+        page = page_of(copy)
+        assert (f"Some images {said}" in Reader(page).text) == (empty > 0)
+        assert "likelihood-plot" in page
+        counts, edges = likelihood_histogram(read_job(copy).log_likelihood)
+        assert counts.sum() == 600
+        assert counts[edges[1:] <= 0].sum() == empty
+    (copy / "job.yaml").unlink()
+    report.write_report(copy)
+    assert said not in Reader(page_of(copy)).text
+    assert "likelihood-plot" not in page_of(copy)
 
 
 def test_a_map_and_a_table_alone_will_do(short, job, tmp_path):

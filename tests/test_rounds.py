@@ -41,6 +41,27 @@ def _state(observed, half):
     return assign(truth, Support(config.diameter / 2), images, half, config, grid, generator)
 
 
+def test_images_of_noise_are_less_likely_than_empty_ones(observed):
+    """Ten of them among ninety; the others tell the particle, each by itself."""
+    images, _, config = observed
+    empty = torch.arange(10)
+    level = images.noise_power[:, images.plane.shell]
+
+    def source(rows, count):
+        coefficients, ctf = images.source(rows, count)
+        noise = torch.randn(coefficients.shape, dtype=torch.complex64, generator=generator)
+        noise = noise * level[images.group[rows], :count].sqrt()
+        return torch.where((rows < len(empty))[:, None], noise, coefficients), ctf
+
+    generator = torch.Generator().manual_seed(1)
+    state = _state(observed, HALVES["mixed"])
+    refine_round(state, replace(images, source=source), config, fsc_curve, joint=False)
+    told = state.log_likelihood
+    assert told.shape == (N,)
+    assert float(told[10:].min()) > 0
+    assert float(told[:10].max()) < float(told[10:].quantile(0.05)) / 2
+
+
 def _round(observed, half, joint, **changes):
     """State after a round, and which images were read, piece by piece."""
     images, _, config = observed

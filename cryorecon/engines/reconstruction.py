@@ -116,6 +116,8 @@ class Reconstruction:
         may be made of.
     chance : Tensor, shape (N // 2 + 1,), or None
         FSC that aligning noise would reach, of half sets that were aligned.
+    log_likelihood : Tensor, shape (n,)
+        Of each image at its pose in the last round, against an empty image; zero before the first.
     rivals : Rivals
         Other poses that images may have; none until all have been searched anew.
     """
@@ -131,10 +133,13 @@ class Reconstruction:
     group: Tensor = field(default_factory=lambda: torch.eye(3)[None])
     half_poses: tuple[Tensor, Tensor] | None = None
     chance: Tensor | None = None
+    log_likelihood: Tensor = field(default_factory=lambda: torch.empty(0))
     rivals: Rivals = field(init=False)
 
     def __post_init__(self) -> None:
         self.rivals = Rivals.none(len(self.rotations))
+        if len(self.log_likelihood) == 0:
+            self.log_likelihood = image_table(len(self.rotations))
 
 
 def offsets_for(config: RefineConfig, box: int, band: float) -> Tensor:

@@ -275,6 +275,7 @@ def _store(state: Reconstruction, images: ImageSet, rows: Tensor, found: list[Po
     rotations, offsets_px, likelihood = images.everyones(rows, *mine)
     _refuse_broken(images.rows[rows], likelihood)
     state.rotations[rows], state.offsets_px[rows] = rotations, offsets_px
+    state.log_likelihood[rows] = likelihood
     return likelihood
 
 

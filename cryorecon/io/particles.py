@@ -256,6 +256,7 @@ class Particles:
         random_subsets: NDArray[np.integer] | None = None,
         class_number: int | None = None,
         pose_share: NDArray[np.floating] | None = None,
+        log_likelihood: NDArray[np.floating] | None = None,
     ) -> None:
         """Write the table with new poses: every row and column, in order, in the file's dialect.
 
@@ -269,6 +270,8 @@ class Particles:
         pose_share : array, shape (n,), optional
             How much of an image belongs to its pose, 0 to 1, where RELION tells the largest
             probability.
+        log_likelihood : array, shape (n,), optional
+            Of each image, against an empty one.
         """
         new: dict[str, NDArray[np.generic]] = {}
         if euler_deg is not None:
@@ -283,6 +286,8 @@ class Particles:
             new["rlnRandomSubset"] = np.asarray(random_subsets)
         if pose_share is not None:
             new["rlnMaxValueProbDistribution"] = np.asarray(pose_share, np.float64)
+        if log_likelihood is not None:
+            new["rlnLogLikeliContribution"] = np.asarray(log_likelihood, np.float64)
         write_star(path, {**self.blocks, self.block_name: self.table.frames(new)})
 
 

@@ -144,6 +144,7 @@ class Parts(ABC):
         place = Place(**saved["place"])
         state = Reconstruction(**saved["state"], support=self.support)
         state.rotations, state.offsets_px = kept(state.rotations), kept(state.offsets_px)
+        state.log_likelihood = kept(state.log_likelihood)
         state.rivals = Rivals(*saved["rivals"]).copied()
         if state.half_poses is not None:
             state.half_poses = kept(state.half_poses[0]), kept(state.half_poses[1])

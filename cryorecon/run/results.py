@@ -106,7 +106,7 @@ def write_results(
 ) -> None:
     """Maps, half maps, FSC, poses and pictures; says what it wrote."""
     pixel = particles.pixel_size_angst
-    joint = joint_map(state)
+    joint, likelihood = joint_map(state), state.log_likelihood
     nodes = write_model(job, joint, pixel, config)
     for number, volume in enumerate(scales, 1):
         write_map(job.path(f"scale{number}.mrc"), volume.cpu().numpy(), pixel)
@@ -117,6 +117,7 @@ def write_results(
         random_subsets=(state.half + 1).numpy(),
         class_number=1,
         pose_share=state.rivals.own_share().numpy(),
+        log_likelihood=likelihood.numpy() if bool((likelihood != 0).all()) else None,
     )
     nodes["run_data.star"] = 3
     written = [*nodes, "map.png", "views.png"]

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
+from torch import Tensor
 
 from cryorecon.run.curves import THRESHOLDS, FscCurve
 from cryorecon.run.report.surface import Mesh
@@ -15,6 +17,8 @@ from cryorecon.run.report.surface import Mesh
 Json = dict[str, Any]
 # What the field uses each threshold for.
 THRESHOLD_NAMES = {0.5: "0.5 (against a known map)", 0.143: "0.143 (between half maps)"}
+LIKELIHOOD_AXIS = "log-likelihood of an image (0: as likely as an empty one)"
+_BINS = 60
 # Wong's palette (2011), told apart by the colour-blind on light and dark ground.
 BLUE, ORANGE, GREEN = "#3d8fd1", "#d9782d", "#1f9e77"
 # Column of rounds.star, name, colour, symbol for plotly and for matplotlib.
@@ -116,6 +120,41 @@ def rounds_chart(rounds: pd.DataFrame) -> Json:
         "margin": {"t": 84},
     }
     return {"data": data, "layout": layout}
+
+
+def likelihood_histogram(log_likelihood: Tensor) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Counts and edges of bins that hold all but one image of a thousand at either end.
+
+    The few beyond are counted in the outermost bins.
+    """
+    values = log_likelihood.numpy()
+    low, high = np.percentile(values, [0.1, 99.9])
+    edges = np.linspace(min(low, 0.0), max(high, low + 1e-6, 1e-6), _BINS + 1)
+    counts, _ = np.histogram(values.clip(edges[0], edges[-1]), edges)
+    return counts, edges
+
+
+def likelihood_chart(log_likelihood: Tensor) -> Json:
+    """How many images fit the map how well, for plotly."""
+    counts, edges = likelihood_histogram(log_likelihood)
+    bars = {
+        "type": "bar",
+        "x": ((edges[1:] + edges[:-1]) / 2).tolist(),
+        "y": counts.tolist(),
+        "width": float(edges[1] - edges[0]),
+        "hovertemplate": "%{x:.4g}: %{y} images<extra></extra>",
+        "marker": {"color": BLUE},
+    }
+    empty = {
+        "type": "line", "x0": 0, "x1": 0, "yref": "paper", "y0": 0, "y1": 1,
+        "line": {"color": "#888888", "width": 1, "dash": "dash"},
+    }  # fmt: skip
+    layout = {
+        "xaxis": {"title": {"text": LIKELIHOOD_AXIS}},
+        "yaxis": {"title": {"text": "images"}},
+        "shapes": [empty],
+    }
+    return {"data": [bars], "layout": layout}
 
 
 def information_chart(information: pd.DataFrame) -> Json:

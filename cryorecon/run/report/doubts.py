@@ -30,6 +30,7 @@ MOST_MASS_AT_RIM = 0.2
 MOST_MIRROR = 0.65
 LEAST_VIEW_SPREAD = 0.15
 MOST_AT_LIMIT = 0.02
+MOST_EMPTY = 0.02
 LEAST_CYCLES = 3.0
 # The mirror score sees detail up to 8 cycles per box: a grid of this side holds it all.
 _MIRROR_BOX = 24
@@ -157,6 +158,26 @@ def offsets_at_limit(lengths_angst: Tensor, limit_angst: float, step_angst: floa
     )
 
 
+def empty_images(log_likelihood: Tensor) -> Finding:
+    """Images that the map does not make likelier than nothing in them would.
+
+    Parameters
+    ----------
+    log_likelihood : Tensor, shape (n,)
+        Of each image at its pose, against an empty one.
+    """
+    return Finding(
+        "Images without the particle",
+        float((log_likelihood <= 0).double().mean()),
+        MOST_EMPTY,
+        "above",
+        "share of images that fit the map no better than an empty image",
+        "Some images fit the map no better than an empty image: noise, ice, or other particles.",
+        "Take out the rows of run_data.star whose rlnLogLikeliContribution is below 0, or lower "
+        "than that of most others (relion_star_handler --select), and run again.",
+    )
+
+
 def poor_agreement(curve: Tensor, threshold: float, diameter: float) -> Finding:
     """Half maps that agree on no more than an outline.
 
@@ -197,6 +218,8 @@ def findings(inputs: ReportInputs) -> list[Finding]:
         if limit is not None and inputs.map is not None:
             lengths = inputs.poses.origins_angst.norm(dim=-1)
             found.append(offsets_at_limit(lengths, limit, inputs.map.pixel_size_angst))
+        if inputs.log_likelihood is not None:
+            found.append(empty_images(inputs.log_likelihood))
     elif inputs.view_density is not None:
         found.append(collapsed_views(*views_of_density(inputs)))
     if inputs.fsc is not None and inputs.diameter is not None:

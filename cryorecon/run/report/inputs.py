@@ -22,7 +22,7 @@ from cryorecon.run.curves import FscCurve, read_fsc_star
 MAP = "initial_model.mrc"
 POSES = "run_data.star"
 _ANGLES = ["rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi"]
-_SHARE = "rlnMaxValueProbDistribution"
+_SHARE, _LIKELIHOOD = "rlnMaxValueProbDistribution", "rlnLogLikeliContribution"
 _OUTCOMES = {
     "RELION_JOB_EXIT_SUCCESS": "done",
     "RELION_JOB_EXIT_FAILURE": "failed",
@@ -43,6 +43,8 @@ class Poses:
         Image of each.
     share : Tensor, shape (n,), float64, optional
         How much of an image belongs to its pose, 0 to 1.
+    log_likelihood : Tensor, shape (n,), float64, optional
+        Of each image; in a job of this program against an empty image.
     """
 
     path: Path
@@ -50,6 +52,7 @@ class Poses:
     origins_angst: Tensor
     names: list[str]
     share: Tensor | None = None
+    log_likelihood: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,13 @@ class ReportInputs:
         if given is not None and self.map is not None:
             return float(given) / self.side_angst
         return 0.8 if "moments" in config else None
+
+    @property
+    def log_likelihood(self) -> Tensor | None:
+        """Of each image, against an empty one; other programs' column of the name means less."""
+        if self.poses is None or "program" not in self.settings:
+            return None
+        return self.poses.log_likelihood
 
     @property
     def offset_limit_angst(self) -> float | None:
@@ -241,9 +251,12 @@ def _poses(path: Path) -> Poses:
         pixel = _old_pixel_size(path, table)
         origins = pixel * np.stack([numbers(path, table, f"rlnOrigin{a}") for a in "XY"], -1)
     names = list(table["rlnImageName"]) if "rlnImageName" in table else []
-    share = torch.from_numpy(numbers(path, table, _SHARE)) if _SHARE in table else None
     rotations = euler_to_matrix(torch.from_numpy(angles))
-    return Poses(path, rotations, torch.from_numpy(origins), names, share)
+    told = (
+        torch.from_numpy(numbers(path, table, name)) if name in table else None
+        for name in (_SHARE, _LIKELIHOOD)
+    )
+    return Poses(path, rotations, torch.from_numpy(origins), names, *told)
 
 
 def _old_pixel_size(path: Path, table: pd.DataFrame) -> float:

@@ -24,7 +24,13 @@ from cryorecon.io.particles import Particles
 from cryorecon.run.curves import THRESHOLDS
 from cryorecon.run.job import Job, add_output_node
 from cryorecon.run.plots import view_density
-from cryorecon.run.report.charts import fsc_chart, information_chart, mesh_data, rounds_chart
+from cryorecon.run.report.charts import (
+    fsc_chart,
+    information_chart,
+    likelihood_chart,
+    mesh_data,
+    rounds_chart,
+)
 from cryorecon.run.report.doubts import Finding, findings, said_in_log
 from cryorecon.run.report.inputs import ReportInputs, read_job, read_single_map
 from cryorecon.run.report.particles import Examples, example_particles
@@ -281,6 +287,7 @@ def _content(report: Report) -> Json:
         "rounds": _table(inputs.rounds),
         "no_rounds": "This job has no rounds of refinement on record.",
         "particles": _particles(report),
+        "likelihood": inputs.log_likelihood is not None,
         "no_particles": report.no_examples,
         "parameters": report.parameters,
         "settings_text": inputs.settings_text,
@@ -298,6 +305,8 @@ def _charts(report: Report) -> Json:
         charts["rounds-plot"] = rounds_chart(inputs.rounds)
     if inputs.information is not None:
         charts["information-plot"] = information_chart(inputs.information)
+    if inputs.log_likelihood is not None:
+        charts["likelihood-plot"] = likelihood_chart(inputs.log_likelihood)
     return charts
 
 

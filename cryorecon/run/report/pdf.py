@@ -16,11 +16,18 @@ from numpy.typing import NDArray
 
 from cryorecon.io.files import replacing
 from cryorecon.run.curves import THRESHOLDS, FscCurve
-from cryorecon.run.report.charts import BLUE, ROUND_SERIES, THRESHOLD_NAMES
+from cryorecon.run.report.charts import (
+    BLUE,
+    LIKELIHOOD_AXIS,
+    ROUND_SERIES,
+    THRESHOLD_NAMES,
+    likelihood_histogram,
+)
 from cryorecon.run.report.pictures import mosaic, particle_pictures
 
 if TYPE_CHECKING:
     import pandas as pd
+    from torch import Tensor
 
     from cryorecon.run.report.page import Report
 
@@ -61,6 +68,8 @@ def _pages(report: Report) -> Iterator[Figure]:
             f"rlnAngleRot -180 to 180, rlnAngleTilt 0 (top) to 180; 0 to {highest:.3g} of uniform"
         )
         yield _picture_page("Viewing directions", told, pixels)
+    if inputs.log_likelihood is not None:
+        yield _likelihood_page(inputs.log_likelihood)
     if report.examples is not None:
         told = (
             f"image, prediction, residual; low-passed to {report.examples.resolution_angst:.1f} A"
@@ -133,6 +142,17 @@ def _chart_page(fsc: FscCurve | None, rounds: pd.DataFrame | None) -> Figure:
         figure.text(0.05, 0.97, "\n".join(lines), fontsize=8, va="top", parse_math=False)
     if rounds is not None:
         _draw_rounds(figure.add_axes((0.59, 0.13, 0.38, 0.68)), rounds)
+    return figure
+
+
+def _likelihood_page(log_likelihood: Tensor) -> Figure:
+    figure = _figure()
+    figure.text(0.05, 0.95, "How well images fit the map", fontsize=12, va="top")
+    axes = figure.add_axes((0.09, 0.13, 0.88, 0.72))
+    axes.stairs(*likelihood_histogram(log_likelihood), fill=True, color=BLUE)
+    axes.axvline(0, color="#767676", linestyle="--", linewidth=0.8)
+    axes.set_xlabel(LIKELIHOOD_AXIS)
+    axes.set_ylabel("images")
     return figure
 
 
