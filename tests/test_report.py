@@ -33,6 +33,7 @@ from cryorecon.run.curves import FscCurve, read_fsc_star, write_fsc_star
 from cryorecon.run.job import Job, Task, add_output_node, open_job, write_output_nodes
 from cryorecon.run.report import page as report
 from cryorecon.run.report.charts import likelihood_histogram
+from cryorecon.run.report.doubts import findings
 from cryorecon.run.report.inputs import read_job
 from cryorecon.run.report.particles import example_particles
 from cryorecon.run.report.pictures import sphere_picture
@@ -403,8 +404,12 @@ def test_a_job_ends_with_its_report(short, with_report, stack_32, tmp_path):
     rounds = read_star(tmp_path / "job" / "rounds.star")["rounds"]
     assert list(rounds["cryoreconStage"]) == ["half-maps", "joint-map"]
     assert list(rounds["cryoreconRound"]) == ["1", "2"]
-    said = re.findall(r"WARNING.*", (tmp_path / "job" / "run.log").read_text())
-    assert not any("report" in line for line in said)
+    log = (tmp_path / "job" / "run.log").read_text()
+    assert not any("report" in line for line in re.findall(r"WARNING.*", log))
+    # Sixty images and one round are too few for a good map.
+    fired = [found.name for found in findings(read_job(tmp_path / "job")) if found.fires]
+    assert fired
+    assert f"the report warns of {', '.join(fired)}\n" in log
     nodes = read_star(tmp_path / "job" / "RELION_OUTPUT_NODES.star")["output_nodes"]
     assert list(nodes["rlnPipeLineNodeType"]) == ["6", "6", "7", "3", "10", "13"]
 

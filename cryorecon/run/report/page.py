@@ -237,8 +237,12 @@ def _write(report: Report, page: Path, pdf: Path) -> Written:
 def report_at_end(job: Job, images: Particles | None = None) -> None:
     """Write a finished job's report; a failure is told, and is not the job's."""
     try:
-        for path in write_report(job.folder, images=images, outcome="done").files:
+        written = write_report(job.folder, images=images, outcome="done")
+        for path in written.files:
             job.say(f"{path}")
+        fired = [found.name for found in written.findings if found.fires]
+        if fired:
+            job.say(f"the report warns of {', '.join(fired)}")
     except Exception as error:
         job.say(f"WARNING: the report could not be written: {type(error).__name__}: {error}")
         job.say(f"WARNING: the job itself is done; try cryorecon report {job.folder}")
