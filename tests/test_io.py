@@ -135,6 +135,25 @@ def test_rows_and_columns_survive_a_round_trip(folder):
     assert np.allclose(again.origins_angst(), 1)
 
 
+def test_what_was_said_of_poses_goes_with_them(folder):
+    """Columns of another program must not be read as what a job says of its own poses."""
+    said = ("rlnMaxValueProbDistribution", "rlnLogLikeliContribution")
+    first = read_particles(star(folder))
+    told = np.array([0.25, 0.5, 1.0])
+    first.write(folder / "said.star", pose_share=told, log_likelihood=7 * told)
+    particles = read_particles(folder / "said.star")
+    particles.write(folder / "moved.star", origins_angst=np.ones((3, 2)))
+    particles.write(folder / "new.star", euler_deg=np.ones((3, 3)))
+    particles.write(folder / "own.star", euler_deg=np.ones((3, 3)), log_likelihood=told)
+    moved, new, own = (
+        read_star(folder / f"{name}.star")["particles"] for name in ("moved", "new", "own")
+    )
+    assert set(said) <= set(moved)
+    assert not set(said) & set(new)
+    assert "rlnMaxValueProbDistribution" not in own
+    assert np.allclose(own["rlnLogLikeliContribution"].astype(float), told)
+
+
 @pytest.mark.parametrize("dialect", ["relion30", "relion31"])
 def test_the_dialect_is_kept(tmp_path, dialect):
     particles = read_particles(GOLDEN / f"{dialect}_32.star")

@@ -26,6 +26,7 @@ from cryorecon.physics.ctf import CtfParameters
 _LARGEST_SUM_OF_SQUARES = 1e30
 _ROWS_AT_ONCE = 1_000_000
 _ANGLES = ["rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi"]
+_SAID_OF_POSES = ("rlnMaxValueProbDistribution", "rlnLogLikeliContribution")
 _PER_PARTICLE_CTF = {
     "defocus_u_angst": "rlnDefocusU",
     "defocus_v_angst": "rlnDefocusV",
@@ -260,6 +261,8 @@ class Particles:
     ) -> None:
         """Write the table with new poses: every row and column, in order, in the file's dialect.
 
+        What another program said of the poses that are replaced is left out, unless it is replaced.
+
         Parameters
         ----------
         euler_deg : array, shape (n, 3), optional
@@ -284,11 +287,10 @@ class Particles:
             new["rlnClassNumber"] = np.full(len(self), class_number)
         if random_subsets is not None:
             new["rlnRandomSubset"] = np.asarray(random_subsets)
-        if pose_share is not None:
-            new["rlnMaxValueProbDistribution"] = np.asarray(pose_share, np.float64)
-        if log_likelihood is not None:
-            new["rlnLogLikeliContribution"] = np.asarray(log_likelihood, np.float64)
-        write_star(path, {**self.blocks, self.block_name: self.table.frames(new)})
+        said = dict(zip(_SAID_OF_POSES, (pose_share, log_likelihood), strict=True))
+        new |= {name: np.asarray(v, np.float64) for name, v in said.items() if v is not None}
+        stale = set(said) - set(new) if euler_deg is not None else set()
+        write_star(path, {**self.blocks, self.block_name: self.table.frames(new, stale)})
 
 
 def read_particles(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import tempfile
 import weakref
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from io import BytesIO
 from itertools import pairwise
 from typing import IO
@@ -116,7 +116,9 @@ class TextTable:
         return found if self._rows is None else found[self._rows]
 
     def frames(
-        self, new: Mapping[str, NDArray[np.generic]] | None = None
+        self,
+        new: Mapping[str, NDArray[np.generic]] | None = None,
+        without: Collection[str] = (),
     ) -> Iterator[pd.DataFrame]:
         """The rows in order, some thousands at a time.
 
@@ -124,10 +126,12 @@ class TextTable:
         ----------
         new : mapping of arrays, shape (n,), optional
             Columns to replace, or to add at the end.
+        without : collection of str
+            Columns to leave out.
         """
-        done = 0
+        done, columns = 0, [c for c in self.columns if c not in without]
         for rows in self._blocks():
-            frame = pd.DataFrame({c: self._strings(c, rows) for c in self.columns}, dtype=object)
+            frame = pd.DataFrame({c: self._strings(c, rows) for c in columns}, dtype=object)
             for name, values in (new or {}).items():
                 frame[name] = values[done : done + len(rows)]
             done += len(rows)

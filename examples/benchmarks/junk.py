@@ -30,7 +30,7 @@ def mix(stack: Path, other: Path, out: Path, share: float) -> np.ndarray:
     tables = read_star(stack / "blind.star")
     table = tables["particles"]
     images, others = (
-        np.asarray(open_stack(folder / "particles.mrcs"), np.float32) for folder in (stack, other)
+        np.array(open_stack(folder / "particles.mrcs"), np.float32) for folder in (stack, other)
     )
     n, generator = len(images), np.random.default_rng(0)
     kind, few = np.zeros(n, int), round(share * n)
