@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cryorecon.physics import fourier
-from cryorecon.physics.masks import molecule_mask, soft_ball, solvent_mask
+from cryorecon.physics.masks import molecule_mask, on_centre, soft_ball, solvent_mask
 
 BOXES = (8, 9, 16, 17)
 
@@ -137,6 +137,30 @@ def test_molecule_mask_holds_the_molecule_and_drops_the_solvent(molecule_32, box
     assert (volume * mask).square().sum() > 0.95 * volume.square().sum()
     assert mask.mean() < 0.5
     assert torch.equal(molecule_mask(-volume.abs() - 1, 6.0), torch.ones_like(volume))
+
+
+@pytest.mark.parametrize("box", [31, 32])
+def test_a_map_is_moved_onto_its_centre_of_mass(molecule_32, box, generator):
+    """By parts of a voxel too; noise around the molecule does not count."""
+    centre = fourier.resample_volume(molecule_32, box)
+    off = torch.tensor([2.3, -1.6, 0.7], dtype=centre.dtype)
+    axis = fourier.centred_frequencies(box).to(centre.dtype)
+    angle = sum(
+        shift * steps
+        for shift, steps in zip(off, torch.meshgrid(axis, axis, axis, indexing="ij"), strict=True)
+    )
+    phase = torch.polar(torch.ones_like(angle), -2 * torch.pi / box * angle)
+    moved = fourier.ifft_centred(fourier.fft_centred(centre, 3) * phase, 3).real
+    first, second = (fourier.lowpass(on_centre(v, 6.0), 6, 2) for v in (centre, moved))
+    assert float((first - second).abs().max()) < 0.05 * float(first.max())
+    noisy = moved + 0.3 * moved.std() * torch.randn(moved.shape, generator=generator)
+    mass = fourier.lowpass(on_centre(noisy, 6.0), 6, 2)
+    mass = mass * molecule_mask(mass, 6.0)
+    for dim in range(3):
+        along = mass.sum(tuple(d for d in range(3) if d != dim))
+        assert abs(float((along * axis).sum() / along.sum())) < 0.5
+    empty = torch.zeros(8, 8, 8)
+    assert torch.equal(on_centre(empty, 3.0), empty)
 
 
 def test_the_margin_of_a_molecule_mask_is_a_cube():

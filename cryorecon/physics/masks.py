@@ -8,7 +8,14 @@ import torch
 from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
-from cryorecon.physics.fourier import lowpass, radius_grid, resample_volume
+from cryorecon.physics.fourier import (
+    centred_frequencies,
+    fft_centred,
+    ifft_centred,
+    lowpass,
+    radius_grid,
+    resample_volume,
+)
 
 
 def soft_ball(
@@ -69,6 +76,34 @@ def molecule_mask(
         wide[axis], pad[axis] = 2 * reach + 1, reach
         grown = torch.nn.functional.max_pool3d(grown, wide, 1, pad)
     return lowpass(grown[0, 0], box / 6.4, 3, box / 8).clamp(0, 1)
+
+
+def on_centre(volume: Tensor, band: float) -> Tensor:
+    """A map with the mass of its molecule on the centre of the box, moved around its borders.
+
+    Parameters
+    ----------
+    volume : Tensor, shape (N, N, N)
+        White on black.
+    band : float
+        As in :func:`molecule_mask`, which tells the molecule.
+
+    Returns
+    -------
+    Tensor, shape (N, N, N)
+        The same map if nothing stands out.
+    """
+    box = volume.shape[-1]
+    mass = (volume * molecule_mask(volume, band)).clamp(min=0)
+    if float(mass.sum()) <= 0:
+        return volume
+    axis = centred_frequencies(box, volume.device).to(volume.dtype)
+    grid = torch.meshgrid(axis, axis, axis, indexing="ij")
+    angle = torch.zeros_like(volume)
+    for steps in grid:
+        angle += (2 * torch.pi / box) * (mass * steps).sum() / mass.sum() * steps
+    turned = fft_centred(volume, 3) * torch.polar(torch.ones_like(angle), angle)
+    return ifft_centred(turned, 3).real
 
 
 def solvent_mask(

@@ -20,6 +20,7 @@ from cryorecon.engines.search import evidence
 from cryorecon.engines.shrinking import ShrinkingBatch
 from cryorecon.errors import CryoreconError
 from cryorecon.image_table import kept
+from cryorecon.physics.masks import on_centre
 from cryorecon.physics.rotations import so3_grid
 from cryorecon.run.checkpoint import Entry
 from cryorecon.run.climbing import Climb, ClimbingStages
@@ -99,8 +100,8 @@ class AmortizedStages(ClimbingStages):
         n_held = self.counts(images)[0]
         climb.order = self.shortened(order.roll(-n_held), 0, images)
         nothing = torch.ones(1, device=images.device)
-        found = self.finer(climb, run.volume(), nothing, images, keep)
-        return self.assigned(*found, images, half)
+        volume, band = self.finer(climb, run.volume(), nothing, images, keep)
+        return self.assigned(on_centre(volume, band), band, images, half)
 
     def _packed(self, run: Amortized, order: torch.Tensor) -> Entry:
         generator = self.generator.get_state()

@@ -13,6 +13,7 @@ from cryorecon.engines.reconstruction import Reconstruction, offsets_for
 from cryorecon.engines.rmfn import RmfnConfig, Search, fit_scales, new_map, scaled_to_images
 from cryorecon.engines.search import evidence
 from cryorecon.errors import CryoreconError
+from cryorecon.physics.masks import on_centre
 from cryorecon.physics.rotations import so3_grid
 from cryorecon.run.checkpoint import Entry, frozen
 from cryorecon.run.climbing import Climb, ClimbingStages
@@ -34,7 +35,8 @@ class RmfnStages(ClimbingStages):
 
     def begin(self, images: ImageSet, half: torch.Tensor) -> Reconstruction:
         """Search, then give every image its best pose."""
-        return self.assigned(*self.first_map(images), images, half)
+        volume, band = self.first_map(images)
+        return self.assigned(on_centre(volume, band), band, images, half)
 
     def first_map(self, images: ImageSet) -> tuple[torch.Tensor, int]:
         """What the whole search ends with.
