@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cryorecon.maps.align import rotate_map
 from cryorecon.maps.sampling import shell_power
-from cryorecon.maps.symmetry import centre_of_mass
 from cryorecon.physics.fourier import (
     centred_frequencies,
     fft_centred,
@@ -15,6 +13,7 @@ from cryorecon.physics.fourier import (
     max_band,
     radius_grid,
 )
+from cryorecon.physics.masks import on_centre
 from cryorecon.physics.rotations import so3_grid
 
 # Planes 8 degrees apart; details of a tenth of the box side.
@@ -64,8 +63,7 @@ def mirror_score(volume: Tensor, band: float = _BAND) -> float:
 def _whitened(volume: Tensor, band: float) -> Tensor:
     """The map about its centre of mass, every shell up to a band with the same power."""
     box = volume.shape[-1]
-    transform = rotate_map(volume, torch.eye(3).to(volume), -centre_of_mass(volume, band))
-    transform = fft_centred(transform, 3)
+    transform = fft_centred(on_centre(volume, band), 3)
     gain = shell_power(transform).clamp(min=1e-300).rsqrt()
     radius = radius_grid(box, 3, volume.device)
     gain = gain[(radius + 0.5).long()] * ((radius <= band) & (radius > 0.5))

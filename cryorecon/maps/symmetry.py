@@ -19,7 +19,7 @@ from cryorecon.maps.sampling import (
     within,
 )
 from cryorecon.physics.fourier import fft_centred, max_band
-from cryorecon.physics.masks import molecule_mask
+from cryorecon.physics.masks import centre_of_mass
 from cryorecon.physics.projection import padded_transform
 from cryorecon.physics.rotations import so3_grid
 
@@ -93,15 +93,6 @@ def find_symmetry(volume: Tensor, group: Tensor, band: float) -> SymmetryFit:
         # Nothing says where along its axis a map should lie: centre its mass.
         shift[2] = -(rotation @ centre)[2] * box
     return SymmetryFit(rotation, shift, correlation, limit)
-
-
-def centre_of_mass(volume: Tensor, band: float) -> Tensor:
-    """(x, y, z) from the centre of the box in pixels, of what stands out; float64."""
-    box = volume.shape[-1]
-    density = (volume * molecule_mask(volume, min(band, 8.0))).clamp(min=0).double()
-    axis = torch.arange(box, dtype=torch.float64, device=volume.device) - box // 2
-    total = density.sum().clamp(min=1e-300)
-    return torch.stack([(density.sum(d) * axis).sum() / total for d in ((0, 1), (0, 2), (1, 2))])
 
 
 def _has_one_axis(group: Tensor) -> bool:

@@ -143,6 +143,25 @@ def sample_volume(volume: Tensor, box: int, step: float) -> Tensor:
     return transform.real
 
 
+def shift_volume(volume: Tensor, shift_px: Tensor) -> Tensor:
+    """A map whose content is moved by (x, y, z) pixels, around the borders of its box.
+
+    Parameters
+    ----------
+    volume : Tensor, shape (N, N, N), real
+    shift_px : Tensor, shape (3,)
+        Parts of a voxel count: every coefficient below Nyquist keeps its amplitude.
+    """
+    box = volume.shape[-1]
+    frequencies = centred_frequencies(box, volume.device).double()
+    moved = fft_centred(volume, 3)
+    for dim, shift in zip((-1, -2, -3), shift_px.double(), strict=True):
+        angle = (-2 * torch.pi / box) * shift * frequencies
+        phases = torch.polar(torch.ones_like(angle), angle).to(moved.dtype)
+        moved = moved * phases.view(-1, *[1] * (-dim - 1))
+    return ifft_centred(moved, 3).real
+
+
 def radius_grid(box: int, ndim: int, device: torch.device | None = None) -> Tensor:
     """Distance from the origin, in samples, of each point of a centred grid; float64."""
     squares = centred_frequencies(box, device).double() ** 2

@@ -10,11 +10,10 @@ from torch import Tensor
 
 from cryorecon.physics.fourier import (
     centred_frequencies,
-    fft_centred,
-    ifft_centred,
     lowpass,
     radius_grid,
     resample_volume,
+    shift_volume,
 )
 
 
@@ -78,32 +77,26 @@ def molecule_mask(
     return lowpass(grown[0, 0], box / 6.4, 3, box / 8).clamp(0, 1)
 
 
-def on_centre(volume: Tensor, band: float) -> Tensor:
-    """A map with the mass of its molecule on the centre of the box, moved around its borders.
+def centre_of_mass(volume: Tensor, band: float) -> Tensor:
+    """(x, y, z) from the centre of the box in pixels, of what stands out; float64, shape (3,).
 
     Parameters
     ----------
     volume : Tensor, shape (N, N, N)
         White on black.
     band : float
-        As in :func:`molecule_mask`, which tells the molecule.
-
-    Returns
-    -------
-    Tensor, shape (N, N, N)
-        The same map if nothing stands out.
+        Cycles per box that the map holds; details finer than an eighth of the box tell nothing
+        of where a molecule lies.
     """
-    box = volume.shape[-1]
-    mass = (volume * molecule_mask(volume, band)).clamp(min=0)
-    if float(mass.sum()) <= 0:
-        return volume
-    axis = centred_frequencies(box, volume.device).to(volume.dtype)
-    grid = torch.meshgrid(axis, axis, axis, indexing="ij")
-    angle = torch.zeros_like(volume)
-    for steps in grid:
-        angle += (2 * torch.pi / box) * (mass * steps).sum() / mass.sum() * steps
-    turned = fft_centred(volume, 3) * torch.polar(torch.ones_like(angle), angle)
-    return ifft_centred(turned, 3).real
+    density = (volume * molecule_mask(volume, min(band, 8.0))).clamp(min=0).double()
+    axis = centred_frequencies(volume.shape[-1], volume.device).double()
+    total = density.sum().clamp(min=1e-300)
+    return torch.stack([(density.sum(d) * axis).sum() / total for d in ((0, 1), (0, 2), (1, 2))])
+
+
+def on_centre(volume: Tensor, band: float) -> Tensor:
+    """A map moved by its :func:`centre_of_mass`, around the borders of its box."""
+    return shift_volume(volume, -centre_of_mass(volume, band))
 
 
 def solvent_mask(
