@@ -18,6 +18,7 @@ from cryorecon.maps.align import mirror_map
 from cryorecon.physics.ctf import CtfParameters, ctf
 from cryorecon.physics.fourier import half_plane, lowpass
 from cryorecon.physics.imaging import render
+from cryorecon.physics.resampling import downsample_images
 
 
 def test_arrays_are_zyx_and_matrices_act_on_xyz():
@@ -38,6 +39,19 @@ def test_the_centre_is_sample_n_over_2(box):
     angles = torch.tensor([[10.0, 40.0, 70.0], [200.0, 130.0, 5.0]])
     for image in render(volume, law.euler_to_matrix(angles), padding=4):
         assert torch.unravel_index(image.argmax(), image.shape) == (box // 2, box // 2)
+
+
+@pytest.mark.parametrize(("size", "box"), [(40, 32), (41, 32), (40, 31)])
+def test_fourier_cropping_keeps_values_width_and_centre(size, box):
+    def wave(n):
+        """One value a position, whatever the grid: 5 at the centre of the box."""
+        x = (torch.arange(n, dtype=torch.float64) - n // 2) / n
+        line = torch.cos(2 * torch.pi * 3 * x) + torch.sin(2 * torch.pi * 2 * x)
+        return 4 + line[:, None] * line
+
+    found = downsample_images(wave(size)[None], box)[0]
+    assert float(found[box // 2, box // 2]) == pytest.approx(5)
+    torch.testing.assert_close(found, wave(box))
 
 
 def test_a_is_rz_minus_psi_ry_minus_tilt_rz_minus_rot():

@@ -23,7 +23,8 @@ from cryorecon.io.mrc import open_stack, read_map, stack_writer
 from cryorecon.io.particles import read_particles
 from cryorecon.io.star import read_star, write_star
 from cryorecon.maps.poses import compare_pose_sets
-from cryorecon.physics.fourier import half_plane, lowpass, resample_sums, to_coefficients
+from cryorecon.physics.fourier import half_plane, lowpass, to_coefficients
+from cryorecon.physics.resampling import resample_sums
 from cryorecon.run import refining, stages
 from cryorecon.run.abinitio import AbinitioOptions, abinitio
 from cryorecon.run.load import load_observations
@@ -66,7 +67,7 @@ def trained(images, config, steps, seed=0):
 
 
 def test_stream_shows_every_image_once_an_epoch(generator):
-    rows = Stream(1000, 64, 64, generator)
+    rows = Stream(1000, 64, 64**2, generator)
     first = torch.cat(list(itertools.islice(rows, 16)))
     assert (torch.bincount(first[:1000], minlength=1000) == 1).all()
     assert not torch.equal(first[:1000], torch.arange(1000))
@@ -122,13 +123,13 @@ def test_reading_shrinks_too():
 
 @pytest.mark.parametrize("n", [7, 64, 5000])
 def test_stream_keeps_its_batches_whole(n, generator):
-    batches = list(itertools.islice(Stream(n, 64, 64, generator), 200))
+    batches = list(itertools.islice(Stream(n, 64, 64**2, generator), 200))
     assert {len(b) for b in batches} == {min(64, n)}
 
 
 def test_stream_reads_neighbours(generator):
     """A thousand images ahead at most 8,192 different rows are touched: blocks, not a scatter."""
-    rows = torch.cat(list(itertools.islice(Stream(1_000_000, 64, 64, generator), 16)))
+    rows = torch.cat(list(itertools.islice(Stream(1_000_000, 64, 64**2, generator), 16)))
     assert len(torch.unique(rows // 256)) <= 32
 
 

@@ -30,14 +30,9 @@ from cryorecon.io.star import read_star, write_star
 from cryorecon.maps.align import mirror_map
 from cryorecon.maps.contour import contour_level
 from cryorecon.physics.ctf import ctf
-from cryorecon.physics.fourier import (
-    half_plane,
-    lowpass,
-    radius_grid,
-    resample_volume,
-    sample_volume,
-)
+from cryorecon.physics.fourier import half_plane, lowpass, radius_grid
 from cryorecon.physics.imaging import render
+from cryorecon.physics.resampling import resample_volume, sample_volume
 from cryorecon.physics.rotations import random_rotations
 
 N, COUNT, PIXEL = 24, 12, 2.5

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cryorecon.physics import fourier
+from cryorecon.physics import fourier, resampling
 from cryorecon.physics.masks import (
     centre_of_mass,
     molecule_mask,
@@ -105,7 +105,7 @@ def test_resampling_keeps_a_band_limited_density(old, new):
         g = torch.exp(-((x - 0.03) ** 2) / (2 * 0.12**2))
         return g[:, None, None] * g[None, :, None] * g[None, None, :]
 
-    resampled = fourier.resample_volume(gaussian(old), new)
+    resampled = resampling.resample_volume(gaussian(old), new)
     assert torch.allclose(resampled, gaussian(new), atol=2e-2)
 
 
@@ -155,17 +155,17 @@ def test_a_shifted_map_is_the_map_moved_along_x_y_z(box):
         return torch.exp(-((x - at[0]) ** 2 + (y - at[1]) ** 2 + (z - at[2]) ** 2) / 8)
 
     start, shift = torch.tensor([1.0, 0.0, -2.0]), torch.tensor([2.25, -1.5, 0.75])
-    moved = fourier.shift_volume(gaussian(start), shift)
+    moved = resampling.shift_volume(gaussian(start), shift)
     assert torch.allclose(moved, gaussian(start + shift), atol=1e-6)
-    rolled = fourier.shift_volume(gaussian(start), torch.tensor([1, -2, 3]))
+    rolled = resampling.shift_volume(gaussian(start), torch.tensor([1, -2, 3]))
     assert torch.allclose(rolled, gaussian(start).roll((3, -2, 1), (0, 1, 2)), atol=1e-12)
 
 
 @pytest.mark.parametrize("box", [31, 32])
 def test_a_map_is_moved_onto_its_centre_of_mass(molecule_32, box, generator):
     """By parts of a voxel too; noise around the molecule does not count."""
-    centre = fourier.resample_volume(molecule_32, box)
-    moved = fourier.shift_volume(centre, torch.tensor([2.3, -1.6, 0.7]))
+    centre = resampling.resample_volume(molecule_32, box)
+    moved = resampling.shift_volume(centre, torch.tensor([2.3, -1.6, 0.7]))
     first, second = (fourier.lowpass(on_centre(v, 6.0), 6, 2) for v in (centre, moved))
     assert float((first - second).abs().max()) < 0.05 * float(first.max())
     noisy = moved + 0.3 * moved.std() * torch.randn(moved.shape, generator=generator)

@@ -9,9 +9,10 @@ from cryorecon.engines.accumulate import NormalEquations
 from cryorecon.engines.least_squares import least_squares_map
 from cryorecon.engines.observations import Observations
 from cryorecon.maps.fsc import fsc_curve
-from cryorecon.physics.fourier import half_plane, max_band, resample_volume, to_coefficients
+from cryorecon.physics.fourier import half_plane, max_band, to_coefficients
 from cryorecon.physics.masks import soft_ball
 from cryorecon.physics.projection import project_slowly
+from cryorecon.physics.resampling import resample_volume
 from cryorecon.physics.rotations import random_rotations
 
 

@@ -136,7 +136,7 @@ def blocks_of_16(monkeypatch):
     monkeypatch.setattr(stream, "_TOGETHER", 64)
     monkeypatch.setattr(stream, "_SMALLEST_BLOCK", 16)
     monkeypatch.setattr(stream, "_BLOCK_BYTES", 0)
-    assert stream.block_size(8) == 16
+    assert stream.block_size(8**2) == 16
 
 
 def test_training_reads_each_block_once_a_pass_in_file_order(generator, monkeypatch):
@@ -146,7 +146,7 @@ def test_training_reads_each_block_once_a_pass_in_file_order(generator, monkeypa
     images = image_set(n, asked, place)
     ahead, seen = stream.read_ahead(images), []
     order = torch.argsort(place)
-    rows_of = stream.Stream(n, 20, 8, generator)
+    rows_of = stream.Stream(n, 20, 8**2, generator)
     for _ in range(n // 20):
         rows = next(rows_of)
         batch = ahead.select(rows)
@@ -168,7 +168,7 @@ def test_blocks_of_a_training_are_told_before_they_are_read(generator, monkeypat
     n, asked, told = 640, [], []
     images = image_set(n, asked)
     images.source.expect = told.append
-    ahead, rows_of = stream.read_ahead(images), stream.Stream(n, 20, 8, generator)
+    ahead, rows_of = stream.read_ahead(images), stream.Stream(n, 20, 8**2, generator)
     for _ in range(2 * n // 20):
         rows = next(rows_of)
         assert torch.equal(ahead.select(rows).coefficients[:, 0].real.long(), rows)
@@ -189,7 +189,7 @@ def test_batches_may_lie_in_more_blocks_than_are_kept(generator, monkeypatch, n,
     blocks_of_16(monkeypatch)
     monkeypatch.setattr(stream, "_PIXELS_AT_ONCE", part * 8 * 8)
     ahead = stream.read_ahead(image_set(n, []))
-    rows_of = stream.Stream(n, batch, 8, generator)
+    rows_of = stream.Stream(n, batch, 8**2, generator)
     for _ in range(3 * n // min(n, batch)):
         rows = next(rows_of)
         assert torch.equal(ahead.select(rows).coefficients[:, 0].real.long(), rows)
@@ -202,7 +202,7 @@ def test_groups_of_blocks_are_read_while_the_one_before_is_used(generator, monke
     asked, told = [], []
     images = image_set(640, asked)
     images.source.expect = lambda rows: told.append((len(asked), rows))
-    ahead, rows_of = stream.read_ahead(images), stream.Stream(640, 20, 8, generator)
+    ahead, rows_of = stream.read_ahead(images), stream.Stream(640, 20, 8**2, generator)
     for _ in range(640 // 20):
         ahead.select(next(rows_of))
         ahead.expect(rows_of.upcoming)
@@ -217,7 +217,7 @@ def test_a_training_does_not_wait_for_what_is_not_read_yet(generator, monkeypatc
     images = image_set(640, asked)
     images.source.expect = lambda rows: None
     images.source.ready = lambda rows: bool(there)
-    ahead, rows_of = stream.read_ahead(images), stream.Stream(640, 4, 8, generator)
+    ahead, rows_of = stream.read_ahead(images), stream.Stream(640, 4, 8**2, generator)
 
     def steps(count):
         for _ in range(count):
@@ -258,13 +258,13 @@ def test_images_read_ahead_are_checked(tmp_path):
 
 @pytest.mark.parametrize(("box", "images"), [(32, 8192), (64, 8192), (128, 2048), (256, 512)])
 def test_blocks_of_a_training_take_128_megabytes(box, images):
-    assert stream.block_size(box) == images
+    assert stream.block_size(box**2) == images
 
 
 def test_a_training_goes_on_with_other_blocks(generator):
     """A state of a program whose blocks were smaller: the pass begins anew, no row is unknown."""
     n = 10_000
-    rows_of = stream.Stream(n, 64, 64, generator)
+    rows_of = stream.Stream(n, 64, 64**2, generator)
     state = rows_of.state() | {"blocks": torch.arange(20), "block": 512}
     rows_of.load(state)
     seen = torch.cat([next(rows_of) for _ in range(-(-n // 64))])

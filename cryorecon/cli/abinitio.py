@@ -14,6 +14,7 @@ from cryorecon.cli.abinitio_amortized import abinitio_amortized_command
 from cryorecon.cli.abinitio_options import (
     Ambiguous,
     AssignAll,
+    Box,
     Continue,
     Halves,
     Keep,
@@ -113,6 +114,7 @@ def abinitio_command(
     contrast: Contrast = "auto",
     symmetry: Symmetry = "C1",
     mask: Mask = None,
+    box: Box = None,
     images: Keep = "auto",
     subset: Subset = None,
     assign_all: AssignAll = True,
@@ -150,7 +152,7 @@ def abinitio_command(
         "symmetry": symmetry,
         "mask": mask,
     }
-    more |= {"images": images, "subset": subset}
+    more |= {"box": box, "images": images, "subset": subset}
     more |= {"assign_all": assign_all, "refine_all": refine_all}
     if method is Method.MOMENTS:
         starts_given = given.pop("starts", None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from cryorecon.cli.abinitio_options import (
     AssignAll,
+    Box,
     Continue,
     Decoder,
     Encoder,
@@ -69,6 +70,7 @@ def abinitio_amortized_command(
     contrast: Contrast = "auto",
     symmetry: Symmetry = "C1",
     mask: Mask = None,
+    box: Box = None,
     images: Keep = "auto",
     subset: Subset = None,
     assign_all: AssignAll = True,
@@ -112,6 +114,7 @@ def abinitio_amortized_command(
         diameter_angst=diameter,
         offset_range_angst=offset_range,
         project=project,
+        box=box,
         seed=seed,
         halves=halves,
         contrast=contrast,

@@ -30,6 +30,17 @@ OffsetRange = Annotated[
     float | None,
     option(MOLECULE, OFFSET_RANGE_HELP, metavar="A", default="10 % of the box", hidden=True),
 ]
+Box = Annotated[
+    int | None,
+    option(
+        COMPUTE,
+        "Side that larger images are Fourier cropped to as they are read [px].",
+        metavar="PX",
+        min=16,
+        default="128",
+        hidden=True,
+    ),
+]
 InitMap = Annotated[
     Path | None,
     option(

@@ -6,6 +6,7 @@ import typer
 
 from cryorecon.cli.abinitio_options import (
     AssignAll,
+    Box,
     Continue,
     Halves,
     Init,
@@ -62,6 +63,7 @@ def abinitio_rmfn_command(
     symmetry: Symmetry = "C1",
     mask: Mask = None,
     init_map: InitMap = None,
+    box: Box = None,
     images: Keep = "auto",
     subset: Subset = None,
     assign_all: AssignAll = True,
@@ -113,6 +115,7 @@ def abinitio_rmfn_command(
         diameter_angst=diameter,
         offset_range_angst=offset_range,
         project=project,
+        box=box,
         seed=seed,
         halves=halves,
         contrast=contrast,

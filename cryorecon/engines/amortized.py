@@ -188,7 +188,7 @@ class Amortized:
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
         self.signal = 1.0
         self.parts = ShrinkingBatch(config.batch)
-        self._rows = Stream(len(images), config.batch, images.plane.box, generator)
+        self._rows = Stream(len(images), config.batch, images.pixels, generator)
         self._ahead = read_ahead(self.images)
         self._match_scale()
 

@@ -21,7 +21,6 @@ from cryorecon.physics.fourier import (
     ifft_centred,
     lowpass,
     radius_grid,
-    resample_sums,
 )
 from cryorecon.physics.masks import Support
 from cryorecon.physics.projection import (
@@ -30,6 +29,7 @@ from cryorecon.physics.projection import (
     gridding_correction,
     padded_transform,
 )
+from cryorecon.physics.resampling import resample_sums
 
 DecoderKind = Literal["grid", "log-grid", "rmfn", "fouriernet", "siren", "positional"]
 

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from cryorecon.engines.accumulate import NormalEquations
 from cryorecon.networks.mfn import smallest_grid
-from cryorecon.physics.fourier import lowpass, resample_sums
+from cryorecon.physics.fourier import lowpass
 from cryorecon.physics.masks import Support
 from cryorecon.physics.projection import to_volume
+from cryorecon.physics.resampling import resample_sums
 
 
 class GridMap:

@@ -209,7 +209,7 @@ def _climbed(
 
     Candidates of few images are held at a time: they take up to ten kilobytes each.
     """
-    batches = image_batches(own.plane.within(ladder.band), own.device)
+    batches = image_batches(own.within(ladder.band))
     blocks = max(1, batches.size // TURNED_TOGETHER)
     while some := list(islice(tried, blocks)):
         rows, rotations, offsets_px = (torch.cat(parts) for parts in zip(*some, strict=True))

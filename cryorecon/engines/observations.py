@@ -113,6 +113,8 @@ class ImageSet:
         Images of the source: neighbours among them belong to one process.
     place : Tensor, shape (n,), int32, optional
         Where each lies on disk among all; None if they are in that order.
+    stored_box : int, optional
+        Samples a side of the images on disk, from which batches are read; None if as the plane's.
     """
 
     plane: HalfPlane
@@ -124,6 +126,7 @@ class ImageSet:
     ranks: Ranks = ALONE
     total: int = 0
     place: Tensor | None = None
+    stored_box: int | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -157,6 +160,11 @@ class ImageSet:
     def _owner(self, rows: Tensor) -> Tensor:
         ends = torch.tensor(self.ranks.bounds(self.total)[1:])
         return torch.searchsorted(ends, self.rows[rows].long(), right=True)
+
+    @property
+    def pixels(self) -> int:
+        """Of an image on disk."""
+        return (self.stored_box or self.plane.box) ** 2
 
     @property
     def device(self) -> torch.device:

@@ -15,9 +15,10 @@ from cryorecon.engines.observations import ImageSet
 from cryorecon.engines.rivals import Rivals
 from cryorecon.engines.search import best_grid_pose, evidence, offset_grid
 from cryorecon.image_table import image_table
-from cryorecon.physics.fourier import max_band, resample_sums
+from cryorecon.physics.fourier import max_band
 from cryorecon.physics.masks import Support
 from cryorecon.physics.projection import extract_slices, padded_transform
+from cryorecon.physics.resampling import resample_sums
 from cryorecon.physics.rotations import random_rotations, so3_grid
 
 Agreement = Callable[[Tensor, Tensor], Tensor]

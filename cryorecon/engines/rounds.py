@@ -57,10 +57,10 @@ def poses_at_once(
     return at_once(on_cpu, _BYTES * len(plane), device, most)
 
 
-def image_batches(plane: HalfPlane, device: torch.device) -> ShrinkingBatch:
+def image_batches(images: ImageSet) -> ShrinkingBatch:
     """Images at once in pose steps, as many as the device holds and are read ahead."""
-    most = min(4096, max(1, int(_MOST_READ / (4 * plane.box**2))))
-    return ShrinkingBatch(poses_at_once(plane, device, most=most))
+    most = min(4096, max(1, int(_MOST_READ / (4 * images.pixels))))
+    return ShrinkingBatch(poses_at_once(images.plane, images.device, most=most))
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ def _refined(
     learned: _Learned,
 ) -> Iterator[list[_Refined]]:
     """Poses of both half sets' images against their maps, by batches; nothing is stored yet."""
-    batches = image_batches(images.plane, images.device)
+    batches = image_batches(images)
 
     def refine(span: slice) -> list[_Refined]:
         images.expect(rows[span.stop : span.stop + batches.size])

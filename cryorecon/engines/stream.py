@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cryorecon.engines.observations import ImageSet, Source, rows_of
-from cryorecon.physics.fourier import HalfPlane
+from cryorecon.engines.observations import ImageSet, rows_of
 
 # Batches are drawn from at least so many images at once, of one block of neighbours or of some.
 _TOGETHER = 4096
@@ -25,13 +24,18 @@ _PIXELS_AT_ONCE = 1 << 21
 _TOLD = 1
 
 
-def block_size(box: int) -> int:
+def block_size(pixels: int) -> int:
     """Images of a block, neighbours in the STAR file that are read together.
 
     A power of two, so that blocks make up what is shuffled together.
+
+    Parameters
+    ----------
+    pixels : int
+        Of an image on disk.
     """
     size = _LARGEST_BLOCK
-    while size > _SMALLEST_BLOCK and 4.0 * size * box**2 > 1.1 * _BLOCK_BYTES:
+    while size > _SMALLEST_BLOCK and 4.0 * size * pixels > 1.1 * _BLOCK_BYTES:
         size //= 2
     return size
 
@@ -47,13 +51,13 @@ class Stream:
         Images.
     batch : int
         Rows of a batch, all images where there are fewer.
-    box : int
-        Samples a side of an image.
+    pixels : int
+        Of an image on disk.
     """
 
-    def __init__(self, n: int, batch: int, box: int, generator: torch.Generator) -> None:
+    def __init__(self, n: int, batch: int, pixels: int, generator: torch.Generator) -> None:
         self.n, self.batch, self.generator = n, min(batch, n), generator
-        self.block = block_size(box)
+        self.block = block_size(pixels)
         self._at_once = max(1, _TOGETHER // self.block)
         self._ready = torch.empty(0, dtype=torch.int64)
         self._blocks: list[int] = []
@@ -113,7 +117,7 @@ def read_ahead(images: ImageSet) -> ImageSet:
         Up to the frequencies that are wanted.
     """
     order = images.in_file_order(torch.arange(len(images)))
-    source = _Blocks(images.source, images.rows[order], images.plane, images.device)
+    source = _Blocks(images, images.rows[order])
     return replace(
         images,
         source=source,
@@ -127,11 +131,9 @@ def read_ahead(images: ImageSet) -> ImageSet:
 class _Blocks:
     """A source that keeps the blocks that were loaded last, as many as there are places."""
 
-    def __init__(
-        self, source: Source, rows: Tensor, plane: HalfPlane, device: torch.device
-    ) -> None:
-        self.source, self.rows, self.count = source, rows, len(plane)
-        self.block = block_size(plane.box)
+    def __init__(self, images: ImageSet, rows: Tensor) -> None:
+        self.source, self.rows, self.count = images.source, rows, len(images.plane)
+        self.block, device = block_size(images.pixels), images.device
         blocks = -(-len(rows) // self.block)
         self.most = min(_GROUPS_KEPT * max(1, _TOGETHER // self.block), blocks)
         held = self.most * self.block
@@ -146,7 +148,7 @@ class _Blocks:
         # Blocks that are not to be put out for others.
         self.wanted: set[int] = set()
         # Images of a block that are read at once.
-        self.part = max(1, min(self.block, _PIXELS_AT_ONCE // plane.box**2))
+        self.part = max(1, min(self.block, _PIXELS_AT_ONCE // images.pixels))
 
     def expect(self, rows: Tensor) -> None:
         """Load the next part of blocks that will be asked for soon, one row of each, if it is read.

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 from numpy.typing import NDArray
 
 from cryorecon.errors import CryoreconError
-from cryorecon.io.cryodrgn_input import is_stack, read_stack_table
-from cryorecon.io.cryosparc import is_cryosparc_file, read_cryosparc
 from cryorecon.io.mrc import Header, StackReader
 from cryorecon.io.optics import optics_index, pixel_size_of, require_within
+from cryorecon.io.particle_tables import particle_tables
 from cryorecon.io.stacks import check_stacks, parse_image_names, resolve_stacks
-from cryorecon.io.star import Tables, integers, numbers, star_blocks, write_star
+from cryorecon.io.star import Tables, integers, numbers, write_star
 from cryorecon.io.text_table import TextTable
 from cryorecon.physics.ctf import CtfParameters
+from cryorecon.physics.resampling import downsample_images
 
 # Far from what float32 holds, and from any image.
 _LARGEST_SUM_OF_SQUARES = 1e30
@@ -54,24 +52,48 @@ class Particles:
         The file's other tables, `optics` among them from RELION 3.1 on.
     block_name : str
         Name of the particle table: ``particles``, or ``images`` or empty in RELION 3.0.
-    box : int
-        Samples a side.
-    pixel_size_angst : float
+    stored_box : int
+        Samples a side of the images on disk.
+    stored_pixel_size_angst : float
+        Of these.
     rows : array of int
         Row of each particle in the file, 0-based.
+    crop_box : int, optional
+        Samples a side that images are Fourier cropped to when they are read.
     """
 
     path: Path
     table: TextTable
     blocks: Tables
     block_name: str
-    box: int
-    pixel_size_angst: float
+    stored_box: int
+    stored_pixel_size_angst: float
     rows: NDArray[np.int32]
     _stack_of: NDArray[np.int32] = field(repr=False)
     _section: NDArray[np.int32] = field(repr=False)
     _stacks: tuple[Path, ...] = field(repr=False)
     _headers: tuple[Header, ...] = field(repr=False)
+    crop_box: int | None = None
+
+    @property
+    def box(self) -> int:
+        """Samples a side of the images as they are worked on."""
+        return self.stored_box if self.crop_box is None else self.crop_box
+
+    @property
+    def pixel_size_angst(self) -> float:
+        """Of these; the width in angstrom is that of the images on disk."""
+        if self.crop_box is None:
+            return self.stored_pixel_size_angst
+        return self.stored_pixel_size_angst * self.stored_box / self.crop_box
+
+    def cropped(self, box: int) -> Particles:
+        """The same particles, images larger than `box` Fourier cropped to it, smaller ones not."""
+        return replace(self, crop_box=box if box < self.stored_box else None)
+
+    def as_stored(self) -> Particles:
+        """The same particles with images as they are on disk."""
+        return replace(self, crop_box=None)
 
     def __len__(self) -> int:
         return len(self.table)
@@ -93,7 +115,7 @@ class Particles:
         )
 
     def images(self, rows: Sequence[int] | NDArray[np.int64]) -> NDArray[np.float32]:
-        """Images of some rows, shape (b, N, N), read in file order, returned in the order asked.
+        """Images of some rows, shape (b, box, box), read in file order, given in the order asked.
 
         Raises
         ------
@@ -103,12 +125,12 @@ class Particles:
         index = np.asarray(rows, dtype=np.int64)
         images = self.read(index, StackReader())
         self.check(index, images)
-        return images
+        return downsample_images(torch.from_numpy(images), self.box).numpy()
 
     def read(self, rows: NDArray[np.int64], reader: StackReader) -> NDArray[np.float32]:
-        """The same whatever they hold, by a reader that may have read what lies before them."""
+        """Images as they are on disk, whatever they hold; a reader may have read ahead."""
         stack_of, section = self._stack_of[rows], self._section[rows]
-        images = np.empty((len(rows), self.box, self.box), np.float32)
+        images = np.empty((len(rows), self.stored_box, self.stored_box), np.float32)
         order = None if _ascending(stack_of, section) else np.lexsort((section, stack_of))
         if order is not None:
             stack_of, section = stack_of[order], section[order]
@@ -122,8 +144,8 @@ class Particles:
         return images
 
     def check(self, rows: NDArray[np.int64], images: NDArray[np.float32]) -> None:
-        """Refuse images of some rows that :meth:`images` would not give."""
-        flat = images.reshape(len(images), 1, self.box**2)
+        """Refuse images of some rows, as on disk, that :meth:`images` would not give."""
+        flat = images.reshape(len(images), 1, self.stored_box**2)
         with np.errstate(invalid="ignore", over="ignore"):
             squares = (flat @ flat.transpose(0, 2, 1))[:, 0, 0]
         bad = np.flatnonzero(~(squares < _LARGEST_SUM_OF_SQUARES))
@@ -179,7 +201,7 @@ class Particles:
         unit, scale = self.origin_unit()
         names = [f"rlnOrigin{axis}{unit}" for axis in "XY"]
         if not set(names) <= set(self.table):
-            names, scale = ["rlnOriginX", "rlnOriginY"], self.pixel_size_angst
+            names, scale = ["rlnOriginX", "rlnOriginY"], self.stored_pixel_size_angst
         if not set(names) <= set(self.table):
             return np.zeros((len(self), 2))
         origins = [self._column(name) * scale for name in names]
@@ -191,7 +213,7 @@ class Particles:
         """What the names of the origin columns end in, and their unit in angstrom."""
         if self.has_optics_table or "rlnOriginXAngst" in self.table:
             return "Angst", 1.0
-        return "", self.pixel_size_angst
+        return "", self.stored_pixel_size_angst
 
     def random_subsets(self) -> NDArray[np.int64] | None:
         """Half set, 1 or 2, of each particle, or None when the file has none."""
@@ -318,20 +340,7 @@ def read_particles(
         If a table, column, stack or section is missing or they contradict each other.
     """
     path = Path(path)
-    blocks: Tables
-    if ctf is not None or is_stack(path):
-        optics, found = _read_stack(path, ctf)
-        blocks, tables = {"optics": optics}, {"particles": found}
-    elif is_cryosparc_file(path):
-        optics, found = read_cryosparc(path, passthrough)
-        blocks, tables = {"optics": optics}, {"particles": found}
-    else:
-        blocks, tables = _read_blocks(path)
-    name = _particle_block(path, blocks, tables)
-    table = tables.pop(name)
-    blocks |= {other: pd.concat(list(rest.frames())) for other, rest in tables.items()}
-    if len(table) == 0:
-        raise CryoreconError(f"{path} holds no particles: its table is empty", "Select some first")
+    blocks, name, table = particle_tables(path, passthrough, ctf)
     stack_of, section, names = parse_image_names(path, table)
     stacks = resolve_stacks(path, names, project)
     headers = check_stacks(path, stacks, stack_of, section)
@@ -350,44 +359,3 @@ def _ascending(stack_of: NDArray[np.int32], section: NDArray[np.int32]) -> bool:
         if not ((stack > 0) | ((stack == 0) & (number >= 0))).all():
             return False
     return True
-
-
-def _read_stack(path: Path, ctf: str | Path | None) -> tuple[pd.DataFrame, TextTable]:
-    if not is_stack(path):
-        raise CryoreconError(
-            f"{path} is no stack of images, which ctf.pkl belongs to",
-            "Give an .mrcs file or a .txt list of them; other tables hold their CTF themselves",
-        )
-    if ctf is None:
-        raise CryoreconError(
-            f"{path} holds images, but neither their pixel size nor their CTF",
-            "Give a STAR or .cs file of particles, or make one: cryorecon import "
-            f"{path.name} --ctf-file ctf.pkl -o particles.star",
-        )
-    return read_stack_table(path, ctf)
-
-
-def _read_blocks(path: Path) -> tuple[Tables, dict[str, TextTable]]:
-    """Tables of the file, and apart from them those that name images."""
-    blocks: Tables = {}
-    tables: dict[str, TextTable] = {}
-    for name, pieces in star_blocks(path):
-        first = next(pieces)
-        if "rlnImageName" in first:
-            tables[name] = TextTable.gather(chain([first], pieces))
-        else:
-            blocks[name] = pd.concat([first, *pieces], ignore_index=True)
-    return blocks, tables
-
-
-def _particle_block(path: Path, blocks: Tables, tables: dict[str, TextTable]) -> str:
-    usual = ("particles", "images", "")
-    for name in (*usual, *tables):
-        if name in tables:
-            return name
-    if any(name in blocks and len(blocks[name]) == 0 for name in usual):
-        raise CryoreconError(f"{path} holds no particles: its table is empty", "Select some first")
-    raise CryoreconError(
-        f"{path} has no table with a column rlnImageName (blocks: {', '.join(blocks) or 'none'})",
-        "Give a particle STAR file, not one of micrographs or jobs",
-    )

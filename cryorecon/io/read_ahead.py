@@ -35,7 +35,7 @@ class ReadAhead:
 
         What is not asked for before several others are expected is forgotten.
         """
-        large = 4.0 * len(rows) * self.particles.box**2 > _LARGEST
+        large = 4.0 * len(rows) * self.particles.stored_box**2 > _LARGEST
         if (
             large
             or len(rows) == 0
@@ -53,7 +53,7 @@ class ReadAhead:
         return all(found.done() for known, found in self._expected if np.array_equal(rows, known))
 
     def images(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """As :meth:`Particles.images`; at once if they were expected and are there."""
+        """Images as they are on disk, checked; at once if they were expected and are there."""
         images = self._found(rows).result()
         # Here and not by the thread, which may be behind the disk already.
         self.particles.check(rows, images)

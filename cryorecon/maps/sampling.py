@@ -8,14 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cryorecon.physics.fourier import (
-    fft_centred,
-    radius_grid,
-    resample_volume,
-    shell_sums,
-)
+from cryorecon.physics.fourier import fft_centred, radius_grid, shell_sums
 from cryorecon.physics.masks import soft_ball
 from cryorecon.physics.projection import Transform
+from cryorecon.physics.resampling import resample_volume
 from cryorecon.physics.rotations import exp_map
 
 # Power, relative to the strongest shell, of a shell that counts half.

@@ -99,69 +99,6 @@ def _middle(array: Tensor, dim: int, length: int) -> Tensor:
     return torch.cat(parts, dim)
 
 
-def resample_sums(volume: Tensor, box: int) -> Tensor:
-    """A map of voxel sums on another grid: the same transform, cropped or padded."""
-    return ifft_centred(crop_or_pad_centred(fft_centred(volume, 3), box, 3), 3).real
-
-
-def resample_volume(volume: Tensor, box: int) -> Tensor:
-    """The same real volume on a grid of `box` samples a side, by Fourier cropping or padding.
-
-    Values keep their scale (density, not sums). The field of view is unchanged, so the pixel
-    size becomes ``old * old_box / box``.
-
-    Parameters
-    ----------
-    volume : Tensor, shape (N, N, N)
-    """
-    return resample_sums(volume, box) * (box / volume.shape[-1]) ** 3
-
-
-def sample_volume(volume: Tensor, box: int, step: float) -> Tensor:
-    """The same real volume on a grid of any spacing, centre on centre, by trigonometric sums.
-
-    Values keep their scale (density). Frequencies that the new grid cannot hold, along each axis,
-    are removed; the volume goes on periodically outside its box.
-
-    Parameters
-    ----------
-    volume : Tensor, shape (N, N, N)
-    box : int
-        Samples a side of the result.
-    step : float
-        New spacing in samples of the volume.
-    """
-    size = volume.shape[-1]
-    frequencies = centred_frequencies(size, volume.device)
-    keep = frequencies.abs() * step <= size / 2
-    points = centred_frequencies(box, volume.device).double() * step
-    angle = (2 * torch.pi / size) * points[:, None] * frequencies[keep]
-    transform = fft_centred(volume, 3)[keep][:, keep][:, :, keep]
-    waves = torch.polar(torch.ones_like(angle), angle).to(transform.dtype) / size
-    for _ in range(3):  # Each turn sums over the first axis and puts the new one last.
-        transform = torch.tensordot(transform, waves, dims=([0], [1]))
-    return transform.real
-
-
-def shift_volume(volume: Tensor, shift_px: Tensor) -> Tensor:
-    """A map whose content is moved by (x, y, z) pixels, around the borders of its box.
-
-    Parameters
-    ----------
-    volume : Tensor, shape (N, N, N), real
-    shift_px : Tensor, shape (3,)
-        Parts of a voxel count: every coefficient below Nyquist keeps its amplitude.
-    """
-    box = volume.shape[-1]
-    frequencies = centred_frequencies(box, volume.device).double()
-    moved = fft_centred(volume, 3)
-    for dim, shift in zip((-1, -2, -3), shift_px.double(), strict=True):
-        angle = (-2 * torch.pi / box) * shift * frequencies
-        phases = torch.polar(torch.ones_like(angle), angle).to(moved.dtype)
-        moved = moved * phases.view(-1, *[1] * (-dim - 1))
-    return ifft_centred(moved, 3).real
-
-
 def radius_grid(box: int, ndim: int, device: torch.device | None = None) -> Tensor:
     """Distance from the origin, in samples, of each point of a centred grid; float64."""
     squares = centred_frequencies(box, device).double() ** 2

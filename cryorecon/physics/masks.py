@@ -8,13 +8,8 @@ import torch
 from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
-from cryorecon.physics.fourier import (
-    centred_frequencies,
-    lowpass,
-    radius_grid,
-    resample_volume,
-    shift_volume,
-)
+from cryorecon.physics.fourier import centred_frequencies, lowpass, radius_grid
+from cryorecon.physics.resampling import resample_volume, shift_volume
 
 
 def soft_ball(

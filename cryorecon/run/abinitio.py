@@ -17,8 +17,8 @@ from cryorecon.engines.observations import ImageSet
 from cryorecon.engines.reconstruction import Reconstruction, RefineConfig
 from cryorecon.engines.rmfn import RmfnConfig
 from cryorecon.errors import CryoreconError
-from cryorecon.io.mrc import write_map
 from cryorecon.io.particles import Particles, read_particles
+from cryorecon.physics.resampling import resample_volume
 from cryorecon.physics.symmetry import symmetry_group
 from cryorecon.ranks import ALONE, Ranks
 from cryorecon.run.amortized_stages import AmortizedStages
@@ -26,12 +26,22 @@ from cryorecon.run.device import device_text, own_device, usable_device
 from cryorecon.run.job import Job, Task, open_job
 from cryorecon.run.load import Keep, half_sets, load_observations, map_like
 from cryorecon.run.report.page import report_at_end
-from cryorecon.run.results import joint_map, report_offsets, write_first_poses, write_results
+from cryorecon.run.results import (
+    joint_map,
+    report_offsets,
+    size_text,
+    write_first_poses,
+    write_in_full,
+    write_results,
+)
 from cryorecon.run.rmfn_stages import RmfnStages
 
 Halves = Literal["independent", "shared", "none"]
 Contrast = Literal["auto", "white", "black"]
 Assign = Literal["none", "read", "refine"]
+# Samples a side that a first map has at most, if nobody asks for more: a particle's width in 80 or
+# 100 parts. Time and memory grow as the cube.
+_LARGEST_BOX = 128
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,9 @@ class AbinitioOptions:
         Largest in-plane offset; default a tenth of the box.
     project : Path, optional
         Folder that image paths are relative to.
+    box : int, optional
+        Samples a side that larger images are Fourier cropped to; default 128. Maps are written
+        in the images' own box.
     halves : "independent", "shared" or "none"
         Both half sets from scratch, half sets of one search, or no half maps on disk.
     contrast : "auto", "white" or "black"
@@ -75,6 +88,7 @@ class AbinitioOptions:
     diameter_angst: float | None = None
     offset_range_angst: float | None = None
     project: Path | None = None
+    box: int | None = None
     seed: int = 0
     halves: Halves = "shared"
     contrast: Contrast = "auto"
@@ -184,7 +198,7 @@ def prepared(
     CryoreconError
         For input or options that cannot be used, or with fewer than 20 particles.
     """
-    particles = read_particles(star, options.project)
+    particles = read_particles(star, options.project).cropped(options.box or _LARGEST_BOX)
     rows = _subset(particles, options)
     if options.assign == "none":
         particles, rows = particles.subset(rows.numpy()), torch.arange(len(rows))
@@ -214,7 +228,7 @@ def _refuse_contradictions(options: AbinitioOptions, particles: Particles) -> No
     _mask(options.mask, particles)
     independent = options.halves == "independent"
     if options.init_map is not None:
-        map_like(options.init_map, particles, "map")
+        _given_map(options.init_map, particles, "map")
         if independent:
             raise CryoreconError(
                 "Half maps that both start from --init-map are not independent",
@@ -236,10 +250,8 @@ def _run(
 ) -> None:
     generator = torch.Generator().manual_seed(options.seed)
     pixel, box = particles.pixel_size_angst, particles.box
-    job.say(
-        f"{len(particles)} particles, {box} px at {pixel:g} A, particle diameter "
-        f"{config.diameter * box * pixel:.0f} A"
-    )
+    width = f"particle diameter {config.diameter * box * pixel:.0f} A"
+    job.say(f"{len(particles)} particles, {size_text(particles)}, {width}")
     device = own_device(options.device, job.ranks)
     if device != "cpu":
         job.say(f"computing on {device_text(device)}")
@@ -260,7 +272,7 @@ def _run(
     def in_c1() -> Reconstruction:
         state = without_symmetry()
         if job.writes:
-            write_map(job.path("initial_model_C1.mrc"), joint_map(state).cpu().numpy(), pixel)
+            write_in_full(job, "initial_model_C1.mrc", joint_map(state), particles)
         return state
 
     if len(_group(options.symmetry)) > 1:
@@ -270,7 +282,7 @@ def _run(
     if job.writes:
         scales = stages.scale_maps(joint_map(state))
         write_results(job, particles, state, scales, options.halves, config)
-        report_at_end(job, particles)
+        report_at_end(job, particles.as_stored())
 
 
 def _stages(
@@ -317,7 +329,7 @@ def _first_map(
 ) -> Reconstruction:
     if options.init_map is not None and isinstance(stages, RmfnStages):
         stages.job.say(f"starting from {options.init_map}, low-passed; its poses are not used")
-        return stages.from_map(images, half, map_like(options.init_map, particles, "map"))
+        return stages.from_map(images, half, _given_map(options.init_map, particles, "map"))
     return stages.from_scratch(images, half)
 
 
@@ -330,16 +342,21 @@ def _group(symmetry: str) -> Tensor:
         ) from error
 
 
+def _given_map(path: Path, particles: Particles, what: str) -> Tensor:
+    """A map of the images' own box and pixel size, in the box that is worked in."""
+    return resample_volume(map_like(path, particles.as_stored(), what), particles.box)
+
+
 def _mask(path: Path | None, particles: Particles) -> Tensor | None:
     if path is None:
         return None
-    mask = map_like(path, particles, "mask")
+    mask = map_like(path, particles.as_stored(), "mask")
     if not (float(mask.min()) >= -1e-3 and 0 < float(mask.max()) <= 1.001):
         raise CryoreconError(
             f"The mask {path} has values from {float(mask.min()):g} to {float(mask.max()):g}",
             "A mask goes from 0 to 1",
         )
-    return mask.clamp(0, 1)
+    return resample_volume(mask, particles.box).clamp(0, 1)
 
 
 def _set_contrast(job: Job, images: ImageSet, config: RefineConfig, contrast: Contrast) -> None:

@@ -22,7 +22,7 @@ from cryorecon.ranks import ALONE, Ranks
 from cryorecon.run.stopping import Stop, StoppedError
 
 NAME = "checkpoint.pt"
-_FORMAT = 4
+_FORMAT = 5
 # Work between two checkpoints within a stage, and its least multiple of the time one takes.
 _EVERY_S = 20.0
 _TIMES_ITS_COST = 60.0

@@ -125,6 +125,14 @@ def write_fsc_star(path: str | Path, curve: FscCurve, threshold: float = 0.143) 
 def read_fsc_star(path: str | Path, box: int, pixel_size_angst: float) -> FscCurve:
     """Read what :func:`write_fsc_star` or ``relion_postprocess`` wrote.
 
+    Of images that were Fourier cropped the curve ends before the maps' Nyquist frequency.
+
+    Parameters
+    ----------
+    box : int
+        Of the maps.
+    pixel_size_angst : float
+
     Raises
     ------
     CryoreconError
@@ -136,9 +144,10 @@ def read_fsc_star(path: str | Path, box: int, pixel_size_angst: float) -> FscCur
         raise CryoreconError(
             f"{path} holds no Fourier shell correlation", "Give a file that cryorecon fsc wrote"
         )
-    if len(table) != box // 2 + 1:
+    if len(table) > box // 2 + 1 or not _as_wide(path, table, box * pixel_size_angst):
         raise CryoreconError(
-            f"{path} has {len(table)} shells, a map of {box} px has {box // 2 + 1}",
+            f"{path} has {len(table)} shells that are not those of a map of {box} px at "
+            f"{pixel_size_angst:g} A",
             "Keep one job's files in a directory: this one is of another box",
         )
     values = torch.from_numpy(numbers(path, table, columns[0]))
@@ -147,6 +156,14 @@ def read_fsc_star(path: str | Path, box: int, pixel_size_angst: float) -> FscCur
     if told is None:
         return FscCurve(values, box, pixel_size_angst, f"maps of {Path(path).name}")
     return FscCurve(values, box, pixel_size_angst, told[1], told[2], told[3] is None)
+
+
+def _as_wide(path: str | Path, table: pd.DataFrame, side_angst: float) -> bool:
+    """Whether a curve is of maps of this width: shell 1 is one cycle of it."""
+    if len(table) < 2 or "rlnAngstromResolution" not in table:
+        return False
+    width = float(numbers(path, table, "rlnAngstromResolution")[1])
+    return abs(width / side_angst - 1) < 0.01
 
 
 def write_fsc_xml(path: str | Path, curve: FscCurve) -> None:

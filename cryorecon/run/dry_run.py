@@ -30,6 +30,7 @@ from cryorecon.run.load import (
 )
 from cryorecon.run.moments.estimate import MomentsOptions, resolve_geometry
 from cryorecon.run.moments.reconstruct import MomentReconstructOptions
+from cryorecon.run.results import size_text
 
 # Images that the contrast is guessed from: enough to be sure of most stacks.
 _LOOKED_AT = 500
@@ -98,7 +99,7 @@ def _tell_particles(
     """Open the first and the last stack, and look at some images."""
     order = particles.file_order()
     particles.images(order[[0, -1]])
-    say(f"{len(particles)} particles, {particles.box} px at {particles.pixel_size_angst:g} A")
+    say(f"{len(particles)} particles, {size_text(particles)}")
     groups = np.unique(particles.optics_index())
     say(f"{len(groups)} optics group{'s' * (len(groups) > 1)}")
     if not ctf:

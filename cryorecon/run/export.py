@@ -21,7 +21,8 @@ from cryorecon.io.star import write_star
 from cryorecon.maps.align import mirror_map
 from cryorecon.maps.contour import contour_level
 from cryorecon.maps.poses import mirror_poses
-from cryorecon.physics.fourier import crop_or_pad_centred, lowpass, sample_volume
+from cryorecon.physics.fourier import crop_or_pad_centred, lowpass
+from cryorecon.physics.resampling import sample_volume
 
 _ANGLES = ("rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi")
 _LARGEST_BOX = 4096

@@ -22,6 +22,7 @@ from cryorecon.physics.ctf import CtfParameters, ctf
 from cryorecon.physics.fourier import HalfPlane, half_plane, to_coefficients
 from cryorecon.physics.imaging import noise_power_outside
 from cryorecon.physics.masks import soft_ball
+from cryorecon.physics.resampling import downsample_images
 from cryorecon.ranks import ALONE, Ranks
 
 Keep = Literal["auto", "memory", "disk"]
@@ -85,10 +86,8 @@ class _FromDisk:
         plane, raw = self.plane.first(count), self._raw(rows)
         coefficients = torch.empty(len(rows), count, dtype=torch.complex64, device=self.device)
         gain = torch.empty(len(rows), count, device=self.device)
-        step = _images_at_once(self.plane.box, self.device)
-        for here in torch.arange(len(rows)).split(step):
-            some = slice(int(here[0]), int(here[-1]) + 1)
-            images = normalised(taken_to(raw[some], self.device), self.outside)
+        for some in self._steps(len(rows)):
+            images = normalised(self._taken(raw[some]), self.outside)
             coefficients[some] = to_coefficients(images, plane)
             gain[some] = self.ctf(rows[some], count)
         return coefficients, gain
@@ -96,7 +95,22 @@ class _FromDisk:
     def images(self, rows: Tensor, following: Tensor) -> Tensor:
         """Normalised images of some rows, shape (b, N, N), while the following ones are read."""
         self.expect(following)
-        return normalised(taken_to(self._raw(rows), self.device), self.outside)
+        return normalised(self._taken(self._raw(rows)), self.outside)
+
+    def _taken(self, raw: Tensor) -> Tensor:
+        """Images from disk on the device, in the box that is worked in."""
+        box = self.plane.box
+        if box == raw.shape[-1]:
+            return taken_to(raw, self.device)
+        found = torch.empty(len(raw), box, box, device=self.device)
+        for some in self._steps(len(raw)):
+            found[some] = downsample_images(taken_to(raw[some], self.device), box)
+        return found
+
+    def _steps(self, n: int) -> list[slice]:
+        """Images that are worked on together."""
+        step = _images_at_once(self.reader.particles.stored_box, self.device)
+        return [slice(first, min(first + step, n)) for first in range(0, n, step)]
 
     def _raw(self, rows: Tensor) -> Tensor:
         images = torch.from_numpy(self.reader.images(rows.numpy()))
@@ -250,7 +264,8 @@ def load_observations(
     counts = torch.bincount(group[heard], minlength=len(power)).clamp(min=1).to(device)
     source: Source = store or disk
     rows, noise = torch.arange(n, dtype=torch.int32), power / counts[:, None]
-    return ImageSet(plane, source, noise, group, torch.ones(n), rows, ranks, n, _place(particles))
+    apart = ranks, n, _place(particles), particles.stored_box
+    return ImageSet(plane, source, noise, group, torch.ones(n), rows, *apart)
 
 
 def place_to_hold(

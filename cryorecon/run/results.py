@@ -8,7 +8,10 @@ from cryorecon.conventions import matrix_to_euler
 from cryorecon.engines.reconstruction import Reconstruction, RefineConfig
 from cryorecon.io.mrc import write_map
 from cryorecon.io.particles import Particles
+from cryorecon.maps.fsc import crossing_shell
+from cryorecon.physics.fourier import max_band
 from cryorecon.physics.masks import solvent_mask
+from cryorecon.physics.resampling import resample_volume
 from cryorecon.run.curves import FscCurve, write_fsc_star, write_fsc_xml
 from cryorecon.run.job import Job, write_output_nodes
 from cryorecon.run.plots import fsc_figure, map_figure, save_figure, viewing_direction_figure
@@ -25,6 +28,26 @@ _MANY_HITS = 0.02
 def joint_map(state: Reconstruction) -> Tensor:
     """The map of all images, shape (N, N, N), on the device."""
     return (state.maps[0] + state.maps[1]) / 2
+
+
+def size_text(particles: Particles) -> str:
+    """Box and pixel size, as stored and as they are worked with."""
+    stored = f"{particles.stored_box} px at {particles.stored_pixel_size_angst:g} A"
+    if particles.crop_box is None:
+        return stored
+    pixel = particles.pixel_size_angst
+    return f"{stored}, Fourier cropped to {particles.box} px at {pixel:g} A (see --box)"
+
+
+def in_full(volume: Tensor, particles: Particles) -> Tensor:
+    """A map in the box of the particles as they are stored, on the CPU."""
+    return resample_volume(volume.cpu(), particles.stored_box)
+
+
+def write_in_full(job: Job, name: str, volume: Tensor, particles: Particles) -> None:
+    """Write a map in the box of the particles as they are stored."""
+    values = in_full(volume, particles).numpy()
+    write_map(job.path(name), values, particles.stored_pixel_size_angst)
 
 
 def report_offsets(
@@ -107,9 +130,10 @@ def write_results(
     """Maps, half maps, FSC, poses and pictures; says what it wrote."""
     pixel = particles.pixel_size_angst
     joint, likelihood = joint_map(state), state.log_likelihood
-    nodes = write_model(job, joint, pixel, config)
+    whole = in_full(joint, particles)
+    nodes = write_model(job, whole, particles.stored_pixel_size_angst, config)
     for number, volume in enumerate(scales, 1):
-        write_map(job.path(f"scale{number}.mrc"), volume.cpu().numpy(), pixel)
+        write_in_full(job, f"scale{number}.mrc", volume, particles)
     particles.write(
         job.path("run_data.star"),
         euler_deg=matrix_to_euler(state.rotations.double()).numpy(),
@@ -137,7 +161,7 @@ def write_results(
 def _write_halves(job: Job, state: Reconstruction, particles: Particles, label: str) -> None:
     box, pixel = particles.box, particles.pixel_size_angst
     for number, volume in enumerate(state.halves, 1):
-        write_map(job.path(f"run_half{number}_class001_unfil.mrc"), volume.cpu().numpy(), pixel)
+        write_in_full(job, f"run_half{number}_class001_unfil.mrc", volume, particles)
     aligned = label == _HALVES_LABEL["independent"]
     mask = "soft sphere of the diameter"
     if state.support.mask is not None:
@@ -147,3 +171,8 @@ def _write_halves(job: Job, state: Reconstruction, particles: Particles, label: 
     write_fsc_xml(job.path("fsc.xml"), curve)
     save_figure(fsc_figure({label: curve}), job.path("fsc.png"))
     job.say(f"{label}: {curve.resolution_text(0.143)} ({curve.conditions})")
+    if particles.crop_box and crossing_shell(curve.values, 0.143) > max_band(box) - 1:
+        job.say(
+            f"they agree as far as images of {box} px go, which these were cropped to: a larger "
+            "--box may show finer detail"
+        )

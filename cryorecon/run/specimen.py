@@ -10,8 +10,9 @@ from torch import Tensor
 from cryorecon.errors import CryoreconError
 from cryorecon.io.atoms import read_atoms
 from cryorecon.io.mrc import read_map
-from cryorecon.physics.fourier import crop_or_pad_centred, resample_volume
+from cryorecon.physics.fourier import crop_or_pad_centred
 from cryorecon.physics.potential import potential_map
+from cryorecon.physics.resampling import resample_volume
 from cryorecon.run.simulate_config import SimulateConfig
 
 _MAP_SUFFIXES = (".mrc", ".map", ".ccp4", ".mrcs")

@@ -89,7 +89,7 @@ def training(images: ImageSet, ahead: bool) -> Iterator[int]:
     """One pass of engine amortized; by single images, or block by block."""
     generator = torch.Generator().manual_seed(0)
     source = read_ahead(images) if ahead else images
-    stream = Stream(len(images), BATCH, images.plane.box, generator)
+    stream = Stream(len(images), BATCH, images.pixels, generator)
     for rows in islice(stream, len(images) // BATCH):
         source.select(rows)
         if ahead:

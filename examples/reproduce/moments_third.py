@@ -30,9 +30,9 @@ from cryorecon.engines.moments.forms import MomentsGeometry, steerable_moments
 from cryorecon.engines.moments.information import _by_shell, _FreeMap
 from cryorecon.engines.moments.third import order_pairs, third_moment
 from cryorecon.io.mrc import read_map
-from cryorecon.physics.fourier import resample_sums, sample_volume
 from cryorecon.physics.masks import Support
 from cryorecon.physics.polar import PolarSlices, noise_by_shell
+from cryorecon.physics.resampling import resample_sums, sample_volume
 from cryorecon.physics.sphere import frames, lebedev, real_harmonics
 
 BOX, SHARE = 63, 0.8

@@ -22,9 +22,9 @@ from cryorecon.physics.fourier import (
     fft_centred,
     ifft_centred,
     radius_grid,
-    resample_sums,
 )
 from cryorecon.physics.masks import Support
+from cryorecon.physics.resampling import resample_sums
 
 # Standard deviations of the prior: centres in box sides; logarithms of masses, width and density.
 _PRIOR_CENTRE, _PRIOR_LOG = 0.1, 1.0

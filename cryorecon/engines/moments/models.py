@@ -15,10 +15,11 @@ from cryorecon.engines.moments.forms import steerable_moments
 from cryorecon.engines.moments.third import ThirdTarget
 from cryorecon.networks.mfn import smallest_grid
 from cryorecon.networks.siren import HermitianField, fourier_network
-from cryorecon.physics.fourier import lowpass, radius_grid, resample_sums
+from cryorecon.physics.fourier import lowpass, radius_grid
 from cryorecon.physics.gridding import Kernel
 from cryorecon.physics.masks import Support
 from cryorecon.physics.polar import PolarGrid, PolarSlices
+from cryorecon.physics.resampling import resample_sums
 from cryorecon.physics.sphere import SphereRule, frames, lebedev, real_harmonics
 
 VolumeKind = Literal["beads", "grid", "rmfn", "fouriernet"]

@@ -24,7 +24,8 @@ from cryorecon.engines.moments.models import (
     Voxels,
     new_volume,
 )
-from cryorecon.physics.fourier import fft_centred, radius_grid, resample_sums, shell_sums
+from cryorecon.physics.fourier import fft_centred, radius_grid, shell_sums
+from cryorecon.physics.resampling import resample_sums
 
 # Adam steps that lay the model on the map, and that fit the density of views to the fixed map.
 _PLACE_STEPS, _DENSITY_STEPS = 300, 200

@@ -10,7 +10,8 @@ from cryorecon.engines.moments.forms import MomentsGeometry
 from cryorecon.engines.moments.models import VolumeModel, grid_size
 from cryorecon.maps.align import align_maps, apply_alignment
 from cryorecon.maps.fsc import fsc_curve
-from cryorecon.physics.fourier import crop_or_pad_centred, lowpass, sample_volume
+from cryorecon.physics.fourier import crop_or_pad_centred, lowpass
+from cryorecon.physics.resampling import sample_volume
 
 
 def on_images(volume: VolumeModel, geometry: MomentsGeometry, radius: int) -> Tensor:

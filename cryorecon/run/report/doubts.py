@@ -21,7 +21,7 @@ from cryorecon.maps.failures import (
 )
 from cryorecon.maps.fsc import crossing_shell
 from cryorecon.maps.mirror import mirror_score
-from cryorecon.physics.fourier import resample_volume
+from cryorecon.physics.resampling import resample_volume
 from cryorecon.run.report.inputs import ReportInputs
 
 LEAST_HOLLOWNESS = 0.5

@@ -20,13 +20,13 @@ from cryorecon.physics.fourier import (
     half_plane,
     ifft_centred,
     max_band,
-    resample_sums,
     to_coefficients,
     to_images,
 )
 from cryorecon.physics.imaging import predict
 from cryorecon.physics.masks import soft_ball
 from cryorecon.physics.projection import padded_transform
+from cryorecon.physics.resampling import resample_sums
 from cryorecon.run.load import normalised
 from cryorecon.run.report.inputs import ReportInputs
 

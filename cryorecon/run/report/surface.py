@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from cryorecon.maps.contour import contour_level
-from cryorecon.physics.fourier import resample_volume
+from cryorecon.physics.resampling import resample_volume
 
 # Triangles that a browser turns smoothly, and that make about half a megabyte of the report.
 _MOST_FACES = 40_000
