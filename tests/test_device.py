@@ -17,6 +17,7 @@ from cryorecon.engines import rounds, stream
 from cryorecon.engines.accumulate import NormalEquations
 from cryorecon.engines.amortized import AmortizedConfig
 from cryorecon.engines.moments.config import MomentFitConfig
+from cryorecon.engines.observations import ImageSet
 from cryorecon.engines.refine import Poses
 from cryorecon.engines.rivals import Rivals
 from cryorecon.engines.rmfn import RmfnConfig, Search
@@ -306,7 +307,11 @@ def test_batches_of_a_gpu_are_read_ahead(monkeypatch):
     monkeypatch.setattr(rounds, "at_once", lambda on_cpu, bytes_each, device, most: most)
     for box in (64, 128, 256, 500):
         plane = half_plane(box)
-        batch = rounds.image_batches(plane, DEVICE).size
+        none = torch.zeros(0)
+        images = ImageSet(plane, list, torch.zeros(1, plane.n_shells), none, none, none)
+        batch = rounds.image_batches(images).size
+        larger = rounds.image_batches(replace(images, stored_box=2 * box)).size
+        assert 2 * larger * 4 * (2 * box) ** 2 <= read_ahead._LARGEST
         assert 2 * batch * 4 * box**2 <= read_ahead._LARGEST
         assert 8 * len(plane) * batch <= 2**30
         few = plane.within(6.0)

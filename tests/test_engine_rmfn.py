@@ -91,6 +91,52 @@ def test_grid_scores_are_log_likelihoods(scene):
     assert torch.equal(offset[:, 0], best // 3)
 
 
+def test_only_likely_offsets_are_tried(scene):
+    """As if the other pairs of image and offset had no likelihood; evidence counts all poses."""
+    observations, volume, rotations, offsets = scene
+    band = observations.select(torch.arange(12), 6)
+    templates = extract_slices(padded_transform(volume), rotations[:4], band.plane)
+    likely = torch.rand(12, 3, generator=torch.Generator().manual_seed(1)) < 0.5
+    likely[:, 1] |= ~likely.any(-1)
+    posterior, signal, weight = search.grid_expectation(
+        band, templates, offsets[:3], 1.5, chunk_elements=13, likely=likely
+    )
+    assert torch.equal(posterior.offset_shares > 0, likely)
+    torch.testing.assert_close(posterior.offset_shares.sum(-1), torch.ones(12).double())
+    parts = [
+        search.grid_expectation(band.select(torch.tensor([i])), templates, offsets[:3][mine], 1.5)
+        for i, mine in enumerate(likely)
+    ]
+    counts = likely.sum(-1) / 3
+    one = torch.cat([p.log_evidence for p, _, _ in parts]) + counts.double().log()
+    torch.testing.assert_close(posterior.log_evidence, one)
+    torch.testing.assert_close(signal, sum(part[1] for part in parts))
+    torch.testing.assert_close(weight, sum(part[2] for part in parts))
+    rotation, offset = search.best_grid_pose(band, templates, offsets[:3], 13, 2, likely)
+    for i, mine in enumerate(likely):
+        image = band.select(torch.tensor([i]))
+        r, o = search.best_grid_pose(image, templates, offsets[:3][mine], count=2)
+        assert torch.equal(rotation[i], r[0])
+        assert torch.equal(offset[i], mine.nonzero()[:, 0][o[0]])
+
+
+def test_offsets_beside_likely_ones_are_tried():
+    """On the lattice itself the four next to one; on a finer one all within a step."""
+    lattice, finer = search.offset_grid(4.0, 2.0), search.offset_grid(4.0, 1.0)
+    shares = torch.zeros(3, len(lattice))
+    at = int((lattice == torch.tensor([2.0, 0.0])).all(-1).nonzero())
+    shares[0, at], shares[1] = 1.0, torch.nan
+    shares[2, :2] = torch.tensor([0.0005, 0.9995])
+    near = search.offsets_to_try(shares, lattice, lattice)
+    here = (lattice - lattice[at]).norm(dim=-1) < 2.1
+    assert torch.equal(near[0], here)
+    assert near[1].all()
+    assert torch.equal(near[2], (lattice - lattice[1]).norm(dim=-1) < 2.1)
+    fine = search.offsets_to_try(shares, lattice, finer)
+    assert torch.equal(fine[0], (finer - lattice[at]).norm(dim=-1) < 2.1)
+    assert search.offsets_to_try(torch.ones(2, 1), torch.zeros(1, 2), torch.zeros(1, 2)).all()
+
+
 def test_chunks_do_not_change_the_grid_sums(scene):
     observations, volume, rotations, offsets = scene
     band = observations.select(torch.arange(12), 6)

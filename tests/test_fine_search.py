@@ -9,6 +9,7 @@ import torch
 from conftest import simulated
 from rich.console import Console
 
+from cryorecon.engines import search as search_module
 from cryorecon.engines.fine_search import FineSearch
 from cryorecon.engines.rmfn import RmfnConfig, scaled_to_images
 from cryorecon.engines.search import Evidence, evidence
@@ -37,8 +38,8 @@ def stack(tmp_path_factory):
 def begun(stack, start, config=CONFIG):
     images = stack[0]
     rows = torch.arange(COUNT).split(COUNT - HELD_OUT)
-    seen, held = (images.select(some, CONFIG.fine_band(BOX)) for some in rows)
-    shells = torch.ones(CONFIG.search_band(BOX) + 1)
+    seen, held = (images.select(some, config.fine_band(BOX)) for some in rows)
+    shells = torch.ones(config.search_band(BOX) + 1)
     generator = torch.Generator().manual_seed(0)
     known = {"held_out": held, "start": start, "unexplained": 2 * shells}
     return FineSearch(config, seen, generator, **known)
@@ -105,7 +106,26 @@ def test_its_course_is_the_evidence_of_images_that_it_does_not_see(stack):
         epoch(search)
     volume = search.network.volume(0)
     assert len(search.course) == 2
-    assert search.course[-1] == evidence(search.held_out, volume, search.grid, search.offsets)[0]
+    whole = evidence(search.held_out, volume, search.grid, search.offsets)
+    assert search.course[-1] == pytest.approx(whole.mean, abs=0.01)
+
+
+def test_a_search_among_likely_offsets_finds_what_one_among_all_finds(stack, monkeypatch):
+    """Where particles may lie far off centre most offsets are soon unlikely."""
+    config = replace(CONFIG, offset_range=0.25)
+    start = scaled_to_images(stack[1], stack[0], config)
+    runs = []
+    for least in (search_module._UNLIKELY, -1.0):
+        monkeypatch.setattr(search_module, "_UNLIKELY", least)
+        runs.append(begun(stack, start, config))
+        for _ in range(3):
+            epoch(runs[-1])
+    few, all_offsets = runs
+    assert few.likely.sum() < 0.6 * all_offsets.likely.sum()
+    assert all_offsets.likely.all()
+    assert few.likely.any(-1).all()
+    assert few.course == pytest.approx(all_offsets.course, abs=0.02)
+    assert float(fsc_curve(few.network.volume(0), all_offsets.network.volume(0))[1:6].min()) > 0.999
 
 
 def test_it_keeps_the_map_of_its_best_epoch(stack):
@@ -114,7 +134,7 @@ def test_it_keeps_the_map_of_its_best_epoch(stack):
     maps = []
     # The third is worse, the fourth so little better than the second that rounding might decide.
     for told, best in ((10.0, 0), (11.0, 1), (10.5, 1), (11.001, 1), (11.1, 4)):
-        search._evidence = lambda _, found=told: Evidence(found, 0.1, 5.0)
+        search._evidence_held_out = lambda found=told: Evidence(found, 0.1, 5.0)
         epoch(search)
         maps.append(search.network.volume(0))
         assert torch.equal(search.best, maps[best])

@@ -9,7 +9,13 @@ import torch
 from conftest import simulated
 
 from cryorecon.conventions import euler_to_matrix
-from cryorecon.engines.reconstruction import PoseGrid, grid_poses, telling_grid
+from cryorecon.engines.reconstruction import (
+    PoseGrid,
+    grid_poses,
+    offsets_for,
+    outline_offsets,
+    telling_grid,
+)
 from cryorecon.engines.rmfn import RmfnConfig, scaled_to_images
 from cryorecon.io.mrc import read_map
 from cryorecon.io.particles import read_particles
@@ -73,3 +79,19 @@ def test_poses_come_from_the_chosen_grid(tmp_path, chosen):
     away = geodesic_distance_deg(rotations[:, 0], known)
     # Rotations of the grid are 15 degrees apart.
     assert away.median() < 15
+
+
+@pytest.mark.parametrize(("snr", "most"), [(1.0, 0.5), (0.1, 0.8), (0.02, 1.0)])
+def test_few_offsets_are_left_by_half_of_the_detail(tmp_path, snr, most):
+    """The true one is among them; the noisier the images, the more there are."""
+    images, truth, particles = observed(tmp_path, snr)
+    batch = images.select(torch.arange(COUNT), 10)
+    shifts = offsets_for(CONFIG, BOX, 10)
+    assert len(shifts) > 60
+    likely = outline_offsets(batch, truth, CONFIG, torch.eye(3), shifts)
+    true = torch.from_numpy(particles.origins_angst() / particles.pixel_size_angst).float()
+    nearest = torch.cdist(true, shifts).argmin(-1)
+    assert likely[torch.arange(COUNT), nearest].float().mean() > 0.97
+    assert likely.float().mean() < most
+    few = offsets_for(CONFIG, BOX, 4)
+    assert outline_offsets(batch.within(4), truth, CONFIG, torch.eye(3), few).all()

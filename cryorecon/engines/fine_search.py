@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,8 +11,9 @@ from torch import Tensor
 from cryorecon.engines.accumulate import NormalEquations
 from cryorecon.engines.grid_map import GridMap
 from cryorecon.engines.observations import Observations
-from cryorecon.engines.reconstruction import TOLD_APART, shell_prior
+from cryorecon.engines.reconstruction import TOLD_APART, outline_offsets, shell_prior
 from cryorecon.engines.rmfn import Search, excess_power
+from cryorecon.engines.search import Evidence, offsets_to_try, posterior_of
 from cryorecon.physics.masks import Support
 
 # Epochs before a map may count as settled, and the share of the evidence that so many more must
@@ -63,6 +64,7 @@ class FineSearch(Search):
     poses: float = 1.0
     best: Tensor = field(init=False)
     _prior: Tensor = field(init=False)
+    _likely_held_out: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         self._look(round(float(self.held_out.plane.radius[-1])))
@@ -72,8 +74,18 @@ class FineSearch(Search):
         self.network = GridMap((self.band,), Support(self.config.diameter / 2, self.mask))
         self.network.fit_volume(self.start.to(device), 0, 0, 0, self.generator)
         self.excess = torch.ones(self.observations.plane.n_shells, device=device)
-        known = min(len(self.unexplained), len(self.excess))
-        self.excess[:known] = self.unexplained[:known].to(device)
+        shells = min(len(self.unexplained), len(self.excess))
+        self.excess[:shells] = self.unexplained[:shells].to(device)
+        self.likely, self._likely_held_out = map(
+            self._by_outline, (self.observations, self.held_out.within(self.band))
+        )
+
+    def _by_outline(self, images: Observations) -> Tensor:
+        noise = images.noise_power * self.excess
+        volume = self.start.to(images.device)
+        return outline_offsets(
+            replace(images, noise_power=noise), volume, self.config, self.grid[0], self.offsets
+        )
 
     def end_epoch(self) -> None:
         """As for any search; the first time the map learns of the images."""
@@ -83,11 +95,22 @@ class FineSearch(Search):
             self.sums = self.sums.scaled(self._remembered() / len(self.observations))
             self._take(self.sums)
         super().end_epoch()
-        found = self._evidence(self.held_out)
+        found = self._evidence_held_out()
         if not self.course or found.mean - max(self.course) > _BETTER * abs(found.mean):
             self.best = self.network.volume(0)
         self.course.append(found.mean)
         self.poses = found.poses
+
+    def _evidence_held_out(self) -> Evidence:
+        """Of images that it does not see, at offsets that have been likely."""
+        with torch.no_grad():
+            images, poses = self.held_out.within(self.band), (self.grid, self.offsets)
+            volume = self.network.volume(0)
+            posterior = posterior_of(images, volume, *poses, self._likely_held_out)
+            shares = posterior.offset_shares
+            self.ranks.same(shares)
+            self._likely_held_out = offsets_to_try(shares, self.offsets, self.offsets)
+        return Evidence(*self.ranks.numbers(*Evidence.of(posterior)))
 
     @property
     def settled(self) -> bool:
@@ -126,10 +149,12 @@ class FineSearch(Search):
     def state(self) -> dict[str, Any]:
         """As of any search, with the course and the best map."""
         own = {"course": list(self.course), "poses": self.poses, "best": self.best}
-        return {**super().state(), **own}
+        return {**super().state(), **own, "likely_held_out": self._likely_held_out}
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from what :meth:`state` gave."""
         super().load(state)
         self.course, self.poses = list(state["course"]), state["poses"]
-        self.best = state["best"].to(self.observations.device)
+        device = self.observations.device
+        self.best = state["best"].to(device)
+        self._likely_held_out = state["likely_held_out"].to(device)

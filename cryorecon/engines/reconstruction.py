@@ -11,9 +11,15 @@ import torch
 from torch import Tensor
 
 from cryorecon.engines.accumulate import NormalEquations
-from cryorecon.engines.observations import ImageSet
+from cryorecon.engines.observations import ImageSet, Observations
 from cryorecon.engines.rivals import Rivals
-from cryorecon.engines.search import best_grid_pose, evidence, offset_grid
+from cryorecon.engines.search import (
+    best_grid_pose,
+    evidence,
+    offset_grid,
+    offsets_to_try,
+    posterior_of,
+)
 from cryorecon.image_table import image_table
 from cryorecon.physics.fourier import max_band
 from cryorecon.physics.masks import Support
@@ -31,6 +37,10 @@ TOLD_APART = 24
 # A grid that leaves more makes way for a finer one; as many images are asked. Bands of finer ones,
 # relative to the coarse one's.
 _FEW, _ASKED, _FINER = 12, 100, (1.6, 2.0)
+# Rotations that tell which offsets are worth comparing with all: 20 degrees apart.
+_ROUGH_NSIDE = 3
+# How many times as many offsets there must be as rough ones, for these to be worth their time.
+_WORTHWHILE = 3
 # Poses that are tried of each that a grid leaves likely, at least, and at most.
 _TRIED, _LEAST_TRIED, _MOST_TRIED = 16, 24, 200
 
@@ -148,6 +158,31 @@ def offsets_for(config: RefineConfig, box: int, band: float) -> Tensor:
     return offset_grid(config.offset_range * box, box / (5 * band))
 
 
+def outline_offsets(
+    images: Observations, volume: Tensor, config: RefineConfig, turn: Tensor, shifts: Tensor
+) -> Tensor:
+    """Offsets that images may have by half of their detail; shape (n, s), bool.
+
+    Parameters
+    ----------
+    images : Observations of n images
+        Up to the band that poses will be compared at.
+    volume : Tensor, shape (M, M, M)
+        Large enough for it.
+    turn : Tensor, shape (3, 3)
+        Of the grid of rotations that tells.
+    shifts : Tensor, shape (s, 2)
+        Offsets that may be tried at that band; few are all tried.
+    """
+    box, band = images.plane.box, math.ceil(float(images.plane.radius[-1]) / 2)
+    rough = offsets_for(config, box, band).to(shifts)
+    if _WORTHWHILE * len(rough) > len(shifts):
+        return torch.ones(len(images), len(shifts), dtype=torch.bool, device=shifts.device)
+    grid = so3_grid(_ROUGH_NSIDE, torch.float32)[0].to(turn) @ turn
+    posterior = posterior_of(images.within(band), volume, grid, rough)
+    return offsets_to_try(posterior.offset_shares, rough, shifts)
+
+
 def shell_prior(sums: NormalEquations, strength: float, band: float) -> Tensor:
     """Wiener prior in proportion to each shell's mean weight, up to a band."""
     return sums.shell_mean_weight()[: int(band) + 1] * strength
@@ -241,7 +276,8 @@ def grid_poses(
             templates = extract_slices(transform, turned, plane)
             images.expect(images.mine(following))
             batch = images.select(rows)
-            rotation, offset = best_grid_pose(batch, templates, shifts, count=count)
+            likely = outline_offsets(batch, coarse, config, turned[0], shifts)
+            rotation, offset = best_grid_pose(batch, templates, shifts, None, count, likely)
             yield rows, turned[rotation], shifts[offset]
         if progress is not None:
             progress(min(len(images), number * TURNED_TOGETHER))

@@ -20,7 +20,13 @@ from cryorecon.engines.grid_map import GridMap
 from cryorecon.engines.network_map import FitConfig, NetworkMap
 from cryorecon.engines.observations import ImageSet, Observations
 from cryorecon.engines.reconstruction import RefineConfig, offsets_for, shell_prior
-from cryorecon.engines.search import Evidence, accumulate_grid, evidence, grid_expectation
+from cryorecon.engines.search import (
+    Evidence,
+    accumulate_grid,
+    evidence,
+    grid_expectation,
+    offsets_to_try,
+)
 from cryorecon.networks.mfn import MfnConfig
 from cryorecon.physics.fourier import lowpass, max_band
 from cryorecon.physics.masks import Support
@@ -150,6 +156,9 @@ class Search:
     alike; where the lowest are far above the noise, as with a ribosome, they would settle every
     pose by the outline before the others are heard, and both hands end up in one map.
 
+    From one epoch to the next an image's offset hardly changes: those that were unlikely, and have
+    no likely one beside them, are not tried again.
+
     Attributes
     ----------
     excess : Tensor, shape (n_shells,)
@@ -158,6 +167,8 @@ class Search:
         As in :func:`new_map`.
     ranks : Ranks
         Processes that share each mini-batch; all hold all observations.
+    likely : Tensor, shape (n, s), bool
+        Which offsets of each image are tried.
     log_evidence : float
         Mean over the images of the last epoch, and once the search is judged over all its images
         at their true noise: what starts are compared by.
@@ -174,6 +185,7 @@ class Search:
     network: NetworkMap | GridMap = field(init=False)
     excess: Tensor = field(init=False)
     sums: NormalEquations | None = None
+    likely: Tensor = field(init=False)
     log_evidence: float = -torch.inf
     held_out_evidence: float = -torch.inf
     held_out_error: float = 0.0
@@ -194,6 +206,8 @@ class Search:
         device = self.observations.device
         self.grid = so3_grid(self.config.search_nside, torch.float32)[0].to(device)
         self.offsets = offsets_for(self.config, box, band).to(device)
+        every = len(self.observations), len(self.offsets)
+        self.likely = torch.ones(*every, dtype=torch.bool, device=device)
 
     def _start_from_random_poses(self) -> None:
         matched, weight = self.observations.matched()
@@ -234,7 +248,8 @@ class Search:
         """
         turn = random_rotations(1, self.generator, torch.float32)[0]
         rotations = self.grid @ turn.to(self.grid.device)
-        batch = self.observations.select(self.ranks.share(rows))
+        mine = self.ranks.share(rows).to(self.likely.device)
+        batch = self.observations.select(mine)
         batch = replace(batch, noise_power=batch.noise_power * self.excess)
         with torch.no_grad():
             volume = self.network.volume(0)
@@ -242,7 +257,7 @@ class Search:
             transform = padded_transform(volume, band=self.band)
             templates = extract_slices(transform, rotations, batch.plane)
             posterior, signal, weight = grid_expectation(
-                batch, templates, self.offsets, temperature
+                batch, templates, self.offsets, temperature, likely=self.likely[mine]
             )
             new = accumulate_grid(signal, weight, rotations, batch.plane)
             explained = (2 * (signal.conj() * templates).real - weight * templates.abs() ** 2).sum(
@@ -252,7 +267,10 @@ class Search:
             self.ranks.add_up(new.signal, new.weight, left)
         kept = self.config.excess_memory
         self.excess = (self.excess * (kept + (1 - kept) * left / len(rows))).clamp(min=1)
-        found = self.ranks.everyones(posterior.log_evidence, self.ranks.sizes(len(rows)))
+        sizes = self.ranks.sizes(len(rows))
+        found = self.ranks.everyones(posterior.log_evidence, sizes)
+        shares = self.ranks.everyones(posterior.offset_shares, sizes)
+        self.likely[rows.to(shares.device)] = offsets_to_try(shares, self.offsets, self.offsets)
         old = self.sums
         self.sums = new if old is None else old.scaled(self._kept()).plus(new)
         self._follow(self.sums)
@@ -290,6 +308,7 @@ class Search:
             "network": self.network.state(),
             "sums": None if sums is None else [sums.signal, sums.weight],
             "excess": self.excess,
+            "likely": self.likely,
             "log_evidence": self.log_evidence,
             "held_out_evidence": self.held_out_evidence,
             "held_out_error": self.held_out_error,
@@ -305,6 +324,7 @@ class Search:
             signal, weight = state["sums"]
             self.sums = NormalEquations(signal.to(device), weight.to(device), 2)
         self.excess = state["excess"].to(device)
+        self.likely = state["likely"].to(device)
         self.log_evidence = state["log_evidence"]
         self.held_out_evidence = state["held_out_evidence"]
         self.held_out_error = state["held_out_error"]

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from cryorecon.engines.accumulate import NormalEquations
-from cryorecon.engines.observations import Observations, as_real, centred
+from cryorecon.engines.observations import Observations, as_real
 from cryorecon.engines.shrinking import ShrinkingBatch, at_once
-from cryorecon.physics.fourier import HalfPlane
+from cryorecon.physics.fourier import HalfPlane, shift_phases
 from cryorecon.physics.projection import extract_slices, padded_transform
 
 # Scores of images against poses: numbers at once on the CPU, bytes each, and most on a GPU.
@@ -20,6 +20,9 @@ _BEST, _EXPECTED = 4_000_000, 40_000_000
 _SCORE_BYTES, _MOST_SCORES = 8, 1_000_000_000
 # Log-likelihood behind the likeliest pose's at which a pose counts for nothing.
 _LEAST = -40.0
+# Share of an image's posterior below which an offset need not be tried again, if those beside it
+# have no more. With a hundredth searches still end at the same evidence.
+_UNLIKELY = 1e-3
 
 
 def offset_grid(range_px: float, step_px: float, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -41,33 +44,56 @@ class GridPosterior:
         Log of the mean likelihood over the grid, against an empty image.
     effective_poses : Tensor, shape (n,)
         Inverse of the sum of squared weights.
+    offset_shares : Tensor, shape (n, s)
+        How much of an image's posterior each offset has.
     """
 
     log_evidence: Tensor
     effective_poses: Tensor
+    offset_shares: Tensor
 
 
 @dataclass(frozen=True)
 class _Grid:
-    """All poses of a grid: templates and their power side by side (r, 3m), offsets."""
+    """All poses of a grid: templates and their power side by side (r, 3m), phases of offsets."""
 
     table: Tensor
-    offsets_px: Tensor
+    phases: Tensor
 
     @staticmethod
-    def of(templates: Tensor, offsets_px: Tensor, temperature: float = 1.0) -> _Grid:
+    def of(
+        templates: Tensor, offsets_px: Tensor, plane: HalfPlane, temperature: float = 1.0
+    ) -> _Grid:
+        phases = shift_phases(offsets_px, plane).conj().to(templates.dtype)
         table = torch.cat([2 * as_real(templates), -(templates.abs() ** 2)], -1)
-        return _Grid(table / temperature, offsets_px)
+        return _Grid(table / temperature, phases)
 
-    def scores(self, batch: Observations) -> tuple[Tensor, Tensor]:
-        """Log-likelihoods over the temperature (b, s, r), and what they come from (b, s, 3m).
+    def scores(self, batch: Observations, image: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-likelihoods over the temperature, of pairs of image and offset with every rotation.
 
-        That is shifted images and their weights: one product says ``2 Re <m, S> - <w, |S|^2>``.
+        Returns
+        -------
+        scores : Tensor, shape (p, r)
+            One product says ``2 Re <m, S> - <w, |S|^2>``.
+        rows : Tensor, shape (p, 3m)
+            What they come from: images with their offsets undone, and their weights.
         """
         matched, weights = batch.matched()
-        shifted = as_real(centred(matched[:, None, :], self.offsets_px[None], batch.plane))
-        rows = torch.cat([shifted, weights[:, None].expand(-1, shifted.shape[1], -1)], -1)
-        return (rows.flatten(0, 1) @ self.table.T).unflatten(0, rows.shape[:2]), rows
+        shifted = as_real(matched[image] * self.phases[offset])
+        rows = torch.cat([shifted, weights[image]], -1)
+        return rows @ self.table.T, rows
+
+
+def _pairs(likely: Tensor) -> tuple[Tensor, Tensor]:
+    """Images and offsets that go together, of a table that says so; shape (p,) each."""
+    image, offset = likely.nonzero().unbind(-1)
+    return image, offset
+
+
+def _largest(values: Tensor, image: Tensor, n: int) -> Tensor:
+    """Of each image the largest value of its rows; shape (p, r) to (n, r)."""
+    least = values.new_full((n, values.shape[1]), -torch.inf)
+    return least.scatter_reduce(0, image[:, None].expand_as(values), values, "amax")
 
 
 def best_grid_pose(
@@ -76,6 +102,7 @@ def best_grid_pose(
     offsets_px: Tensor,
     chunk_elements: int | None = None,
     count: int = 1,
+    likely: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The likeliest rotations of each image, each with its best offset; indices (n, count), int64.
 
@@ -88,19 +115,27 @@ def best_grid_pose(
         Scores that are held at a time; default what the device is good at.
     count : int
         How many rotations, the likeliest first.
+    likely : Tensor, shape (n, s), bool, optional
+        Which offsets of each image are tried, at least one.
     """
-    grid, r = _Grid.of(templates, offsets_px), len(templates)
+    grid = _Grid.of(templates, offsets_px, observations.plane)
+    r, n, s = len(templates), len(observations), len(offsets_px)
+    if likely is None:
+        likely = torch.ones(n, s, dtype=torch.bool, device=templates.device)
 
     def best(part: slice) -> tuple[Tensor, Tensor]:
-        score = grid.scores(observations.select(part))[0]
-        if count == 1:
-            found = score.flatten(1).argmax(-1, keepdim=True)
-            return found % r, found // r
-        at_best, offset = score.max(1)
+        image, offset = _pairs(likely[part])
+        score = grid.scores(observations.select(part), image, offset)[0]
+        # Where a largest value lies takes ten times as long to tell as what it is: of few only.
+        at_best = _largest(score, image, len(likely[part]))
         rotation = at_best.topk(count, -1).indices
-        return rotation, offset.gather(1, rotation)
+        is_best = score.gather(1, rotation[image]) == at_best.gather(1, rotation)[image]
+        place = torch.where(is_best, offset[:, None], s - 1)
+        first = torch.full_like(rotation, s - 1)
+        return rotation, first.scatter_reduce(0, image[:, None].expand_as(place), place, "amin")
 
-    parts = _parts(chunk_elements or _scores_at_once(_BEST, templates), r * len(offsets_px))
+    each = max(1, r * int(likely.sum()) // max(1, n))
+    parts = _parts(chunk_elements or _scores_at_once(_BEST, templates), each)
     found = [indices for _, indices in parts.over(len(observations), best)]
     rotations, offsets = (torch.cat(part) for part in zip(*found, strict=True))
     return rotations, offsets
@@ -120,6 +155,7 @@ def grid_expectation(
     offsets_px: Tensor,
     temperature: float = 1.0,
     chunk_elements: int | None = None,
+    likely: Tensor | None = None,
 ) -> tuple[GridPosterior, Tensor, Tensor]:
     """Posterior of each image over all grid poses, and its sums over images.
 
@@ -136,6 +172,8 @@ def grid_expectation(
         Divides the log-likelihood; above 1 spreads the posterior.
     chunk_elements : int, optional
         Scores that are held at a time; default what the device is good at.
+    likely : Tensor, shape (n, s), bool, optional
+        Which offsets of each image are tried, at least one; the others count for nothing.
 
     Returns
     -------
@@ -145,31 +183,39 @@ def grid_expectation(
     weight : Tensor, shape (r, m), real
     """
     (r, m), s = templates.shape, len(offsets_px)
-    grid = _Grid.of(templates, offsets_px, temperature)
-    sums = torch.zeros_like(grid.table)
+    n, device = len(observations), templates.device
+    if likely is None:
+        likely = torch.ones(n, s, dtype=torch.bool, device=device)
+    grid = _Grid.of(templates, offsets_px, observations.plane, temperature)
+    sums, shares = torch.zeros_like(grid.table), likely.to(grid.table)
     log_poses = math.log(r * s)
 
     def expect(part: slice) -> tuple[Tensor, Tensor]:
-        score, rows = grid.scores(observations.select(part))
-        flat = score.flatten(1)
-        peak = flat.amax(-1, keepdim=True)
+        image, offset = _pairs(likely[part])
+        score, rows = grid.scores(observations.select(part), image, offset)
+        nothing = score.new_zeros(len(likely[part]))
+        peak = _largest(score.amax(-1, keepdim=True), image, len(nothing))[:, 0]
         # Not less: numbers below those of full precision take ten times as long, in exp too.
-        flat.sub_(peak).clamp_(min=_LEAST).exp_()
-        total = flat.sum(-1, keepdim=True)
-        evidence = (peak + total.log()).squeeze(-1) - log_poses
-        effective = (total.squeeze(-1) / torch.linalg.vector_norm(flat, dim=-1)).square()
-        rows.div_(total[..., None])
+        score.sub_(peak[image, None]).clamp_(min=_LEAST).exp_()
+        of_pair = score.sum(-1)
+        total = nothing.index_add(0, image, of_pair)
+        squares = torch.linalg.vector_norm(score, dim=-1).square()
+        effective = total.square() / nothing.index_add(0, image, squares)
+        shares[part][image, offset] = of_pair / total[image]
+        rows.div_(total[image, None])
         # Sums change last: until then memory may end, and the part be repeated.
-        sums.addmm_(score.view(-1, r).T, rows.view(-1, 3 * m))
-        return evidence, effective
+        sums.addmm_(score.T, rows)
+        return peak + total.log() - log_poses, effective
 
-    parts = _parts(chunk_elements or _scores_at_once(_EXPECTED, templates), r * s)
+    tried = int(likely.sum()) / max(1, n)
+    parts = _parts(chunk_elements or _scores_at_once(_EXPECTED, templates), max(1, int(r * tried)))
     # One process of several may have no image of a small batch.
     none = sums.new_zeros(0), sums.new_zeros(0)
-    found = [none, *(values for _, values in parts.over(len(observations), expect))]
-    posterior = GridPosterior(*(torch.cat(p) for p in zip(*found, strict=True)))
+    found = [none, *(values for _, values in parts.over(n, expect))]
+    evidence, poses = (torch.cat(part) for part in zip(*found, strict=True))
     real, imaginary, weight = sums.split(m, -1)
-    return posterior, torch.complex(real.contiguous(), imaginary.contiguous()), weight
+    signal = torch.complex(real.contiguous(), imaginary.contiguous())
+    return GridPosterior(evidence, poses, shares), signal, weight
 
 
 def accumulate_grid(
@@ -196,11 +242,22 @@ class Evidence(NamedTuple):
     error: float
     poses: float
 
+    @staticmethod
+    def of(posterior: GridPosterior) -> Evidence:
+        """Of the images that a posterior is of."""
+        found, poses = posterior.log_evidence, posterior.effective_poses.median()
+        error = found.std() / max(len(found), 1) ** 0.5
+        return Evidence(float(found.mean()), float(error), float(poses))
 
-def evidence(
-    observations: Observations, volume: Tensor, grid: Tensor, offsets_px: Tensor
-) -> Evidence:
-    """Evidence of a map over a grid of poses.
+
+def posterior_of(
+    observations: Observations,
+    volume: Tensor,
+    grid: Tensor,
+    offsets_px: Tensor,
+    likely: Tensor | None = None,
+) -> GridPosterior:
+    """Posterior of images over a grid of poses in a map.
 
     Parameters
     ----------
@@ -210,11 +267,36 @@ def evidence(
         Large enough for that band.
     grid : Tensor, shape (r, 3, 3)
     offsets_px : Tensor, shape (s, 2)
+    likely : Tensor, shape (n, s), bool, optional
+        As in :func:`grid_expectation`.
     """
     transform = padded_transform(volume, band=float(observations.plane.radius[-1]))
     grid, offsets_px = grid.to(volume.device), offsets_px.to(volume.device)
     templates = extract_slices(transform, grid, observations.plane)
-    posterior = grid_expectation(observations, templates, offsets_px)[0]
-    found, poses = posterior.log_evidence, posterior.effective_poses.median()
-    error = found.std() / max(len(found), 1) ** 0.5
-    return Evidence(float(found.mean()), float(error), float(poses))
+    return grid_expectation(observations, templates, offsets_px, likely=likely)[0]
+
+
+def evidence(
+    observations: Observations, volume: Tensor, grid: Tensor, offsets_px: Tensor
+) -> Evidence:
+    """Evidence of a map over a grid of poses; see :func:`posterior_of`."""
+    return Evidence.of(posterior_of(observations, volume, grid, offsets_px))
+
+
+def offsets_to_try(shares: Tensor, offsets_px: Tensor, wanted_px: Tensor) -> Tensor:
+    """Which offsets of a lattice lie no more than a step from likely ones; shape (n, t), bool.
+
+    Parameters
+    ----------
+    shares : Tensor, shape (n, s)
+        Of each image's posterior.
+    offsets_px : Tensor, shape (s, 2)
+        A lattice of :func:`offset_grid`.
+    wanted_px : Tensor, shape (t, 2)
+        The same one, or a finer one.
+    """
+    step = offsets_px[1:2].norm() if len(offsets_px) > 1 else offsets_px.new_tensor(torch.inf)
+    near = torch.cdist(offsets_px, wanted_px) < 1.01 * step
+    found = (shares > _UNLIKELY).to(wanted_px) @ near.to(wanted_px) > 0
+    # All, if none of many stands out, or what is not finite has no posterior.
+    return found | ~found.any(-1, keepdim=True)
