@@ -27,7 +27,8 @@ from cryorecon.physics.masks import soft_ball
 from cryorecon.physics.rotations import exp_map, geodesic_distance_deg
 from cryorecon.physics.symmetry import symmetry_group
 from cryorecon.run import load, refining, stages
-from cryorecon.run.abinitio import AbinitioOptions, abinitio
+from cryorecon.run.abinitio import abinitio
+from cryorecon.run.abinitio_input import AbinitioOptions
 from cryorecon.run.load import load_observations
 from cryorecon.run.simulate import simulate
 from cryorecon.run.simulate_config import SimulateConfig
@@ -238,7 +239,7 @@ def test_a_map_can_take_the_place_of_the_search(large, tmp_path, coarse_alignmen
     """Of any scale, blurred; an unrelated one is refused."""
     truth = torch.from_numpy(read_map(large / "map.mrc").data)
     write_map(tmp_path / "start.mrc", (40 * lowpass(truth, 4, 3)).numpy(), 2.4)
-    options = AbinitioOptions(init_map=tmp_path / "start.mrc", engine=SHORT)
+    options = AbinitioOptions(60.0, init_map=tmp_path / "start.mrc", engine=SHORT)
     abinitio(large / "particles.star", tmp_path / "job", options, QUIET)
     assert "searching" not in log_of(tmp_path / "job").replace("searching again", "")
     assert agreement(tmp_path / "job", large, 9, both_hands=False) > 0.95

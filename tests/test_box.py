@@ -18,7 +18,7 @@ from cryorecon.io.relion_dialects import relion30
 from cryorecon.io.star import read_star, write_star
 from cryorecon.physics.fourier import crop_or_pad_centred, fft_centred
 from cryorecon.physics.resampling import downsample_images, resample_volume
-from cryorecon.run import abinitio as job
+from cryorecon.run import abinitio_input as job
 from cryorecon.run.load import load_observations
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -143,8 +143,7 @@ def test_maps_that_are_given_have_the_box_of_the_particles(few, tmp_path):
     write_map(tmp_path / "right.mrc", ones, PIXEL)
     write_map(tmp_path / "wrong.mrc", ones[:SMALL, :SMALL, :SMALL], PIXEL * BOX / SMALL)
     options = job.AbinitioOptions(box=SMALL, mask=tmp_path / "right.mrc")
-    particles, _, _ = job.prepared(few, options)
-    assert particles.box == SMALL
+    assert job.prepared(few, options).particles.box == SMALL
     for name in ("mask", "init_map"):
         wrong = job.AbinitioOptions(box=SMALL, **{name: tmp_path / "wrong.mrc"})
         with pytest.raises(CryoreconError, match=r"has 16 px at 4\.8 A, the particles 24 px"):
@@ -152,10 +151,10 @@ def test_maps_that_are_given_have_the_box_of_the_particles(few, tmp_path):
 
 
 def test_boxes_of_up_to_128_px_are_worked_on_as_they_are(few, tmp_path, monkeypatch):
-    assert job.prepared(few, job.AbinitioOptions())[0].box == BOX
-    assert job.prepared(few, job.AbinitioOptions(box=SMALL))[0].box == SMALL
+    assert job.prepared(few, job.AbinitioOptions()).particles.box == BOX
+    assert job.prepared(few, job.AbinitioOptions(box=SMALL)).particles.box == SMALL
     large = simulated(tmp_path / "large", 20, 140, 1.0) / "particles.star"
-    assert job.prepared(large, job.AbinitioOptions())[0].box == 128
-    assert job.prepared(large, job.AbinitioOptions(box=140))[0].box == 140
+    assert job.prepared(large, job.AbinitioOptions()).particles.box == 128
+    assert job.prepared(large, job.AbinitioOptions(box=140)).particles.box == 140
     told = run("abinitio", large, "-o", tmp_path / "no", "--dry-run")
     assert "140 px at 0.55 A, Fourier cropped to 128 px" in told.stdout

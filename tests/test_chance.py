@@ -15,7 +15,8 @@ from cryorecon.maps.fsc import fsc_curve
 from cryorecon.physics.fourier import fft_centred, radius_grid, shell_sums
 from cryorecon.physics.masks import soft_ball
 from cryorecon.run import stages
-from cryorecon.run.abinitio import AbinitioOptions, abinitio
+from cryorecon.run.abinitio import abinitio
+from cryorecon.run.abinitio_input import AbinitioOptions
 from cryorecon.run.simulate import simulate
 from cryorecon.run.simulate_config import SimulateConfig
 

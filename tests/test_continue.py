@@ -30,7 +30,8 @@ from cryorecon.errors import CryoreconError
 from cryorecon.io.mrc import read_map
 from cryorecon.run import amortized_stages, checkpoint, refining, stages, stopping
 from cryorecon.run import job as job_module
-from cryorecon.run.abinitio import AbinitioOptions, abinitio
+from cryorecon.run.abinitio import abinitio
+from cryorecon.run.abinitio_input import AbinitioOptions
 from cryorecon.run.continuing import continue_job, from_plain
 from cryorecon.run.cost import abinitio_cost
 from cryorecon.run.moments.estimate import MomentsOptions

@@ -33,7 +33,8 @@ from cryorecon.physics.symmetry import symmetry_group
 from cryorecon.ranks import Ranks
 from cryorecon.run import abinitio as abinitio_module
 from cryorecon.run import device, dry_run, load, stages
-from cryorecon.run.abinitio import AbinitioOptions, abinitio
+from cryorecon.run.abinitio import abinitio
+from cryorecon.run.abinitio_input import AbinitioOptions
 from cryorecon.run.checkpoint import on_cpu
 from cryorecon.run.load import load_observations
 from cryorecon.run.moments import reconstruct as moment_reconstruct

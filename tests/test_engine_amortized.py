@@ -26,7 +26,8 @@ from cryorecon.maps.poses import compare_pose_sets
 from cryorecon.physics.fourier import half_plane, lowpass, to_coefficients
 from cryorecon.physics.resampling import resample_sums
 from cryorecon.run import refining, stages
-from cryorecon.run.abinitio import AbinitioOptions, abinitio
+from cryorecon.run.abinitio import abinitio
+from cryorecon.run.abinitio_input import AbinitioOptions
 from cryorecon.run.load import load_observations
 from cryorecon.run.simulate import simulate
 from cryorecon.run.simulate_config import SimulateConfig

@@ -29,7 +29,8 @@ from cryorecon.physics.projection import (
     to_volume,
 )
 from cryorecon.physics.rotations import exp_map, geodesic_distance_deg, random_rotations, so3_grid
-from cryorecon.run.abinitio import AbinitioOptions, abinitio
+from cryorecon.run.abinitio import abinitio
+from cryorecon.run.abinitio_input import AbinitioOptions
 from cryorecon.run.simulate import simulate
 from cryorecon.run.simulate_config import SimulateConfig
 

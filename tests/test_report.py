@@ -27,7 +27,8 @@ from cryorecon.io.star import read_star, write_star
 from cryorecon.maps.fsc import fsc_curve
 from cryorecon.physics.fourier import radius_grid
 from cryorecon.physics.rotations import random_rotations
-from cryorecon.run.abinitio import AbinitioOptions, abinitio
+from cryorecon.run.abinitio import abinitio
+from cryorecon.run.abinitio_input import AbinitioOptions
 from cryorecon.run.checkpoint import Checkpoint
 from cryorecon.run.curves import FscCurve, read_fsc_star, write_fsc_star
 from cryorecon.run.job import Job, Task, add_output_node, open_job, write_output_nodes

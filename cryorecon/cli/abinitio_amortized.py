@@ -95,7 +95,8 @@ def abinitio_amortized_command(
     del continue_job  # Then another function runs instead.
     from cryorecon.engines.amortized import AmortizedConfig
     from cryorecon.ranks import joined
-    from cryorecon.run.abinitio import AbinitioOptions, abinitio, assignment
+    from cryorecon.run.abinitio import abinitio
+    from cryorecon.run.abinitio_input import AbinitioOptions, assignment
     from cryorecon.run.dry_run import describe_abinitio
     from cryorecon.run.settings import with_settings
 

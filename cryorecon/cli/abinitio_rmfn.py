@@ -91,7 +91,8 @@ def abinitio_rmfn_command(
     from cryorecon.engines.rmfn import RmfnConfig
     from cryorecon.engines.rmfn_paper import PaperConfig
     from cryorecon.ranks import joined
-    from cryorecon.run.abinitio import AbinitioOptions, abinitio, assignment
+    from cryorecon.run.abinitio import abinitio
+    from cryorecon.run.abinitio_input import AbinitioOptions, assignment
     from cryorecon.run.dry_run import describe_abinitio
     from cryorecon.run.paper_protocol import PaperOptions, abinitio_perturbed
     from cryorecon.run.settings import with_settings

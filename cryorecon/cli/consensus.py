@@ -10,7 +10,16 @@ import typer
 from cryorecon.cli.abinitio_options import Ambiguous
 from cryorecon.cli.command import COMPUTE, MOLECULE, examples
 from cryorecon.cli.console import messages, prepare_folder, print_job, use_threads
-from cryorecon.cli.options import Job, Json, Overwrite, Seed, Threads, argument, option
+from cryorecon.cli.options import (
+    DIAMETER_HELP,
+    Job,
+    Json,
+    Overwrite,
+    Seed,
+    Threads,
+    argument,
+    option,
+)
 
 EXAMPLES = examples(
     (
@@ -36,7 +45,7 @@ def consensus_command(
     output: Job,
     diameter: Annotated[
         float | None,
-        option(MOLECULE, "Diameter of the particle [A].", metavar="A", default="the first job's"),
+        option(MOLECULE, DIAMETER_HELP, metavar="A", default="the first job's"),
     ] = None,
     symmetry: Annotated[
         str,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from cryorecon.cli.command import COMPUTE, INPUT, Command, Group, examples
+from cryorecon.cli.command import COMPUTE, INPUT, MOLECULE, Command, Group, examples
 from cryorecon.cli.console import (
     count_progress,
     error_console,
@@ -23,9 +23,9 @@ from cryorecon.cli.console import (
 from cryorecon.cli.moments_reconstruct import EXAMPLES as RECONSTRUCT_EXAMPLES
 from cryorecon.cli.moments_reconstruct import reconstruct_command
 from cryorecon.cli.options import (
+    DIAMETER_HELP,
     Contrast,
     Device,
-    Diameter,
     DryRun,
     Json,
     NoiseStd,
@@ -72,7 +72,9 @@ def estimate_command(
         Literal["steerable", "full"],
         option(COMPUTE, "Averaged over in-plane rotations, or all pairs of Fourier pixels."),
     ] = "steerable",
-    diameter: Diameter = None,
+    diameter: Annotated[
+        float | None, option(MOLECULE, DIAMETER_HELP, metavar="A", default="80 % of the box")
+    ] = None,
     max_radius: Annotated[
         int | None,
         option(

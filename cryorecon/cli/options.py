@@ -68,9 +68,10 @@ NoiseStd = Annotated[
 ]
 
 # Molecule.
+DIAMETER_HELP = "Diameter of the particle [A]."
 Diameter = Annotated[
     float | None,
-    option(MOLECULE, "Diameter of the particle [A].", metavar="A", default="80 % of the box"),
+    option(MOLECULE, DIAMETER_HELP, metavar="A", default="as the images tell"),
 ]
 OFFSET_RANGE_HELP = "How far off the image centre particles lie at most [A]."
 OffsetRange = Annotated[

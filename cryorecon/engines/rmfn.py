@@ -260,10 +260,8 @@ class Search:
                 batch, templates, self.offsets, temperature, likely=self.likely[mine]
             )
             new = accumulate_grid(signal, weight, rotations, batch.plane)
-            explained = (2 * (signal.conj() * templates).real - weight * templates.abs() ** 2).sum(
-                0
-            )
-            left = excess_power(batch, explained) * len(batch)
+            explained = 2 * (signal.conj() * templates).real - weight * templates.abs() ** 2
+            left = excess_power(batch, explained.sum(0)) * len(batch)
             self.ranks.add_up(new.signal, new.weight, left)
         kept = self.config.excess_memory
         self.excess = (self.excess * (kept + (1 - kept) * left / len(rows))).clamp(min=1)
@@ -276,9 +274,8 @@ class Search:
         self._follow(self.sums)
         self._epoch.append(found)
         # One copy at the end of a step: each waits for the device.
-        finite = found.isfinite().all()
         effective = posterior.effective_poses.median()
-        known, poses = torch.stack([finite.to(effective.dtype), effective]).tolist()
+        known, poses = torch.stack([found.isfinite().all().to(effective.dtype), effective]).tolist()
         if not known:
             raise FloatingPointError("the evidence of the images is not finite")
         return poses

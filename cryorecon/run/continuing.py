@@ -16,7 +16,8 @@ from cryorecon import __version__
 from cryorecon.errors import CryoreconError
 from cryorecon.io.files import sha256_of
 from cryorecon.ranks import ALONE, Ranks
-from cryorecon.run.abinitio import AbinitioOptions, abinitio
+from cryorecon.run.abinitio import abinitio
+from cryorecon.run.abinitio_input import AbinitioOptions
 from cryorecon.run.job import finished
 from cryorecon.run.moments.estimate import MomentsOptions
 from cryorecon.run.moments.reconstruct import (

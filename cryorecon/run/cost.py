@@ -22,6 +22,9 @@ from cryorecon.physics.fourier import half_plane
 
 # Coefficients of a 64 px image, which times are of.
 _COEFFICIENTS = 1600
+# Their particles' diameter, as a share of the box. In wider boxes searches compare more of both,
+# coefficients and offsets: times grow by these powers of the width, as measured up to a half.
+_DIAMETER, _STARTS_GROW, _GRIDS_GROW = 0.91, 2, 3
 # Seconds: loading the libraries, drawing, writing.
 _FIXED = 10.0
 # Search: an epoch of the network's steps, an image in it; an image in one of the finer epochs.
@@ -94,19 +97,21 @@ def abinitio_cost(
         begin = _training(config, n // times, box, hard=hard)
     rounds = min(config.half_rounds, _HARD_ROUNDS if hard else _HALF_ROUNDS) + config.joint_rounds
     finish = not isinstance(config, AmortizedConfig) or config.finish
-    searched = _NEW_SEARCHES * (_ASSIGNED + _TRIED * _size(box))
+    searched = _NEW_SEARCHES * (_ASSIGNED * _wider(config) + _TRIED * _size(box))
     if hard:
-        searched = _HARD_SEARCHES * (_HARD_GRID + _HARD_TRIED * _size(box))
+        searched = _HARD_SEARCHES * (_HARD_GRID * _wider(config) + _HARD_TRIED * _size(box))
     moved = rounds * _REFINED * _size(box) + searched if finish else 0.0
     solved = times * rounds * _SOLVED * (2 * box) ** 3
-    joined = others * (_ASSIGNED + moved)
+    joined = others * (_ASSIGNED * _wider(config) + moved)
     seconds = _FIXED + times * begin.cpu_s + n * moved + solved + joined
     return Cost(seconds, max(begin.bytes, _PROGRAM + _BY_VOXEL * box**3))
 
 
 def _search(config: RmfnConfig, n: int, box: int, *, hard: bool) -> Cost:
     epochs = config.n_starts * len(config.temperatures)
-    seconds = epochs * (_EPOCH + min(n, config.search_images) * _SEARCHED) + n * _ASSIGNED
+    each = _SEARCHED * _wider(config, _STARTS_GROW)
+    seconds = epochs * (_EPOCH + min(n, config.search_images) * each)
+    seconds += n * _ASSIGNED * _wider(config)
     seconds += _searched_on(config, n, box, hard=hard)
     seconds += 0.1 * config.final_steps if config.volume == "rmfn" else 0.0
     network = _NETWORK_SEARCH if config.volume == "rmfn" else 0.0
@@ -118,9 +123,9 @@ def _searched_on(config: RmfnConfig, n: int, box: int, *, hard: bool) -> float:
     seconds = 0.0
     if config.fine_band(box) > config.search_band(box):
         epochs = config.fine_epochs if hard else min(config.fine_epochs, _FINE_EPOCHS)
-        seconds += epochs * min(n, config.fine_images) * _SEARCHED_ON
+        seconds += epochs * min(n, config.fine_images) * _SEARCHED_ON * _wider(config)
     if hard and config.hard_band(box) > config.fine_band(box):
-        seconds += config.hard_epochs * min(n, config.hard_images) * _HARD_SEARCHED
+        seconds += config.hard_epochs * min(n, config.hard_images) * _HARD_SEARCHED * _wider(config)
     return seconds
 
 
@@ -154,6 +159,10 @@ def backprojection_cost(n: int, box: int) -> Cost:
     """Of a map from known poses."""
     seconds = _FIXED / 2 + n * _BACKPROJECTED * _size(box) + _SOLVED * (2 * box) ** 3
     return Cost(seconds, _PROGRAM + 100 * (2 * box) ** 3)
+
+
+def _wider(config: RefineConfig, power: int = _GRIDS_GROW) -> float:
+    return (_DIAMETER / config.diameter) ** power
 
 
 def _size(box: int) -> float:

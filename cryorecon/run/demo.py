@@ -15,7 +15,8 @@ from cryorecon.io.particles import read_particles
 from cryorecon.maps.align import align_maps, apply_alignment
 from cryorecon.maps.fsc import fsc_curve
 from cryorecon.maps.poses import compare_pose_sets
-from cryorecon.run.abinitio import AbinitioOptions, abinitio
+from cryorecon.run.abinitio import abinitio
+from cryorecon.run.abinitio_input import AbinitioOptions
 from cryorecon.run.curves import THRESHOLDS, FscCurve
 from cryorecon.run.plots import fsc_figure, pose_error_figure, save_figure
 from cryorecon.run.summary import job_summary

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from cryorecon.engines.contrast import SURE, contrast_score
 from cryorecon.io.particles import Particles, read_particles
-from cryorecon.run.abinitio import AbinitioOptions, prepared
+from cryorecon.run.abinitio_input import AbinitioOptions, prepared
 from cryorecon.run.cost import (
     Cost,
     abinitio_cost,
@@ -45,10 +45,13 @@ def describe_abinitio(star: Path, options: AbinitioOptions, console: Console) ->
     CryoreconError
         Whatever the job itself would refuse before its start.
     """
-    particles, rows, config = prepared(star, options)
+    ready = prepared(star, options)
+    particles, rows, config = ready[:3]
     say = _teller(console)
     _tell_particles(particles, config.diameter, say)
-    say(f"particle diameter {config.diameter * particles.box * particles.pixel_size_angst:.0f} A")
+    say(ready.width_text)
+    if ready.doubt:
+        say(f"WARNING: {ready.doubt}")
     others = len(particles) - len(rows)
     if others:
         say(f"{len(rows)} of the particles make the map, {others} join it")

@@ -104,7 +104,8 @@ def _search(star: Path, folder: Path, mark: Callable[[str], None], engine: str) 
 
     from cryorecon.engines.amortized import AmortizedConfig
     from cryorecon.engines.rmfn import RmfnConfig
-    from cryorecon.run.abinitio import AbinitioOptions, _stages, prepared
+    from cryorecon.run.abinitio import _stages
+    from cryorecon.run.abinitio_input import AbinitioOptions, prepared
     from cryorecon.run.job import Task, open_job
     from cryorecon.run.load import half_sets, load_observations
     from cryorecon.run.stages import HELD_OUT
@@ -113,7 +114,7 @@ def _search(star: Path, folder: Path, mark: Callable[[str], None], engine: str) 
     config = short if engine == "rmfn" else AmortizedConfig(images_seen=SEEN)
     options = AbinitioOptions(engine=config, keep="disk")
     mark("begin")
-    particles, _, config = prepared(star, options)
+    particles, _, config = prepared(star, options)[:3]
     mark("table")
     task = Task("abinitio", star, len(particles), config, options, 0)
     with open_job(folder, Console(quiet=True), task) as job:

@@ -1,0 +1,292 @@
+"""What a user chooses of an ab initio job; all that is looked at before it writes anything."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cryorecon.engines.amortized import AmortizedConfig
+from cryorecon.engines.reconstruction import RefineConfig
+from cryorecon.engines.rmfn import RmfnConfig
+from cryorecon.errors import CryoreconError
+from cryorecon.io.particles import Particles, read_particles
+from cryorecon.physics.resampling import resample_volume
+from cryorecon.physics.symmetry import symmetry_group
+from cryorecon.ranks import ALONE, Ranks
+from cryorecon.run.device import usable_device
+from cryorecon.run.extent import particle_extent
+from cryorecon.run.load import Keep, map_like
+
+Halves = Literal["independent", "shared", "none"]
+Contrast = Literal["auto", "white", "black"]
+Assign = Literal["none", "read", "refine"]
+# Samples a side that a first map has at most, if nobody asks for more: a particle's width in 80 or
+# 100 parts. Time and memory grow as the cube.
+_LARGEST_BOX = 128
+# What images tell of a width, and a margin; a given one that is so much smaller cuts particles.
+_MARGIN, _WIDEST, _CUTS = 1.05, 0.95, 0.85
+
+
+@dataclass(frozen=True)
+class AbinitioOptions:
+    """What a user chooses.
+
+    Attributes
+    ----------
+    diameter_angst : float, optional
+        Of the particle; default what the images tell, 0.8 of the box if they do not.
+    offset_range_angst : float, optional
+        Largest in-plane offset; default a tenth of the box.
+    project : Path, optional
+        Folder that image paths are relative to.
+    box : int, optional
+        Samples a side that larger images are Fourier cropped to; default 128. Maps are written
+        in the images' own box.
+    halves : "independent", "shared" or "none"
+        Both half sets from scratch, half sets of one search, or no half maps on disk.
+    contrast : "auto", "white" or "black"
+        Particles white on black, black on white, or as the images tell.
+    symmetry : str
+        Point group; its axes are looked for in the map without symmetry, which is kept.
+    mask : Path, optional
+        Map from 0 to 1 that multiplies the soft sphere; must hold in any orientation.
+    init_map : Path, optional
+        Map to start from instead of a search; only its coarse shape is used.
+    keep : "auto", "memory" or "disk"
+        As in :func:`cryorecon.run.load.load_observations`.
+    subset : int, optional
+        Particles, drawn at random, that make the map; default all.
+    assign : "none", "read" or "refine"
+        What becomes of particles outside the subset: left out, given the poses that the engine
+        reads off them, or refined locally from these as well.
+    first_angst, last_angst : float, optional
+        Resolutions that the training of engine amortized begins and ends at, in place of the
+        engine's `first_cycles` and `last_cycles`.
+    device : str
+        Where all but the table of poses is computed.
+    engine : RmfnConfig or AmortizedConfig
+        Its diameter and offset range are replaced by the two above.
+    """
+
+    diameter_angst: float | None = None
+    offset_range_angst: float | None = None
+    project: Path | None = None
+    box: int | None = None
+    seed: int = 0
+    halves: Halves = "shared"
+    contrast: Contrast = "auto"
+    symmetry: str = "C1"
+    mask: Path | None = None
+    init_map: Path | None = None
+    keep: Keep = "auto"
+    subset: int | None = None
+    assign: Assign = "refine"
+    first_angst: float | None = None
+    last_angst: float | None = None
+    device: str = "cpu"
+    engine: RmfnConfig | AmortizedConfig = field(default_factory=RmfnConfig)
+
+
+def _resolved(options: AbinitioOptions, particles: Particles) -> RmfnConfig | AmortizedConfig:
+    side_angst = particles.box * particles.pixel_size_angst
+    config = options.engine
+    if options.diameter_angst is not None:
+        if not 0 < options.diameter_angst <= 0.95 * side_angst:
+            raise CryoreconError(
+                f"A particle of {options.diameter_angst:g} A does not fit the images of "
+                f"{options.project or particles.path}, {side_angst:.0f} A wide",
+                "Give --diameter in angstrom, at most 0.95 of the box",
+            )
+        config = dataclasses.replace(config, diameter=options.diameter_angst / side_angst)
+    if options.offset_range_angst is not None:
+        config = dataclasses.replace(config, offset_range=options.offset_range_angst / side_angst)
+    return _banded(config, options, particles)
+
+
+def _banded(
+    config: RmfnConfig | AmortizedConfig, options: AbinitioOptions, particles: Particles
+) -> RmfnConfig | AmortizedConfig:
+    if not isinstance(config, AmortizedConfig):
+        return config
+    side_angst = particles.box * particles.pixel_size_angst
+    return _with_bands(config, options, config.diameter * side_angst)
+
+
+def _with_bands(
+    config: AmortizedConfig, options: AbinitioOptions, diameter_angst: float
+) -> AmortizedConfig:
+    """Cycles per particle diameter from resolutions in angstrom."""
+    if options.first_angst is not None:
+        config = dataclasses.replace(config, first_cycles=diameter_angst / options.first_angst)
+    if options.last_angst is not None:
+        config = dataclasses.replace(config, last_cycles=diameter_angst / options.last_angst)
+    if config.first_cycles > config.last_cycles:
+        first, last = (diameter_angst / c for c in (config.first_cycles, config.last_cycles))
+        raise CryoreconError(
+            f"The training would begin at {first:.1f} A and end coarser, at {last:.1f} A",
+            "Give --first-resolution larger than --last-resolution",
+        )
+    return config
+
+
+def assignment(*, everyone: bool, refine: bool) -> Assign:
+    """What becomes of particles outside a subset."""
+    if not everyone:
+        return "none"
+    return "refine" if refine else "read"
+
+
+class Prepared(NamedTuple):
+    """What a job works on.
+
+    Attributes
+    ----------
+    particles : Particles
+        All that get poses.
+    rows : Tensor, int64
+        Which of them make the map.
+    config : RmfnConfig or AmortizedConfig
+        The resolved settings.
+    extent : float, optional
+        Diameter that the images show, as a share of the box.
+    told : bool
+        Whether the settings follow it.
+    """
+
+    particles: Particles
+    rows: Tensor
+    config: RmfnConfig | AmortizedConfig
+    extent: float | None
+    told: bool
+
+    @property
+    def width_text(self) -> str:
+        """The diameter, and where it comes from."""
+        side_angst = self.particles.box * self.particles.pixel_size_angst
+        whence = ", as the images tell" if self.told else ""
+        return f"particle diameter {self.config.diameter * side_angst:.0f} A{whence}"
+
+    @property
+    def doubt(self) -> str:
+        """What is odd about a diameter that was given, if anything is."""
+        if self.extent is None or self.told or self.config.diameter > _CUTS * self.extent:
+            return ""
+        seen_angst = self.extent * self.particles.box * self.particles.pixel_size_angst
+        return (
+            f"the images look as if particles were {seen_angst:.0f} A wide: a smaller --diameter "
+            "cuts them"
+        )
+
+
+def prepared(star: str | Path, options: AbinitioOptions, ranks: Ranks = ALONE) -> Prepared:
+    """Everything that is looked at before anything is written.
+
+    Parameters
+    ----------
+    ranks : Ranks
+        Processes that share the job: all take the diameter that the first one's images tell.
+
+    Raises
+    ------
+    CryoreconError
+        For input or options that cannot be used, or with fewer than 20 particles.
+    """
+    particles = read_particles(star, options.project).cropped(options.box or _LARGEST_BOX)
+    rows = _subset(particles, options)
+    if options.assign == "none":
+        particles, rows = particles.subset(rows.numpy()), torch.arange(len(rows))
+    if len(rows) < 20:
+        raise CryoreconError(
+            f"{star} gives {len(rows)} particles, too few for a map", "Give at least 20"
+        )
+    usable_device(options.device)
+    config = _resolved(options, particles)
+    _refuse_contradictions(options, particles)
+    particles.ctf_parameters()
+    (seen,) = ranks.numbers(_extent(particles))
+    free = options.diameter_angst is None and config.diameter == RefineConfig.diameter
+    if seen > 0 and free:
+        config = dataclasses.replace(config, diameter=min(_MARGIN * seen, _WIDEST))
+        config = _banded(config, options, particles)
+    return Prepared(particles, rows, config, seen or None, free and seen > 0)
+
+
+def _extent(particles: Particles) -> float:
+    """As the images tell, or 0. The job itself names those that cannot be used."""
+    try:
+        return particle_extent(particles) or 0.0
+    except CryoreconError:
+        return 0.0
+
+
+def _subset(particles: Particles, options: AbinitioOptions) -> Tensor:
+    """Rows that make the map, ascending."""
+    n = len(particles)
+    if options.subset is None or options.subset >= n:
+        return torch.arange(n)
+    generator = torch.Generator().manual_seed(options.seed)
+    return torch.randperm(n, generator=generator)[: options.subset].sort().values
+
+
+def _refuse_contradictions(options: AbinitioOptions, particles: Particles) -> None:
+    """Options that cannot be used, before anything is written."""
+    point_group(options.symmetry)
+    given_mask(options.mask, particles)
+    independent = options.halves == "independent"
+    if options.init_map is not None:
+        given_map(options.init_map, particles, "map")
+        if independent:
+            raise CryoreconError(
+                "Half maps that both start from --init-map are not independent",
+                "Leave out --init-map or --halves independent",
+            )
+    if independent and options.subset is not None and options.assign != "none":
+        raise CryoreconError(
+            "Particles outside a subset cannot join independent half sets",
+            "Leave out --subset or --halves independent, or give --assign none",
+        )
+
+
+def point_group(symmetry: str) -> Tensor:
+    """Rotations of a point group, shape (g, 3, 3).
+
+    Raises
+    ------
+    CryoreconError
+        If there is none of this name.
+    """
+    try:
+        return symmetry_group(symmetry)
+    except ValueError as error:
+        raise CryoreconError(
+            f"--symmetry {symmetry} is unknown", "Give C1, Cn, Dn, T, O or I, such as C4 or D2"
+        ) from error
+
+
+def given_map(path: Path, particles: Particles, what: str) -> Tensor:
+    """A map of the images' own box and pixel size, in the box that is worked in."""
+    return resample_volume(map_like(path, particles.as_stored(), what), particles.box)
+
+
+def given_mask(path: Path | None, particles: Particles) -> Tensor | None:
+    """A mask of the images' own box and pixel size, in the box that is worked in.
+
+    Raises
+    ------
+    CryoreconError
+        If it has another one, or values that no mask has.
+    """
+    if path is None:
+        return None
+    mask = map_like(path, particles.as_stored(), "mask")
+    if not (float(mask.min()) >= -1e-3 and 0 < float(mask.max()) <= 1.001):
+        raise CryoreconError(
+            f"The mask {path} has values from {float(mask.min()):g} to {float(mask.max()):g}",
+            "A mask goes from 0 to 1",
+        )
+    return resample_volume(mask, particles.box).clamp(0, 1)

@@ -1,0 +1,99 @@
+"""How wide particles are, as their images tell."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import cryorecon as run
+from conftest import simulated
+
+from cryorecon.io.mrc import open_stack, stack_writer
+from cryorecon.io.particles import read_particles
+from cryorecon.io.star import read_star, write_star
+from cryorecon.physics.fourier import half_plane, radius_grid
+from cryorecon.run import abinitio_input
+from cryorecon.run.abinitio_input import AbinitioOptions, prepared
+from cryorecon.run.extent import extent_of, particle_extent
+
+N, BOX = 400, 48
+
+
+def discs(width, noise, generator, box=BOX):
+    """Images of discs of rough texture, and noise over all of the box."""
+    inside = radius_grid(box, 2).float() <= width * box / 2
+    rough = torch.randn(N, box, box, generator=generator)
+    rough = torch.nn.functional.avg_pool2d(rough, 3, 1, 1) * inside
+    return rough + noise * torch.randn(N, box, box, generator=generator)
+
+
+@pytest.mark.parametrize("box", [47, 48])
+@pytest.mark.parametrize("width", [0.35, 0.5, 0.7])
+@pytest.mark.parametrize("noise", [0.1, 0.6])
+def test_the_width_of_what_varies_is_told(width, noise, box, generator):
+    """But for the blur of what is looked at; an image's scale, level and sign say nothing."""
+    images = discs(width, noise, generator, box)
+    gain = torch.ones(N, len(half_plane(box)))
+    found = extent_of(images, gain)
+    assert width - 2.1 / box < found < width + 6.1 / box
+    scale = 10 * torch.randn(N, 1, 1, generator=generator)
+    assert extent_of(scale * images + 7, gain) == pytest.approx(found, abs=1e-6)
+
+
+def test_noise_has_no_width(generator):
+    gain = torch.ones(N, len(half_plane(BOX)))
+    for seed in range(5):
+        generator.manual_seed(seed)
+        assert extent_of(torch.randn(N, BOX, BOX, generator=generator), gain) is None
+    assert extent_of(discs(1.4, 0.1, generator), gain) is None
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """4AKE, some 70 A wide, in a box of 140 A."""
+    folder = simulated(tmp_path_factory.mktemp("wide"), 500, 32, 1.0)
+    images = torch.from_numpy(open_stack(folder / "particles.mrcs").copy())
+    border = images.std() * torch.randn(500, 58, 58, generator=torch.Generator().manual_seed(0))
+    border[:, 13:45, 13:45] = images
+    with stack_writer(folder / "wide.mrcs", 58, 2.4) as stack:
+        stack.append(border.numpy())
+    tables = read_star(folder / "particles.star")
+    tables["optics"]["rlnImageSize"] = "58"
+    tables["particles"]["rlnImageName"] = [f"{i + 1}@wide.mrcs" for i in range(500)]
+    write_star(folder / "wide.star", tables)
+    return folder / "wide.star"
+
+
+def test_a_job_takes_the_diameter_that_images_tell(wide, tmp_path, monkeypatch):
+    monkeypatch.chdir(wide.parent)
+    ready = prepared(wide, AbinitioOptions())
+    side = ready.particles.box * ready.particles.pixel_size_angst
+    assert side == pytest.approx(58 * 2.4)
+    assert 65 < ready.extent * side < 80
+    assert ready.config.diameter == pytest.approx(1.05 * ready.extent)
+    assert "as the images tell" in ready.width_text
+    assert not ready.doubt
+    given = prepared(wide, AbinitioOptions(diameter_angst=100.0))
+    assert given.config.diameter * side == pytest.approx(100.0)
+    assert given.width_text == "particle diameter 100 A"
+    assert not given.doubt
+    told = run("abinitio", wide, "-o", tmp_path / "no", "--dry-run", "--diameter", 40)
+    assert "as if particles were" in told.stdout
+    assert "a smaller --diameter cuts them" in told.stdout
+
+
+def test_images_that_tell_nothing_leave_the_default(wide, monkeypatch):
+    monkeypatch.chdir(wide.parent)
+    monkeypatch.setattr(abinitio_input, "particle_extent", lambda _: None)
+    ready = prepared(wide, AbinitioOptions())
+    assert ready.config.diameter == 0.8
+    assert ready.extent is None
+    assert "as the images tell" not in ready.width_text
+
+
+def test_a_stack_of_larger_images_tells_the_same(wide, monkeypatch):
+    """They are looked at in a smaller box."""
+    monkeypatch.chdir(wide.parent)
+    particles = read_particles(wide)
+    whole = particle_extent(particles)
+    monkeypatch.setattr("cryorecon.run.extent._BOX", 40)
+    assert particle_extent(particles) == pytest.approx(whole, abs=0.07)
