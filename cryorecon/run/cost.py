@@ -28,15 +28,15 @@ _DIAMETER, _STARTS_GROW, _GRIDS_GROW = 0.91, 2, 3
 # Seconds: loading the libraries, drawing, writing.
 _FIXED = 10.0
 # Search: an epoch of the network's steps, an image in it; an image in one of the finer epochs.
-_EPOCH, _SEARCHED, _SEARCHED_ON = 0.5, 0.8e-3, 2.2e-3
+_EPOCH, _SEARCHED, _SEARCHED_ON = 0.15, 0.35e-3, 0.8e-3
 # Between easy sets (3 epochs) and maps between the hands (14).
 _FINE_EPOCHS = 7
 # An image against all poses of the finer grid, as in the assignment; new searches, in which some of
 # these are refined besides.
-_ASSIGNED, _NEW_SEARCHES, _TRIED = 1.1e-3, 2, 1.0e-3
+_ASSIGNED, _NEW_SEARCHES, _TRIED = 0.6e-3, 2, 1.0e-3
 # The same of a hard set, whose grids go farther and leave up to 200 poses to refine; an image in
 # one of the search's last epochs.
-_HARD_SEARCHES, _HARD_GRID, _HARD_TRIED, _HARD_SEARCHED = 4, 8e-3, 10e-3, 6e-3
+_HARD_SEARCHES, _HARD_GRID, _HARD_TRIED, _HARD_SEARCHED = 4, 6e-3, 10e-3, 5e-3
 _HARD_ROUNDS = 16
 # Rounds until poses settle; an image's pose steps in one; solving for maps, by padded voxel.
 _HALF_ROUNDS, _REFINED, _SOLVED = 6, 0.4e-3, 4e-7

@@ -11,8 +11,8 @@ from cryorecon.physics.ctf import ctf
 from cryorecon.physics.fourier import half_plane, radius_grid, to_coefficients, to_images
 from cryorecon.run.load import refuse_blank
 
-# Images that are looked at, spread over the table, in boxes of so many pixels at most.
-_LOOKED_AT, _BOX = 1000, 64
+# Images that are looked at, spread over the table; that are read at once; pixels a side, at most.
+_LOOKED_AT, _AT_ONCE, _BOX = 1000, 50, 64
 # Detail that is looked at, in cycles per box; more of it is noise.
 _BAND = 12.0
 # Share of the largest variance that a ring of the particle has at least, and standard errors; how
@@ -43,7 +43,9 @@ def particle_extent(particles: Particles) -> float | None:
     """
     small = particles.cropped(_BOX)
     rows = np.unique(np.linspace(0, len(small) - 1, _LOOKED_AT).round().astype(np.int64))
-    images = torch.from_numpy(small.images(rows))
+    # Some at a time: they may be large on disk.
+    parts = np.array_split(rows, -(-len(rows) // _AT_ONCE))
+    images = torch.from_numpy(np.concatenate([small.images(part) for part in parts]))
     refuse_blank(small, torch.from_numpy(rows), images)
     plane = half_plane(small.box)
     optics = small.ctf_parameters()[torch.from_numpy(rows)]
