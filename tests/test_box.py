@@ -16,7 +16,10 @@ from cryorecon.io.particles import read_particles
 from cryorecon.io.read_ahead import ReadAhead
 from cryorecon.io.relion_dialects import relion30
 from cryorecon.io.star import read_star, write_star
-from cryorecon.physics.fourier import crop_or_pad_centred, fft_centred
+from cryorecon.maps.agreement import Volumes, map_agreement
+from cryorecon.maps.fsc import fsc_curve, last_shell
+from cryorecon.physics.fourier import crop_or_pad_centred, fft_centred, lowpass
+from cryorecon.physics.masks import soft_ball
 from cryorecon.physics.resampling import downsample_images, resample_volume
 from cryorecon.run import abinitio_input as job
 from cryorecon.run.load import load_observations
@@ -103,7 +106,7 @@ def test_particles_know_both_boxes(few, tmp_path):
 def test_engines_see_the_images_of_a_stack_that_was_cropped_before(few, cropped_before, keep):
     here = load_observations(read_particles(few).cropped(SMALL), 0.8, keep=keep)
     there = load_observations(read_particles(cropped_before), 0.8, keep=keep)
-    assert here.pixels == BOX**2
+    assert here.pixels == (BOX**2 if keep == "disk" else SMALL**2)
     assert torch.equal(here.noise_power, there.noise_power)
     ours, theirs = here.whole(), there.whole()
     torch.testing.assert_close(ours.coefficients, theirs.coefficients)
@@ -129,6 +132,9 @@ def test_a_job_finds_what_it_finds_in_a_stack_that_was_cropped_before(
     ours = read_particles(tmp_path / "here" / "run_data.star", few.parent)
     theirs = read_particles(tmp_path / "there" / "run_data.star", cropped_before.parent)
     np.testing.assert_allclose(ours.euler_deg(), theirs.euler_deg(), atol=0.1)
+    mask = read_map(tmp_path / "here" / "initial_model_mask.mrc").data
+    assert mask.shape == (BOX,) * 3
+    assert 0 == mask.min() < mask.max() <= 1
     for name in ("initial_model", "run_half1_class001_unfil", "run_half2_class001_unfil", "scale1"):
         found, wanted = (read_map(tmp_path / n / f"{name}.mrc") for n in ("here", "there"))
         assert found.data.shape == (BOX,) * 3
@@ -148,6 +154,30 @@ def test_maps_that_are_given_have_the_box_of_the_particles(few, tmp_path):
         wrong = job.AbinitioOptions(box=SMALL, **{name: tmp_path / "wrong.mrc"})
         with pytest.raises(CryoreconError, match=r"has 16 px at 4\.8 A, the particles 24 px"):
             job.prepared(few, wrong)
+
+
+def test_maps_of_cropped_images_agree_no_further_than_they_go(tmp_path, generator):
+    """A mask, and turning one, put what they hold into shells that hold nothing."""
+    small = lowpass(torch.randn(BOX, BOX, BOX, generator=generator), 6, 3)
+    noise = 0.01 * torch.randn(2, BOX, BOX, BOX, generator=generator)
+    whole = [resample_volume(small + part, 2 * BOX) for part in noise]
+    end = BOX // 2
+    assert last_shell(*whole) <= end * 3**0.5 + 1
+    inside = [lowpass(v, end - 2, 3) for v in whole]
+    assert last_shell(*inside) <= end
+    ball = soft_ball(2 * BOX, 0.35 * BOX, 3, 3)
+    assert float(fsc_curve(*inside, ball)[end + 1 :].max()) > 0.3
+    found = map_agreement(
+        Volumes(inside[0]), Volumes(inside[1]), ball, 2.0, torch.zeros(BOX + 1), crossed=False
+    )
+    assert not found.curve[end + 1 :].any()
+    for name, volume in (("a", inside[0]), ("b", inside[1]), ("mask", ball)):
+        write_map(tmp_path / f"{name}.mrc", volume.float().numpy(), 2.0)
+    files = [tmp_path / f"{name}.mrc" for name in ("a", "b", "mask")]
+    told = run("fsc", *files[:2], "--mask", files[2], "--json")
+    values = [shell["fsc"] for shell in json.loads(told.stdout)["shells"]]
+    assert min(values[1:9]) > 0.9
+    assert not any(values[end + 1 :])
 
 
 def test_boxes_of_up_to_128_px_are_worked_on_as_they_are(few, tmp_path, monkeypatch):

@@ -47,6 +47,13 @@ def test_noise_has_no_width(generator):
     assert extent_of(discs(1.4, 0.1, generator), gain) is None
 
 
+def test_one_bright_spot_has_no_width(generator):
+    """Its ring is the strongest, and as unsure as it is strong."""
+    images = torch.randn(1000, 64, 64, generator=generator)
+    images[7, 31:34, 31:34] += 400
+    assert extent_of(images, torch.ones(1000, len(half_plane(64)))) is None
+
+
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
     """4AKE, some 70 A wide, in a box of 140 A."""

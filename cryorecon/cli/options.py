@@ -71,7 +71,12 @@ NoiseStd = Annotated[
 DIAMETER_HELP = "Diameter of the particle [A]."
 Diameter = Annotated[
     float | None,
-    option(MOLECULE, DIAMETER_HELP, metavar="A", default="as the images tell"),
+    option(
+        MOLECULE,
+        DIAMETER_HELP,
+        metavar="A",
+        default="as the images tell; engine moments: 80 % of the box",
+    ),
 ]
 OFFSET_RANGE_HELP = "How far off the image centre particles lie at most [A]."
 OffsetRange = Annotated[

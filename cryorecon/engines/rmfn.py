@@ -273,7 +273,7 @@ class Search:
         self.sums = new if old is None else old.scaled(self._kept()).plus(new)
         self._follow(self.sums)
         self._epoch.append(found)
-        # One copy at the end of a step: each waits for the device.
+        # Copies wait for the device: one for both.
         effective = posterior.effective_poses.median()
         known, poses = torch.stack([found.isfinite().all().to(effective.dtype), effective]).tolist()
         if not known:

@@ -297,6 +297,8 @@ def offsets_to_try(shares: Tensor, offsets_px: Tensor, wanted_px: Tensor) -> Ten
     """
     step = offsets_px[1:2].norm() if len(offsets_px) > 1 else offsets_px.new_tensor(torch.inf)
     near = torch.cdist(offsets_px, wanted_px) < 1.01 * step
-    found = (shares > _UNLIKELY).to(wanted_px) @ near.to(wanted_px) > 0
+    # Of very many offsets a likely one may have less.
+    least = min(_UNLIKELY, 0.1 / len(offsets_px))
+    found = (shares > least).to(wanted_px) @ near.to(wanted_px) > 0
     # All, if none of many stands out, or what is not finite has no posterior.
     return found | ~found.any(-1, keepdim=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cryorecon.maps.align import Alignment, align_maps, apply_alignment
 from cryorecon.maps.chance import beyond_chance
-from cryorecon.maps.fsc import fsc_curve
+from cryorecon.maps.fsc import fsc_curve, last_shell
 from cryorecon.maps.poses import mirror_poses, rotate_poses, shift_origins
 from cryorecon.physics.fourier import fft_centred, ifft_centred, radius_grid
 from cryorecon.physics.rotations import geodesic_distance_deg
@@ -102,13 +102,15 @@ def map_agreement(
     found = align_maps(moving.joint * mask, reference.joint * mask, pixel_size_angst)
     moved = moving.moved(found)
     joint = beyond_chance(fsc_curve(moved.joint * mask, reference.joint * mask), chance)
+    joint[last_shell(moving.joint, reference.joint) + 1 :] = 0
     if not crossed:
         return MapAgreement(found, moved, joint, False, joint)
-    if moved.halves is None or reference.halves is None:
+    if moving.halves is None or moved.halves is None or reference.halves is None:
         raise ValueError("half sets are crossed, but one reconstruction has none")
     (first, second), (one, two) = moved.halves, reference.halves
     curves = (fsc_curve(first, two, mask), fsc_curve(second, one, mask))
     curve = beyond_chance((curves[0] + curves[1]) / 2, chance)
+    curve[last_shell(*moving.halves, *reference.halves) + 1 :] = 0
     return MapAgreement(found, moved, curve, True, joint)
 
 

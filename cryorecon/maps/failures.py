@@ -11,9 +11,11 @@ from torch import Tensor
 
 from cryorecon.maps.contour import contour_level
 from cryorecon.physics.fourier import centred_frequencies, lowpass, max_band, radius_grid
+from cryorecon.physics.resampling import resample_volume
 
 # Detail, in cycles per box, that the shape of a map is judged at.
 _BAND = 8.0
+_MOST_PIXELS = 128
 # Two views this close count as the same.
 _VIEW_DEG = 15.0
 _MOST_VIEWS = 3000
@@ -137,7 +139,9 @@ def share_at_limit(lengths: Tensor, limit: float, step: float) -> float:
 
 
 def _shape(volume: Tensor) -> Tensor:
-    return lowpass(volume.double(), min(_BAND, float(max_band(len(volume)))), 3)
+    # Large maps hold nothing more of it.
+    small = resample_volume(volume, min(len(volume), _MOST_PIXELS)).double()
+    return lowpass(small, min(_BAND, float(max_band(len(small)))), 3)
 
 
 def _distance_from_mass(mass: Tensor) -> Tensor:

@@ -105,7 +105,7 @@ def _resolved(options: AbinitioOptions, particles: Particles) -> RmfnConfig | Am
         config = dataclasses.replace(config, diameter=options.diameter_angst / side_angst)
     if options.offset_range_angst is not None:
         config = dataclasses.replace(config, offset_range=options.offset_range_angst / side_angst)
-    return _banded(config, options, particles)
+    return config
 
 
 def _banded(
@@ -208,11 +208,11 @@ def prepared(star: str | Path, options: AbinitioOptions, ranks: Ranks = ALONE) -
     config = _resolved(options, particles)
     _refuse_contradictions(options, particles)
     particles.ctf_parameters()
-    (seen,) = ranks.numbers(_extent(particles))
+    (seen,) = ranks.numbers(_extent(particles) if ranks.first else 0.0)
     free = options.diameter_angst is None and config.diameter == RefineConfig.diameter
     if seen > 0 and free:
         config = dataclasses.replace(config, diameter=min(_MARGIN * seen, _WIDEST))
-        config = _banded(config, options, particles)
+    config = _banded(config, options, particles)
     return Prepared(particles, rows, config, seen or None, free and seen > 0)
 
 

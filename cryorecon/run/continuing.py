@@ -99,7 +99,7 @@ def _run(
     kind, given = record["kind"], record["options"]
     try:
         if kind == "abinitio":
-            options = from_plain(AbinitioOptions, given, base)
+            options = _with_diameter(from_plain(AbinitioOptions, given, base), record)
             here = _at_home(options, base)
             abinitio(inputs, folder, here, console, resume=True, ranks=ranks)
         elif kind == "perturbed" and ranks.count == 1:
@@ -124,6 +124,12 @@ def _run(
             f"{folder / 'job.yaml'} has settings that this version does not know ({error})",
             "Start anew with --overwrite",
         ) from error
+
+
+def _with_diameter(options: AbinitioOptions, record: dict[str, Any]) -> AbinitioOptions:
+    """The diameter that was told from the images is not told anew."""
+    engine = dataclasses.replace(options.engine, diameter=record["config"]["diameter"])
+    return dataclasses.replace(options, engine=engine)
 
 
 def _found(path: str, base: Path) -> Path:

@@ -51,6 +51,8 @@ _BACKPROJECTED = 2e-4
 
 # Bytes: the libraries; tables of a search; by voxel of the box: transforms, gradients, sums.
 _PROGRAM, _SEARCH, _BY_VOXEL = 350e6, 650e6, 660
+# By voxel of a map in the images' own box, when it is written and looked at.
+_WRITTEN = 130
 _NETWORK_SEARCH = 450e6
 
 
@@ -75,7 +77,14 @@ class Cost:
 
 
 def abinitio_cost(
-    config: RefineConfig, n: int, box: int, *, independent: bool, others: int, hard: bool = False
+    config: RefineConfig,
+    n: int,
+    box: int,
+    *,
+    independent: bool,
+    others: int,
+    hard: bool = False,
+    stored_box: int = 0,
 ) -> Cost:
     """Of a run of engine rmfn or amortized.
 
@@ -89,6 +98,8 @@ def abinitio_cost(
         Particles that join later.
     hard : bool
         Whether images hardly tell their poses, which only the job will find out.
+    stored_box : int
+        Of the images on disk, in which maps are written.
     """
     times = 2 if independent else 1
     if isinstance(config, RmfnConfig):
@@ -104,7 +115,8 @@ def abinitio_cost(
     solved = times * rounds * _SOLVED * (2 * box) ** 3
     joined = others * (_ASSIGNED * _wider(config) + moved)
     seconds = _FIXED + times * begin.cpu_s + n * moved + solved + joined
-    return Cost(seconds, max(begin.bytes, _PROGRAM + _BY_VOXEL * box**3))
+    maps = max(_BY_VOXEL * box**3, _WRITTEN * stored_box**3)
+    return Cost(seconds, max(begin.bytes, _PROGRAM + maps))
 
 
 def _search(config: RmfnConfig, n: int, box: int, *, hard: bool) -> Cost:

@@ -37,7 +37,7 @@ class FscCurve:
 
     Attributes
     ----------
-    values : Tensor, shape (N // 2 + 1,)
+    values : Tensor, shape (N // 2 + 1,), or fewer of images that were cropped
         From :func:`cryorecon.maps.fsc.fsc_curve`.
     box : int
         N.
@@ -144,7 +144,8 @@ def read_fsc_star(path: str | Path, box: int, pixel_size_angst: float) -> FscCur
         raise CryoreconError(
             f"{path} holds no Fourier shell correlation", "Give a file that cryorecon fsc wrote"
         )
-    if len(table) > box // 2 + 1 or not _as_wide(path, table, box * pixel_size_angst):
+    shells, side_angst = box // 2 + 1, box * pixel_size_angst
+    if len(table) > shells or (len(table) < shells and not _as_wide(path, table, side_angst)):
         raise CryoreconError(
             f"{path} has {len(table)} shells that are not those of a map of {box} px at "
             f"{pixel_size_angst:g} A",

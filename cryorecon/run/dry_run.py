@@ -56,9 +56,11 @@ def describe_abinitio(star: Path, options: AbinitioOptions, console: Console) ->
     if others:
         say(f"{len(rows)} of the particles make the map, {others} join it")
     independent = options.halves == "independent"
-    box, n = particles.box, len(rows)
+    box, stored, n = particles.box, particles.stored_box, len(rows)
     easy, hard = (
-        abinitio_cost(config, n, box, independent=independent, others=others, hard=hard)
+        abinitio_cost(
+            config, n, box, independent=independent, others=others, hard=hard, stored_box=stored
+        )
         for hard in (False, True)
     )
     held = _tell_images(len(particles), box, options.keep, torch.device(options.device), say)

@@ -80,5 +80,7 @@ def extent_of(images: Tensor, gain: Tensor) -> float | None:
     if not peak > _SEEN * float(error.median()):
         return None
     signal = mean > torch.maximum(_SURE * error, mean.new_tensor(_EDGE * peak))
+    if not bool(signal.any()):
+        return None
     width = 2 * (int(signal.nonzero().max()) + 1) / box
     return width if _NARROWEST <= width <= _WIDEST else None

@@ -264,7 +264,8 @@ def load_observations(
     counts = torch.bincount(group[heard], minlength=len(power)).clamp(min=1).to(device)
     source: Source = store or disk
     rows, noise = torch.arange(n, dtype=torch.int32), power / counts[:, None]
-    apart = ranks, n, _place(particles), particles.stored_box
+    # Batches of images in memory are not limited by what they are on disk.
+    apart = ranks, n, _place(particles), None if store else particles.stored_box
     return ImageSet(plane, source, noise, group, torch.ones(n), rows, *apart)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from cryorecon.conventions import matrix_to_euler
@@ -23,6 +24,8 @@ _HALVES_LABEL = {
 }
 # Share of particles at the offset limit that is worth a warning.
 _MANY_HITS = 0.02
+# What a mask's rim may ring by in a finer grid.
+_NO_MASK = 0.01
 
 
 def joint_map(state: Reconstruction) -> Tensor:
@@ -85,6 +88,7 @@ def write_model(
     config: RefineConfig,
     *,
     ends: bool = False,
+    mask: Tensor | None = None,
 ) -> dict[str, int]:
     """A job's map, a soft mask around its molecule, and the map inside this mask.
 
@@ -101,6 +105,8 @@ def write_model(
     ends : bool
         The map ends at a resolution: it is not written inside the mask, which would put something
         beyond.
+    mask : Tensor, shape (N, N, N), optional
+        Around its molecule; default made of the map.
 
     Returns
     -------
@@ -108,7 +114,8 @@ def write_model(
         Names of the files and RELION's types of them.
     """
     volume = volume.cpu()
-    mask = solvent_mask(volume, config.mask_band(volume.shape[-1]))
+    if mask is None:
+        mask = solvent_mask(volume, config.mask_band(volume.shape[-1]))
     white = float((volume - volume.mean()).pow(3).mean()) > 0
     if not white:
         job.say("the map is not white on black: no mask around its molecule")
@@ -131,7 +138,10 @@ def write_results(
     pixel = particles.pixel_size_angst
     joint, likelihood = joint_map(state), state.log_likelihood
     whole = in_full(joint, particles)
-    nodes = write_model(job, whole, particles.stored_pixel_size_angst, config)
+    # In the smaller box: distances in a large one take its memory thirty times.
+    mask = in_full(solvent_mask(joint, config.mask_band(particles.box)), particles).clamp(0, 1)
+    mask = torch.where(mask < _NO_MASK, 0.0, mask)
+    nodes = write_model(job, whole, particles.stored_pixel_size_angst, config, mask=mask)
     for number, volume in enumerate(scales, 1):
         write_in_full(job, f"scale{number}.mrc", volume, particles)
     particles.write(

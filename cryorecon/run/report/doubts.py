@@ -115,7 +115,7 @@ def mass_at_edge(volume: Tensor, radius: float) -> Finding:
 
 def mirror_plane(volume: Tensor) -> Finding:
     """A map stuck between its hands; see :func:`cryorecon.maps.mirror.mirror_score`."""
-    small = resample_volume(volume.double(), min(_MIRROR_BOX, len(volume)))
+    small = resample_volume(volume, min(_MIRROR_BOX, len(volume))).double()
     return Finding(
         "Mirror plane",
         mirror_score(small),
