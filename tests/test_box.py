@@ -16,12 +16,13 @@ from cryorecon.io.particles import read_particles
 from cryorecon.io.read_ahead import ReadAhead
 from cryorecon.io.relion_dialects import relion30
 from cryorecon.io.star import read_star, write_star
-from cryorecon.maps.agreement import Volumes, map_agreement
-from cryorecon.maps.fsc import fsc_curve, last_shell
-from cryorecon.physics.fourier import crop_or_pad_centred, fft_centred, lowpass
+from cryorecon.maps.agreement import map_agreement
+from cryorecon.physics.fourier import crop_or_pad_centred, fft_centred
 from cryorecon.physics.masks import soft_ball
 from cryorecon.physics.resampling import downsample_images, resample_volume
 from cryorecon.run import abinitio_input as job
+from cryorecon.run.consensus.inputs import read_candidates
+from cryorecon.run.consensus.pairs import pair_of
 from cryorecon.run.load import load_observations
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -156,28 +157,23 @@ def test_maps_that_are_given_have_the_box_of_the_particles(few, tmp_path):
             job.prepared(few, wrong)
 
 
-def test_maps_of_cropped_images_agree_no_further_than_they_go(tmp_path, generator):
-    """A mask, and turning one, put what they hold into shells that hold nothing."""
-    small = lowpass(torch.randn(BOX, BOX, BOX, generator=generator), 6, 3)
-    noise = 0.01 * torch.randn(2, BOX, BOX, BOX, generator=generator)
-    whole = [resample_volume(small + part, 2 * BOX) for part in noise]
-    end = BOX // 2
-    assert last_shell(*whole) <= end * 3**0.5 + 1
-    inside = [lowpass(v, end - 2, 3) for v in whole]
-    assert last_shell(*inside) <= end
-    ball = soft_ball(2 * BOX, 0.35 * BOX, 3, 3)
-    assert float(fsc_curve(*inside, ball)[end + 1 :].max()) > 0.3
-    found = map_agreement(
-        Volumes(inside[0]), Volumes(inside[1]), ball, 2.0, torch.zeros(BOX + 1), crossed=False
-    )
-    assert not found.curve[end + 1 :].any()
-    for name, volume in (("a", inside[0]), ("b", inside[1]), ("mask", ball)):
-        write_map(tmp_path / f"{name}.mrc", volume.float().numpy(), 2.0)
-    files = [tmp_path / f"{name}.mrc" for name in ("a", "b", "mask")]
-    told = run("fsc", *files[:2], "--mask", files[2], "--json")
-    values = [shell["fsc"] for shell in json.loads(told.stdout)["shells"]]
-    assert min(values[1:9]) > 0.9
-    assert not any(values[end + 1 :])
+def test_jobs_of_cropped_images_agree_no_further_than_they_go(few, tmp_path):
+    """A mask, and turning a map, put what they hold into shells that hold nothing."""
+    for seed in (0, 1):
+        words = ["--seed", seed, "--box", SMALL, "--diameter", 60, "--threads", 1, *QUICK]
+        assert run("abinitio", few, "-o", tmp_path / f"{seed}", *words).returncode == 0
+    found, _ = read_candidates([tmp_path / "0", tmp_path / "1"])
+    one, two = found
+    assert one.last_shell == two.last_shell == SMALL // 2
+    ball = soft_ball(BOX, 0.35 * BOX, 2, 3)
+    same = one.volumes, one.volumes, ball, PIXEL, torch.zeros(BOX // 2 + 1)
+    whole = map_agreement(*same, crossed=False)
+    assert float(whole.curve[SMALL // 2 + 1 :].max()) > 0.5
+    ended = map_agreement(*same, crossed=False, last_shell=SMALL // 2)
+    assert torch.equal(ended.curve[: SMALL // 2 + 1], whole.curve[: SMALL // 2 + 1])
+    assert not ended.curve[SMALL // 2 + 1 :].any()
+    pair = pair_of(found, 0, 1, ball, torch.zeros(BOX // 2 + 1), None)
+    assert not pair.curve.values[SMALL // 2 + 1 :].any()
 
 
 def test_boxes_of_up_to_128_px_are_worked_on_as_they_are(few, tmp_path, monkeypatch):

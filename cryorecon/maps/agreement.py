@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cryorecon.maps.align import Alignment, align_maps, apply_alignment
 from cryorecon.maps.chance import beyond_chance
-from cryorecon.maps.fsc import fsc_curve, last_shell
+from cryorecon.maps.fsc import fsc_curve
 from cryorecon.maps.poses import mirror_poses, rotate_poses, shift_origins
 from cryorecon.physics.fourier import fft_centred, ifft_centred, radius_grid
 from cryorecon.physics.rotations import geodesic_distance_deg
@@ -83,6 +83,7 @@ def map_agreement(
     chance: Tensor,
     *,
     crossed: bool,
+    last_shell: int | None = None,
 ) -> MapAgreement:
     """Move one reconstruction onto another, both hands tried, and measure how far they agree.
 
@@ -98,19 +99,23 @@ def map_agreement(
     crossed : bool
         Compare half set 1 of each with half set 2 of the other, and take the mean of the two;
         both must have half maps of the same half sets.
+    last_shell : int, optional
+        How far both hold something: a mask, and turning a map, put what they have into shells
+        beyond, where it correlates.
     """
     found = align_maps(moving.joint * mask, reference.joint * mask, pixel_size_angst)
     moved = moving.moved(found)
     joint = beyond_chance(fsc_curve(moved.joint * mask, reference.joint * mask), chance)
-    joint[last_shell(moving.joint, reference.joint) + 1 :] = 0
+    end = reference.joint.shape[-1] if last_shell is None else last_shell + 1
+    joint[end:] = 0
     if not crossed:
         return MapAgreement(found, moved, joint, False, joint)
-    if moving.halves is None or moved.halves is None or reference.halves is None:
+    if moved.halves is None or reference.halves is None:
         raise ValueError("half sets are crossed, but one reconstruction has none")
     (first, second), (one, two) = moved.halves, reference.halves
     curves = (fsc_curve(first, two, mask), fsc_curve(second, one, mask))
     curve = beyond_chance((curves[0] + curves[1]) / 2, chance)
-    curve[last_shell(*moving.halves, *reference.halves) + 1 :] = 0
+    curve[end:] = 0
     return MapAgreement(found, moved, curve, True, joint)
 
 

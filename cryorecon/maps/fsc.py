@@ -8,9 +8,6 @@ from torch import Tensor
 from cryorecon.conventions import shell_to_angst
 from cryorecon.physics.fourier import fft_centred, radius_grid, shell_sums
 
-# Power of a shell, over the strongest one's, that rounding to single precision leaves.
-_NOTHING = 1e-11
-
 
 def fsc_curve(first: Tensor, second: Tensor, mask: Tensor | None = None) -> Tensor:
     """Fourier shell correlation of two maps.
@@ -50,26 +47,6 @@ def fsc_curve(first: Tensor, second: Tensor, mask: Tensor | None = None) -> Tens
     norm = (power_f * power_g).sqrt().clamp(min=1e-300)
     curve = torch.where(empty, torch.zeros_like(cross), cross / norm)
     return curve[: box // 2 + 1]
-
-
-def last_shell(*volumes: Tensor) -> int:
-    """The last shell in which all of some maps hold something.
-
-    Of maps that end at a resolution: a mask, or turning one, puts what they have elsewhere
-    into their empty shells, where it correlates.
-
-    Parameters
-    ----------
-    volumes : Tensor, shape (N, N, N), real
-        Unmasked and unmoved.
-    """
-    found = []
-    for volume in volumes:
-        power = fft_centred(volume, 3).abs().double().square().flatten()
-        shells = (radius_grid(len(volume), 3, volume.device) + 0.5).long().flatten()
-        power = shell_sums(power, shells, int(shells.max()) + 1)
-        found.append(int((power > _NOTHING * power.max()).nonzero().max()))
-    return min(found)
 
 
 def crossing_shell(curve: Tensor, threshold: float) -> float:

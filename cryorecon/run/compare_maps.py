@@ -12,7 +12,7 @@ from torch import Tensor
 from cryorecon.errors import CryoreconError
 from cryorecon.io.mrc import Map, read_map
 from cryorecon.maps.align import Alignment, align_maps, apply_alignment
-from cryorecon.maps.fsc import fsc_curve, last_shell
+from cryorecon.maps.fsc import fsc_curve
 from cryorecon.physics.rotations import log_map
 from cryorecon.run.curves import FscCurve, fsc_as_dict, matrix_as_list
 
@@ -74,14 +74,12 @@ def compare_maps(
                 f"{path} is empty: all its voxels are {float(volume[0, 0, 0]):g}",
                 "Give a map that holds density",
             )
-    alignment, last = None, last_shell(moving, reference)
+    alignment = None
     if align:
         alignment = align_maps(moving, reference, second.pixel_size_angst)
         moving = apply_alignment(moving, alignment)
-    values = fsc_curve(moving, reference, mask)
-    values[last + 1 :] = 0
     curve = FscCurve(
-        values,
+        fsc_curve(moving, reference, mask),
         box=len(reference),
         pixel_size_angst=second.pixel_size_angst,
         maps=f"{first_path.name} and {second_path.name}",

@@ -41,6 +41,8 @@ class Candidate:
         What that resolution is of.
     diameter : float or None
         Of the particle, as a fraction of the box, from job.yaml.
+    shells : int or None
+        How many the job's fsc.star has: of cropped images fewer than the box.
     """
 
     name: str
@@ -51,6 +53,12 @@ class Candidate:
     claim_angst: float | None
     claim: str
     diameter: float | None
+    shells: int | None = None
+
+    @property
+    def last_shell(self) -> int:
+        """The last one in which the job's maps hold something."""
+        return self.box // 2 if self.shells is None else self.shells - 1
 
     @property
     def box(self) -> int:
@@ -124,9 +132,8 @@ def _candidate(name: str, path: Path) -> Candidate:
     poses = read_pose_table(path / POSES) if (path / POSES).is_file() else None
     volumes = Volumes(joint, _half_maps(path, source))
     claim_angst, claim = _claim(path, volumes)
-    return Candidate(
-        name, path, volumes, source.pixel_size_angst, poses, claim_angst, claim, _diameter(path)
-    )
+    own = claim_angst, claim, _diameter(path), _shells(path)
+    return Candidate(name, path, volumes, source.pixel_size_angst, poses, *own)
 
 
 def _half_maps(path: Path, joint: Map) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -152,6 +159,12 @@ def _claim(path: Path, volumes: Volumes) -> tuple[float | None, str]:
     angst = float(numbers(star, general, "rlnFinalResolution")[0])
     what = "half maps, FSC 0.143" if volumes.halves else "two starts, FSC 0.5"
     return (math.inf if angst >= 999 else angst), what
+
+
+def _shells(path: Path) -> int | None:
+    star = path / "fsc.star"
+    table = read_star(star).get("fsc") if star.is_file() else None
+    return None if table is None else len(table)
 
 
 def _diameter(path: Path) -> float | None:

@@ -108,7 +108,10 @@ def pair_of(
     one, two = jobs[first], jobs[second]
     crossed = half_sets_match(one, two)
     pixel = one.pixel_size_angst
-    found = map_agreement(two.volumes, one.volumes, mask, pixel, chance, crossed=crossed)
+    last = min(one.last_shell, two.last_shell)
+    found = map_agreement(
+        two.volumes, one.volumes, mask, pixel, chance, crossed=crossed, last_shell=last
+    )
     what = "half set 1 of one with 2 of the other" if crossed else "same images, same noise"
     label = f"{one.name} and {two.name}: {what}"
     curve = FscCurve(found.curve, one.box, pixel, label, "soft sphere, chance taken out", True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from cryorecon.io.star import write_star
 from cryorecon.maps.agreement import Volumes, map_agreement, shell_filtered
 from cryorecon.maps.align import Alignment
-from cryorecon.maps.fsc import fsc_curve, last_shell
+from cryorecon.maps.fsc import fsc_curve
 from cryorecon.run.consensus.inputs import Candidate
 from cryorecon.run.consensus.pairs import Pairing, Verdict
 from cryorecon.run.consensus.pictures import difference_figure, side_by_side_figure
@@ -119,7 +119,7 @@ def write_curves(
     for found in jobs:
         if found.volumes.halves is not None:
             values = fsc_curve(*found.volumes.halves, mask)
-            values[last_shell(*found.volumes.halves) + 1 :] = 0
+            values[found.last_shell + 1 :] = 0
             own = FscCurve(
                 values, found.box, found.pixel_size_angst, "half maps", "soft sphere", False
             )
