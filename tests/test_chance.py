@@ -12,7 +12,7 @@ from cryorecon.io.mrc import stack_writer
 from cryorecon.io.star import read_star, write_star
 from cryorecon.maps.chance import beyond_chance, chance_fsc, noise_like
 from cryorecon.maps.fsc import fsc_curve
-from cryorecon.physics.fourier import fft_centred, radius_grid, shell_sums
+from cryorecon.physics.fourier import fft_centred, lowpass, radius_grid, shell_sums
 from cryorecon.physics.masks import soft_ball
 from cryorecon.run import stages
 from cryorecon.run.abinitio import abinitio
@@ -46,11 +46,22 @@ def test_alignment_makes_noise_agree_at_low_resolution_only(
     assert (chance[1:] <= chance[:-1]).all()
 
 
+def test_filtered_maps_agree_by_chance_in_the_shells_that_they_show(molecule_32, coarse_alignment):
+    mask, noise = soft_ball(32, 12.0, 2.0, 3), molecule_32
+    coarse = lowpass(molecule_32, 4.0, 3)
+    found = [
+        chance_fsc(noise, noise, mask, 2.4, torch.Generator().manual_seed(5), 3, aligned=aligned)
+        for aligned in (None, (coarse, coarse))
+    ]
+    assert found[1][5:9].mean() < found[0][5:9].mean()
+    assert found[1][3:5].mean() > found[0][3:5].mean()
+
+
 def test_what_is_beyond_chance():
-    curve = torch.tensor([1.0, 1.0, 0.9, 0.5, 0.1]).double()
-    chance = torch.tensor([1.0, 0.6, 0.5, 0.5, 0.0]).double()
+    curve = torch.tensor([1.0, 1.0, 0.9, 0.5, 0.1, -0.5]).double()
+    chance = torch.tensor([1.0, 0.6, 0.5, 0.5, 0.0, 0.8]).double()
     assert torch.allclose(
-        beyond_chance(curve, chance), torch.tensor([1.0, 1.0, 0.8, 0.0, 0.1]).double()
+        beyond_chance(curve, chance), torch.tensor([1.0, 1.0, 0.8, 0.0, 0.1, -1.0]).double()
     )
 
 

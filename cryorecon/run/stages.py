@@ -151,6 +151,7 @@ class Stages(Refining):
             runs = [self._one_half(k, images, rows[k], seeds[k], images.ranks) for k in (0, 1)]
         else:
             runs = self._halves_at_once(images, rows, seeds)
+        aligned = runs[1].maps[0], runs[0].maps[0]
         self._move_second(runs, images.ranks)
         n = len(images)
         maps, band = [run.maps[0] for run in runs], min(run.band for run in runs)
@@ -160,7 +161,7 @@ class Stages(Refining):
             state.rotations[mine], state.offsets_px[mine] = run.rotations, run.offsets_px
             state.rivals.put(mine, run.rivals)
         refine_round(state, images, self.config, fsc_curve, joint=False, n_steps=0)
-        self._take_out_chance(state)
+        self._take_out_chance(state, aligned)
         return state
 
     def _one_half(
@@ -202,14 +203,24 @@ class Stages(Refining):
         job.hear(ranks.count // 2)
         return runs
 
-    def _take_out_chance(self, state: Reconstruction) -> None:
-        """Correct the half maps' FSC for what aligning one to the other brought."""
+    def _take_out_chance(
+        self, state: Reconstruction, aligned: tuple[torch.Tensor, torch.Tensor]
+    ) -> None:
+        """Correct the half maps' FSC for what aligning one to the other brought.
+
+        Parameters
+        ----------
+        aligned : tuple of two Tensors, shape (N, N, N)
+            The second half set's map and the first's, as they were aligned.
+        """
         joint = state.maps[0]
         ranks, mask = self.job.ranks, state.support.on(joint.shape[-1], device=joint.device)
         first, second = state.halves
         chance, drawn = torch.empty_like(state.fsc), self.generator.get_state()
         if ranks.first:
-            chance = chance_fsc(second, first, mask, self.pixel_size_angst, self.generator)
+            chance = chance_fsc(
+                second, first, mask, self.pixel_size_angst, self.generator, aligned=aligned
+            )
             drawn = self.generator.get_state()
         ranks.same(chance, drawn)
         self.generator.set_state(drawn)

@@ -28,8 +28,8 @@ from cryorecon.run.consensus.results import (
 )
 from cryorecon.run.job import Job, Task, open_job, write_output_nodes
 
-# Agreement that counts reaches this many cycles per particle diameter: unlike molecules of one
-# size, aligned, reach 2.6 once chance is taken out.
+# Agreement that counts reaches this many cycles per particle diameter: a cycle beyond what any
+# unlike maps of one size were seen to reach once chance was taken out (docs/consensus.md).
 NEEDED_CYCLES = 4.0
 _DIAMETER = 0.8
 
