@@ -12,8 +12,29 @@ import torch
 from torch import Tensor
 
 from cryorecon.physics import points
-from cryorecon.physics.fourier import HalfPlane, radius_grid, shell_sums
+from cryorecon.physics.fourier import HalfPlane, centred_frequencies, radius_grid, shell_sums
 from cryorecon.physics.projection import Transform, reach
+
+# Planes of a grid that are looked at together.
+_PLANES = 16
+
+
+def shells_of_squares(largest: int, padding: int, device: torch.device) -> Tensor:
+    """Shell, in cycles per box, of grid points by their squared distance from the origin.
+
+    Parameters
+    ----------
+    largest : int
+        Of the squares, in squared steps of the grid.
+    padding : int
+        Steps a cycle per box.
+
+    Returns
+    -------
+    Tensor, shape (largest + 1,), int64
+    """
+    squares = torch.arange(largest + 1, dtype=torch.float64, device=device)
+    return squares.sqrt_().div_(padding).add_(0.5).long()
 
 
 @dataclass
@@ -39,8 +60,8 @@ class NormalEquations:
     ) -> NormalEquations:
         """Nothing seen yet; reaches as far as `band` cycles per box."""
         size = reach(band, padding)
-        weight = torch.zeros(size, size, size, dtype=dtype, device=device)
-        return NormalEquations(torch.complex(weight, weight.clone()), weight.clone(), padding)
+        signal = torch.zeros(size, size, size, dtype=dtype.to_complex(), device=device)
+        return NormalEquations(signal, torch.zeros_like(signal.real), padding)
 
     def add(self, signal: Tensor, weight: Tensor, rotations: Tensor, plane: HalfPlane) -> None:
         """Insert slices.
@@ -83,11 +104,20 @@ class NormalEquations:
 
     def shell_mean_weight(self) -> Tensor:
         """Mean weight by shell, shape (n_shells,)."""
-        shells, weight = self.shells().flatten(), self.weight.flatten()
         # Not bincount, which waits for a device to tell how many shells there are.
-        n_shells = int(3**0.5 * (self.weight.shape[-1] // 2) / self.padding + 0.5) + 1
-        counts = shell_sums(torch.ones_like(weight), shells, n_shells)
-        return shell_sums(weight, shells, n_shells) / counts.clamp(min=1)
+        size, device = len(self.weight), self.weight.device
+        n_shells = int(3**0.5 * (size // 2) / self.padding + 0.5) + 1
+        axis = centred_frequencies(size, device).square()
+        shell_of = shells_of_squares(3 * (size // 2) ** 2, self.padding, device)
+        sums, counts = self.weight.new_zeros(n_shells), self.weight.new_zeros(n_shells)
+        # Some planes at a time: their shells take twice the memory of their weights.
+        for start in range(0, size, _PLANES):
+            planes = slice(start, start + _PLANES)
+            shells = shell_of[(axis[planes, None, None] + axis[:, None] + axis).flatten()]
+            weight = self.weight[planes].flatten()
+            sums += shell_sums(weight, shells, n_shells)
+            counts += shell_sums(torch.ones_like(weight), shells, n_shells)
+        return sums / counts.clamp(min=1)
 
     def solve(self, prior: Tensor) -> Transform:
         """Wiener estimate of the oversampled transform.

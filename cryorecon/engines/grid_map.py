@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from cryorecon.engines.accumulate import NormalEquations
+from cryorecon.engines.least_squares import wiener_map
 from cryorecon.networks.mfn import smallest_grid
 from cryorecon.physics.fourier import lowpass
 from cryorecon.physics.masks import Support
-from cryorecon.physics.projection import to_volume
 from cryorecon.physics.resampling import resample_sums
 
 
@@ -50,7 +50,7 @@ class GridMap:
         del n_steps
         size = self.grid_size(scale)
         mask = self.support.on(size, prior.dtype, prior.device)
-        self._volumes[scale] = to_volume(sums.solve(prior), size) * mask
+        self._volumes[scale] = wiener_map(sums, prior, size) * mask
 
     def fit_volume(
         self, target: Tensor, scale: int, n_steps: int, n_points: int, generator: torch.Generator

@@ -14,9 +14,29 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cryorecon.engines.accumulate import NormalEquations
-from cryorecon.physics.fourier import crop_or_pad_centred, radius_grid
-from cryorecon.physics.projection import Transform, to_volume
+from cryorecon.engines.accumulate import NormalEquations, shells_of_squares
+from cryorecon.engines.half_space import columns, convolve, cropped, maps_of, without_fall_off
+from cryorecon.physics.fourier import centred_frequencies
+from cryorecon.physics.projection import gridding_correction
+
+
+def wiener_map(sums: NormalEquations, prior: Tensor, box: int) -> Tensor:
+    """Signal over weight, as :meth:`NormalEquations.solve` has it, as a map.
+
+    Parameters
+    ----------
+    sums : NormalEquations
+    prior : Tensor, shape (n_shells,), real
+        Added to the weight; shells beyond its end are zero.
+    box : int
+        N, on the sums' field of view.
+
+    Returns
+    -------
+    Tensor, shape (N, N, N), real
+        Sums over a voxel's share of the box.
+    """
+    return _maps(sums, prior, box, seen=False)[0]
 
 
 def least_squares_map(
@@ -29,8 +49,7 @@ def least_squares_map(
     sums : NormalEquations
         With padding 2 or more, so that the box's pairs of points do not wrap around.
     prior : Tensor, shape (n_shells,), real
-        As in :meth:`NormalEquations.solve`, which gives the first guess; the last value holds
-        beyond the end.
+        As in :func:`wiener_map`, which gives the first guess; the last value holds beyond the end.
     support : Tensor, shape (N, N, N), real
         Mask that the map wears.
     n_steps : int
@@ -42,45 +61,76 @@ def least_squares_map(
         Sums over a voxel's share of the box, times the mask.
     """
     box = len(support)
-    guess = to_volume(sums.solve(prior), box)
     if n_steps == 0:
-        return guess * support
-    signal = torch.where(sums.shells() < len(prior), sums.signal, torch.zeros_like(sums.signal))
-    seen = to_volume(Transform(signal, sums.padding), box) * support
+        return wiener_map(sums, prior, box) * support
+    guess, seen = _maps(sums, prior, box, seen=True)
     kernel = _normal_kernel(sums, prior, box)
 
     def normal(values: Tensor) -> Tensor:
-        return _convolve(values * support, kernel) * support
+        return convolve(values * support, kernel) * support
 
-    return _conjugate_gradients(normal, seen, guess, n_steps) * support
+    return _conjugate_gradients(normal, seen * support, guess, n_steps) * support
+
+
+def _maps(sums: NormalEquations, prior: Tensor, box: int, *, seen: bool) -> Tensor:
+    """The Wiener estimate and, if wanted, the signal itself as maps, shape (1 or 2, N, N, N)."""
+    size = box * sums.padding
+    signal, weight = cropped(sums.signal, size), cropped(sums.weight, size)
+    penalty = _Penalty(prior.to(weight), len(weight), sums.padding)
+    # A point that no image came near holds nothing; any positive weight keeps it 0.
+    largest = (weight.max() + prior.max()).double()
+    floor = (largest * 1e-6 + torch.finfo(weight.dtype).tiny).to(weight)
+
+    def read(start: int, stop: int) -> Tensor:
+        added = penalty.columns(start, stop)
+        there = columns(signal, start, stop)
+        known = torch.maximum(columns(weight, start, stop) + added, floor)
+        if not seen:
+            return there.div_(known)[None]
+        return torch.stack([there / known, there * added.isfinite()])
+
+    found = maps_of(read, len(weight), size, box, weight.device)
+    return found / gridding_correction(box, sums.padding, found.dtype, found.device)
 
 
 def _normal_kernel(sums: NormalEquations, prior: Tensor, box: int) -> Tensor:
     """Transform of the normal matrix's convolution kernel, real, in ``rfftn`` layout."""
     size = box * sums.padding
-    known = sums.shells() < len(prior)
-    weight = torch.where(known, sums.symmetrised().weight, torch.zeros_like(sums.weight))
-    weight = _rfft_layout(crop_or_pad_centred(weight, size, 3))
-    # Spreading the weights on the grid multiplied the kernel by the interpolation's fall-off.
-    fall = torch.sinc(torch.fft.fftfreq(size, device=weight.device).to(weight)) ** 2
-    kernel = torch.fft.irfftn(weight, s=(size,) * 3)
-    kernel = kernel / (fall[:, None, None] * fall[:, None] * fall)
-    shells = (radius_grid(size, 3, weight.device) / sums.padding + 0.5).long()
-    penalty = prior.to(weight)[shells.clamp(max=len(prior) - 1)]
-    return torch.fft.rfftn(kernel).real + _rfft_layout(penalty)
+    weight = cropped(sums.weight, size)
+    half = columns(weight, 0, len(weight) // 2)
+    inside = _Penalty(prior.to(weight), len(weight), sums.padding)
+    half *= inside.columns(0, half.shape[-1]).isfinite()
+    kernel = without_fall_off(half, size)
+    everywhere = _Penalty(prior.to(weight), size, sums.padding, lasts=True)
+    return kernel.add_(torch.fft.ifftshift(everywhere.columns(0, size // 2 + 1), (0, 1)))
 
 
-def _rfft_layout(centred: Tensor) -> Tensor:
-    return torch.fft.ifftshift(centred)[..., : centred.shape[-1] // 2 + 1].contiguous()
+class _Penalty:
+    """What a prior by shell adds to the weights of a grid's columns kx >= 0.
 
+    Parameters
+    ----------
+    prior : Tensor, shape (n_shells,), real
+    points : int
+        Points a side of the centred grid.
+    padding : int
+        Its steps a cycle per box.
+    lasts : bool
+        Whether the last value holds beyond the end; else infinity stands there.
+    """
 
-def _convolve(values: Tensor, kernel: Tensor) -> Tensor:
-    # Axis by axis: rows of zeros are not transformed, nor what is cut off.
-    box, size, fft = len(values), len(kernel), torch.fft
-    spectrum = fft.fft(fft.rfft(values, n=size, dim=2), n=size, dim=1)
-    spectrum = fft.fft(spectrum, n=size, dim=0).mul_(kernel)
-    spectrum = fft.ifft(fft.ifft(spectrum, dim=0)[:box], dim=1)[:, :box]
-    return fft.irfft(spectrum, n=size, dim=2)[:, :, :box]
+    def __init__(self, prior: Tensor, points: int, padding: int, *, lasts: bool = False) -> None:
+        axis = centred_frequencies(points, prior.device).square()
+        self._face = axis[:, None] + axis
+        shells = shells_of_squares(3 * (points // 2) ** 2, padding, prior.device)
+        beyond = prior[-1:] if lasts else torch.full_like(prior[-1:], torch.inf)
+        values = torch.cat([prior, beyond])
+        self._of_square = values[shells.clamp(max=len(prior))]
+
+    def columns(self, start: int, stop: int) -> Tensor:
+        """Columns `start` <= kx < `stop`, shape (P, P, stop - start)."""
+        along = torch.arange(start, stop, device=self._face.device).square()
+        return self._of_square[self._face[..., None] + along]
 
 
 def _conjugate_gradients(

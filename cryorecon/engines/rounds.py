@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cryorecon.engines.accumulate import NormalEquations
-from cryorecon.engines.least_squares import least_squares_map
+from cryorecon.engines.least_squares import least_squares_map, wiener_map
 from cryorecon.engines.observations import ImageSet, Observations, centred
 from cryorecon.engines.reconstruction import (
     Agreement,
@@ -32,7 +32,6 @@ from cryorecon.image_table import ROWS, kept
 from cryorecon.physics.fourier import HalfPlane, max_band
 from cryorecon.physics.masks import molecule_mask
 from cryorecon.physics.pose_derivatives import Derivatives, derivatives
-from cryorecon.physics.projection import to_volume
 from cryorecon.physics.rotations import geodesic_distance_deg
 from cryorecon.ranks import Ranks
 
@@ -330,7 +329,7 @@ def _solve_halves(
     box = state.maps[0].shape[-1]
     mask = state.support.on(box, device=state.maps[0].device)
     if not (joint and state.halves):
-        state.halves = [to_volume(s.solve(shell_prior(s, 1e-3, max_band(box))), box) for s in sums]
+        state.halves = [wiener_map(s, shell_prior(s, 1e-3, max_band(box)), box) for s in sums]
         state.fsc = agreement(*(half * mask for half in state.halves)).cpu()
         ranks.same(state.fsc)
     correlation = state.fsc[: max_band(box) + 1].clamp(1e-3, 0.999).to(mask.device)

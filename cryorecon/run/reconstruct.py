@@ -10,11 +10,11 @@ from torch import Tensor
 
 from cryorecon.conventions import euler_to_matrix
 from cryorecon.engines.accumulate import NormalEquations
+from cryorecon.engines.least_squares import wiener_map
 from cryorecon.engines.observations import Observations, centred, taken_to
 from cryorecon.io.particles import Particles
 from cryorecon.physics.ctf import ctf
 from cryorecon.physics.fourier import half_plane, max_band, to_coefficients
-from cryorecon.physics.projection import to_volume
 
 _BLOCK = 256
 
@@ -89,7 +89,7 @@ def reconstruct(
 
     def solved(equations: NormalEquations) -> Tensor:
         prior = equations.shell_mean_weight()[: max_band(box) + 1] * wiener
-        return to_volume(equations.solve(prior), box).cpu()
+        return wiener_map(equations, prior, box).cpu()
 
     halves = None if half is None else (solved(sums[0]), solved(sums[1]))
     return Reconstruction(solved(sums[0].plus(sums[1])), halves)

@@ -1,0 +1,150 @@
+"""Real maps by half of their transforms: columns kx >= 0, some of them at a time.
+
+The transform of a real map holds everything twice. Working on half of it, by columns that the
+processor's caches hold, moves a fraction of the bytes that whole padded cubes would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from cryorecon.physics.fourier import centred_frequencies, crop_or_pad_centred
+
+# Points of a padded grid that are worked on at once: 4 MB of complex numbers; more where a device
+# has room, and each call takes its time.
+_POINTS_CPU, _POINTS_DEVICE = 2**19, 2**27
+
+
+def spans(count: int, face: int, device: torch.device) -> Iterator[tuple[int, int]]:
+    """From, and up to, which column; `face` is the number of points in a column's plane."""
+    points = _POINTS_CPU if device.type == "cpu" else _POINTS_DEVICE
+    width = max(1, points // face)
+    for start in range(0, count, width):
+        yield start, min(count, start + width)
+
+
+def columns(grid: Tensor, start: int, stop: int) -> Tensor:
+    """Columns `start` <= kx < `stop` of a grid, both members of each Friedel pair averaged.
+
+    Parameters
+    ----------
+    grid : Tensor, shape (P, P, P), real or complex
+        Centred, indexed [kz, ky, kx], P even; empty at -P / 2 along each axis.
+
+    Returns
+    -------
+    Tensor, shape (P, P, stop - start)
+    """
+    centre = grid.shape[-1] // 2
+    half = grid[..., centre + start : centre + stop].clone()
+    mates = grid[1:, 1:, centre - stop + 1 : centre - start + 1].flip((0, 1, 2))
+    half[1:, 1:] += mates.conj()
+    return half.div_(2)
+
+
+def maps_of(
+    read: Callable[[int, int], Tensor], points: int, size: int, box: int, device: torch.device
+) -> Tensor:
+    """The middle of the real maps that have these transforms.
+
+    Parameters
+    ----------
+    read : callable
+        Gives columns `start` to `stop` of transforms, shape (k, P, P, stop - start), complex,
+        centred in kz and ky.
+    points : int
+        P.
+    size, box : int
+        Points a side of the padded box, P or more, and of the maps.
+
+    Returns
+    -------
+    Tensor, shape (k, N, N, N), real
+    """
+    ramp, parts = _ramp(points, size, box, device), []
+    for start, stop in spans(points // 2, size**2, device):
+        block = read(start, stop)
+        for dim in (1, 2):
+            turn = ramp.to(block.dtype).view(-1, *[1] * (3 - dim))
+            block = _middle(torch.fft.ifft(block, n=size, dim=dim), dim, box) * turn
+        parts.append(block)
+    return _middle(torch.fft.irfft(torch.cat(parts, -1), n=size, dim=-1), -1, box)
+
+
+def _ramp(points: int, size: int, box: int, device: torch.device) -> Tensor:
+    """What a grid that begins at -P / 2 is multiplied by in real space."""
+    angle = centred_frequencies(box, device).double() * (-2 * torch.pi * (points // 2) / size)
+    return torch.polar(torch.ones_like(angle), angle)
+
+
+def _middle(array: Tensor, dim: int, length: int) -> Tensor:
+    low = length // 2
+    parts = array.narrow(dim, array.shape[dim] - low, low), array.narrow(dim, 0, length - low)
+    return torch.cat(parts, dim)
+
+
+def convolve(values: Tensor, kernel: Tensor) -> Tensor:
+    """Periodic convolution of a zero-padded map, cut to its own box.
+
+    Parameters
+    ----------
+    values : Tensor, shape (N, N, N), real
+    kernel : Tensor, shape (S, S, S // 2 + 1), real
+        Transform of the kernel as ``rfftn`` orders it, S at least 2 N - 1.
+    """
+    box, size, fft = len(values), len(kernel), torch.fft
+    rows = fft.rfft(values, n=size, dim=2)
+    for start, stop in spans(rows.shape[-1], size**2, values.device):
+        block = fft.fft(fft.fft(rows[..., start:stop], n=size, dim=1), n=size, dim=0)
+        block.mul_(kernel[..., start:stop])
+        block = fft.ifft(fft.ifft(block, dim=0)[:box], dim=1)[:, :box]
+        rows[..., start:stop] = block
+    return fft.irfft(rows, n=size, dim=2)[..., :box]
+
+
+def without_fall_off(weight: Tensor, size: int) -> Tensor:
+    """A kernel's transform, once the fall-off of trilinear interpolation is divided out.
+
+    Weights that were spread on a grid by linear interpolation are a kernel's transform whose
+    kernel fell off as sinc^2 along each axis. Dividing by it is a real convolution of the weights
+    along each axis, done as products of matrices.
+
+    Parameters
+    ----------
+    weight : Tensor, shape (P, P, P // 2), real
+        Columns kx >= 0 of an even grid, centred in kz and ky.
+    size : int
+        Points a side of the padded box, P or more.
+
+    Returns
+    -------
+    Tensor, shape (S, S, S // 2 + 1)
+        As ``rfftn`` orders it.
+    """
+    points, n_columns = len(weight), weight.shape[-1]
+    mates = torch.zeros_like(weight)
+    mates[1:, 1:] = weight[1:, 1:].flip((0, 1))
+    ahead = torch.arange(size // 2 + 1, device=weight.device)
+    there = torch.arange(n_columns, device=weight.device)
+    along = _undone(ahead, there, size).to(weight)
+    back = _undone(ahead, -there[1:], size).to(weight)
+    held = weight @ along.T + mates[..., 1:] @ back.T
+    around = torch.arange(size, device=weight.device)
+    across = _undone(around, centred_frequencies(points, weight.device), size).to(weight)
+    held = torch.matmul(across, held)
+    return (across @ held.flatten(1)).view(size, size, -1)
+
+
+def _undone(to: Tensor, of: Tensor, size: int) -> Tensor:
+    """Matrix of the convolution with the transform of 1 / sinc^2, shape (to, of), float64."""
+    fall = torch.sinc(torch.fft.fftfreq(size, dtype=torch.float64, device=to.device)) ** 2
+    kernel = torch.fft.fft(1 / fall).real / size
+    return kernel[(to[:, None] - of) % size]
+
+
+def cropped(grid: Tensor, size: int) -> Tensor:
+    """A grid without what a padded box of `size` points cannot hold."""
+    return crop_or_pad_centred(grid, size, 3) if len(grid) > size else grid
