@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from cryorecon.engines.accumulate import NormalEquations, shells_of_squares
-from cryorecon.engines.half_space import columns, convolve, cropped, maps_of, without_fall_off
 from cryorecon.physics.fourier import centred_frequencies
+from cryorecon.physics.half_space import columns, convolve, cropped, maps_of, without_fall_off
 from cryorecon.physics.projection import gridding_correction
 
 

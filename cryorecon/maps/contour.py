@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -20,16 +21,17 @@ def contour_level(volume: Tensor) -> float:
     float
         In the map's own unit; the value of the voxels where all are equal.
     """
-    values = volume.double().flatten().sort().values
-    sums = values.cumsum(0)
-    level = float(values[0] + values[-1]) / 2
+    values = volume.flatten()
+    n, total = len(values), float(values.sum(dtype=torch.float64))
+    low, high = values.aminmax()
+    level = (float(low) + float(high)) / 2
     for _ in range(100):
-        below = int((values <= level).sum())
-        if below in (0, len(values)):
+        below = values <= level
+        count = int(below.sum())
+        if count in (0, n):
             break
-        low = float(sums[below - 1]) / below
-        high = float(sums[-1] - sums[below - 1]) / (len(values) - below)
-        new = (low + high) / 2
+        dark = float((values * below).sum(dtype=torch.float64))
+        new = (dark / count + (total - dark) / (n - count)) / 2
         if new == level:
             break
         level = new

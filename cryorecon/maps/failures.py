@@ -87,10 +87,10 @@ def mass_at_rim(volume: Tensor, radius: float) -> float:
     float
         Of what stands above the contour, beyond 0.9 radii from the centre of the box.
     """
-    smooth = volume.double()
+    smooth = resample_volume(volume, min(len(volume), _MOST_PIXELS)).double()
     mass = (smooth - contour_level(smooth)).clamp(min=0)
     total = float(mass.sum())
-    beyond = radius_grid(len(volume), 3, volume.device) > 0.9 * radius * len(volume)
+    beyond = radius_grid(len(mass), 3, volume.device) > 0.9 * radius * len(mass)
     return float(mass[beyond].sum()) / total if total > 0 else 0.0
 
 

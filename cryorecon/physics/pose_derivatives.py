@@ -10,12 +10,8 @@ import torch
 from torch import Tensor
 
 from cryorecon.physics import compiled
-from cryorecon.physics.fourier import (
-    HalfPlane,
-    centred_frequencies,
-    fft_padded,
-    shift_phases,
-)
+from cryorecon.physics.fourier import HalfPlane, centred_frequencies, shift_phases
+from cryorecon.physics.half_space import fill_transforms
 from cryorecon.physics.points import (
     as_array,
     on_cpu,
@@ -60,13 +56,14 @@ def derivatives(volume: Tensor, padding: int, band: float) -> Derivatives:
     box = volume.shape[-1]
     corrected = volume / gridding_correction(box, padding, volume.dtype, volume.device)
     axis = centred_frequencies(box, volume.device).to(volume.dtype) * (-2 * torch.pi / box)
+    ramps = (axis, axis[:, None], axis[:, None, None])
+    sources = torch.stack([corrected, *(corrected * ramp for ramp in ramps)])
     size = min(box * padding, reach(band, padding))
-    grids = []
-    for ramp in (None, axis, axis[:, None], axis[:, None, None]):
-        source = corrected if ramp is None else corrected * ramp
-        transform = fft_padded(source, box * padding, size, 3)
-        grids.append(torch.view_as_real(transform if ramp is None else transform * 1j))
-    return Derivatives(torch.cat(grids, -1).contiguous(), grids[0].contiguous(), padding)
+    table = volume.new_empty(size, size, size, 8)
+    grid = torch.view_as_complex(table.unflatten(-1, (4, 2)))
+    factors = torch.tensor([1, 1j, 1j, 1j], dtype=grid.dtype, device=volume.device)
+    fill_transforms(sources, box * padding, factors, grid)
+    return Derivatives(table, table[..., :2].contiguous(), padding)
 
 
 def slices_with_gradient(

@@ -7,15 +7,35 @@ from torch import Tensor
 
 from cryorecon.physics.fourier import (
     centred_frequencies,
-    crop_or_pad_centred,
     fft_centred,
     ifft_centred,
 )
 
 
 def resample_sums(volume: Tensor, box: int) -> Tensor:
-    """A map of voxel sums on another grid: the same transform, cropped or padded."""
-    return ifft_centred(crop_or_pad_centred(fft_centred(volume, 3), box, 3), 3).real
+    """A map of voxel sums on another grid: the same transform, cropped or padded.
+
+    Axis by axis, by products with real matrices: no padded cube of complex numbers is made.
+
+    Parameters
+    ----------
+    volume : Tensor, shape (N, N, N), real
+    """
+    matrix = _resampler(len(volume), box, volume.device).to(volume)
+    across = torch.matmul(matrix, volume @ matrix.T)
+    return (matrix @ across.flatten(1)).unflatten(1, (box, box))
+
+
+def _resampler(size: int, box: int, device: torch.device) -> Tensor:
+    """Samples on another grid of the same width from samples of one, shape (box, size), float64.
+
+    A Nyquist frequency, whose sign a grid cannot tell, is a cosine.
+    """
+    frequencies = centred_frequencies(min(size, box), device).double() * (2 * torch.pi)
+    to, of = (
+        torch.outer(centred_frequencies(n, device).double() / n, frequencies) for n in (box, size)
+    )
+    return (to.cos() @ of.cos().T + to.sin() @ of.sin().T) / box
 
 
 def resample_volume(volume: Tensor, box: int) -> Tensor:

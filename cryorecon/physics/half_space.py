@@ -80,10 +80,55 @@ def _ramp(points: int, size: int, box: int, device: torch.device) -> Tensor:
     return torch.polar(torch.ones_like(angle), angle)
 
 
+def _wrapped(array: Tensor, dim: int, size: int) -> Tensor:
+    """Zero-padded samples along one axis, the origin first."""
+    length = array.shape[dim]
+    before, after = array.split([length // 2, length - length // 2], dim)
+    shape = list(array.shape)
+    shape[dim] = size - length
+    return torch.cat([after, array.new_zeros(shape), before], dim)
+
+
 def _middle(array: Tensor, dim: int, length: int) -> Tensor:
     low = length // 2
     parts = array.narrow(dim, array.shape[dim] - low, low), array.narrow(dim, 0, length - low)
     return torch.cat(parts, dim)
+
+
+def fill_transforms(volumes: Tensor, size: int, factors: Tensor, out: Tensor) -> None:
+    """The middle of the transforms of zero-padded real maps, side by side.
+
+    Both halves are written, from the transform of one.
+
+    Parameters
+    ----------
+    volumes : Tensor, shape (k, N, N, N), real
+        Centred.
+    size : int
+        Points a side of the padded box.
+    factors : Tensor, shape (k,), complex
+        What each transform is multiplied by.
+    out : Tensor, shape (K, K, K, k), complex
+        Centred; K even, at most `size`. Planes at -K / 2 are zero where kx < 0.
+    """
+    keep, device = len(out), volumes.device
+    low, mirrored = keep // 2, factors / factors.conj()
+    rows = torch.fft.rfft(_wrapped(volumes, -1, size), dim=-1)[..., :low]
+    rows = rows.permute(1, 2, 3, 0).contiguous()
+    planes = rows.new_empty(len(rows), keep, *rows.shape[2:])
+    for start, stop in spans(len(rows), size * low * len(volumes), device):
+        block = torch.fft.fft(_wrapped(rows[start:stop], 1, size), dim=1)
+        planes[start:stop] = _middle(block, 1, keep)
+    for border in range(3):
+        out.select(border, 0).zero_()
+    # By rows of a plane: what is written together lies together.
+    for start, stop in spans(keep, size * low * len(volumes), device):
+        block = torch.fft.fft(_wrapped(planes[:, start:stop], 0, size), dim=0)
+        there, first = out[:, start:stop, low:], max(start, 1)
+        torch.mul(block[size - low :], factors, out=there[:low])
+        torch.mul(block[:low], factors, out=there[low:])
+        mates = there[1:, first - start :].flip((0, 1, 2)).conj()
+        torch.mul(mates, mirrored, out=out[1:, keep - stop + 1 : keep - first + 1, 1 : low + 1])
 
 
 def convolve(values: Tensor, kernel: Tensor) -> Tensor:
