@@ -13,6 +13,7 @@ from cryorecon.engines.accumulate import NormalEquations
 from cryorecon.engines.observations import Observations, as_real
 from cryorecon.engines.shrinking import ShrinkingBatch, at_once
 from cryorecon.physics.fourier import HalfPlane, shift_phases
+from cryorecon.physics.likely import add_likely, are_few, likely_sums
 from cryorecon.physics.projection import extract_slices, padded_transform
 
 # Scores of images against poses: numbers at once on the CPU, bytes each, and most on a GPU.
@@ -195,16 +196,23 @@ def grid_expectation(
         score, rows = grid.scores(observations.select(part), image, offset)
         nothing = score.new_zeros(len(likely[part]))
         peak = _largest(score.amax(-1, keepdim=True), image, len(nothing))[:, 0]
-        # Not less: numbers below those of full precision take ten times as long, in exp too.
-        score.sub_(peak[image, None]).clamp_(min=_LEAST).exp_()
-        of_pair = score.sum(-1)
+        few = are_few(score, peak[image])
+        if few:
+            of_pair, squares = likely_sums(score, peak[image])
+        else:
+            # Not less: numbers below those of full precision take ten times as long, in exp too.
+            score.sub_(peak[image, None]).clamp_(min=_LEAST).exp_()
+            of_pair = score.sum(-1)
+            squares = torch.linalg.vector_norm(score, dim=-1).square()
         total = nothing.index_add(0, image, of_pair)
-        squares = torch.linalg.vector_norm(score, dim=-1).square()
         effective = total.square() / nothing.index_add(0, image, squares)
         shares[part][image, offset] = of_pair / total[image]
         rows.div_(total[image, None])
         # Sums change last: until then memory may end, and the part be repeated.
-        sums.addmm_(score.T, rows)
+        if few:
+            add_likely(score, peak[image], rows, sums)
+        else:
+            sums.addmm_(score.T, rows)
         return peak + total.log() - log_poses, effective
 
     tried = int(likely.sum()) / max(1, n)

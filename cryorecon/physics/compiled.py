@@ -31,7 +31,7 @@ _OPTIONS: dict[str, Any] = {
 }
 
 
-def _compiled(function: Callable[..., Any]) -> Any:
+def compiled(function: Callable[..., Any]) -> Any:
     """Compiled when first called, kept on disk where there is a place for it."""
     try:
         return njit(cache=True, **_OPTIONS)(function)
@@ -104,7 +104,7 @@ def _weigh_rows(_: Any, table: Any, places: Any, weights: Any, found: Any, at: A
     return types.void(table, places, weights, found, at), generate
 
 
-@_compiled
+@compiled
 def _place(size, padding, rotation, kx, ky, base, side):
     """Lowest corner of each coefficient and how far beyond it along x, y, z; False if outside."""
     zero, centre = kx.dtype.type(0), kx.dtype.type(size // 2)
@@ -129,14 +129,14 @@ def _place(size, padding, rotation, kx, ky, base, side):
     return inside
 
 
-@_compiled
+@compiled
 def _fetch_cell(grid, lowest, row, layer):
     """Ask for the eight points around a coefficient: pairs along x lie side by side."""
     _fetch(grid, lowest), _fetch(grid, lowest + row)
     _fetch(grid, lowest + layer), _fetch(grid, lowest + layer + row)
 
 
-@_compiled
+@compiled
 def _read_one(grid, size, base, side, found):
     m, row, layer, one = len(base), size, size * size, side.dtype.type(1)
     for j in range(m):
@@ -150,7 +150,7 @@ def _read_one(grid, size, base, side, found):
         found[j] = (one - fx) * lower + fx * upper
 
 
-@_compiled
+@compiled
 def read(grid, at, first, end, found):
     """Trilinear interpolation of a grid at the points of slices `first` to `end`.
 
@@ -171,7 +171,7 @@ def read(grid, at, first, end, found):
             found[i, :] = np.nan
 
 
-@_compiled
+@compiled
 def _add_one(values, grid, size, base, side, first_layer, end_layer):
     m, row, layer, one = len(base), size, size * size, side.dtype.type(1)
     begin, end = first_layer * layer, end_layer * layer
@@ -195,7 +195,7 @@ def _add_one(values, grid, size, base, side, first_layer, end_layer):
             grid[b + row + 1] += w1 * upper
 
 
-@_compiled
+@compiled
 def add(values, grid, at, first_layer, end_layer):
     """Spread slices over those layers of a grid, the adjoint of :func:`read`; False if one cannot.
 
@@ -218,7 +218,7 @@ def add(values, grid, at, first_layer, end_layer):
     return True
 
 
-@_compiled
+@compiled
 def _turn_one(grid, size, base, side, slopes, kx, ky, found):
     m, row, layer, one = len(base), size, size * size, side.dtype.type(1)
     for j in range(m):
@@ -243,12 +243,12 @@ def _turn_one(grid, size, base, side, slopes, kx, ky, found):
         found[1, 2] += ky[j] * z
 
 
-@_compiled
+@compiled
 def _along(value, re, im):
     return value.real * re + value.imag * im
 
 
-@_compiled
+@compiled
 def turn(grid, at, slopes, first, end, found):
     """Derivative of ``Re sum conj(slopes) read(...)`` in rows 0 and 1 of each rotation.
 
@@ -270,7 +270,7 @@ def turn(grid, at, slopes, first, end, found):
             found[i, :, :] = np.nan
 
 
-@_compiled
+@compiled
 def _read_rows(table, size, base, side, found):
     m, row, layer, one = len(base), 8 * size, 8 * size * size, side.dtype.type(1)
     for j in range(m):
@@ -287,7 +287,7 @@ def _read_rows(table, size, base, side, found):
         _weigh_rows(table, places, weights, found, 8 * j)
 
 
-@_compiled
+@compiled
 def _centre(target, offset, kx, ky, wave, found):
     """An image with its offset undone; real and imaginary parts, shape (2, m)."""
     for j in range(len(kx)):
@@ -298,7 +298,7 @@ def _centre(target, offset, kx, ky, wave, found):
         found[1, j] = im * cosine - re * sine
 
 
-@_compiled
+@compiled
 def _fill(read_rows, rotation, gain, kx, ky, wave, rows):
     """Five derivatives of the prediction; what is left of the image stands in rows 10 and 11."""
     for j in range(len(kx)):
@@ -319,7 +319,7 @@ def _fill(read_rows, rotation, gain, kx, ky, wave, rows):
         rows[11, j] -= im
 
 
-@_compiled
+@compiled
 def _multiply(rows, found):
     for a in range(6):
         for b in range(a, 6):
@@ -329,7 +329,7 @@ def _multiply(rows, found):
             found[a, b] = found[b, a] = total
 
 
-@_compiled
+@compiled
 def _power(parts):
     """Sum of squares, exact enough to tell likelihoods apart by a hundredth."""
     total = 0.0
@@ -338,7 +338,7 @@ def _power(parts):
     return total
 
 
-@_compiled
+@compiled
 def pose_products(table, at, wave, images, first, end, found):
     """See :func:`pose_derivatives.pose_products`, for images `first` to `end`.
 
@@ -370,7 +370,7 @@ def pose_products(table, at, wave, images, first, end, found):
         found[i, 5, 5] = _power(rows[10:])
 
 
-@_compiled
+@compiled
 def squared_residual(grid, at, wave, images, first, end, found):
     """The last of these products alone, shape (b,); `grid` as in :func:`read`."""
     size, padding, rotations, kx, ky = at
