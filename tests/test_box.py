@@ -24,6 +24,7 @@ from cryorecon.run import abinitio_input as job
 from cryorecon.run.consensus.inputs import read_candidates
 from cryorecon.run.consensus.pairs import pair_of
 from cryorecon.run.load import load_observations
+from cryorecon.run.report.inputs import read_job
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -136,6 +137,8 @@ def test_a_job_finds_what_it_finds_in_a_stack_that_was_cropped_before(
     mask = read_map(tmp_path / "here" / "initial_model_mask.mrc").data
     assert mask.shape == (BOX,) * 3
     assert 0 == mask.min() < mask.max() <= 1
+    for name in ("here", "there"):
+        assert read_job(tmp_path / name).worked_pixel_angst == pytest.approx(PIXEL * BOX / SMALL)
     for name in ("initial_model", "run_half1_class001_unfil", "run_half2_class001_unfil", "scale1"):
         found, wanted = (read_map(tmp_path / n / f"{name}.mrc") for n in ("here", "there"))
         assert found.data.shape == (BOX,) * 3

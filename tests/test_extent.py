@@ -104,3 +104,16 @@ def test_a_stack_of_larger_images_tells_the_same(wide, monkeypatch):
     whole = particle_extent(particles)
     monkeypatch.setattr("cryorecon.run.extent._BOX", 40)
     assert particle_extent(particles) == pytest.approx(whole, abs=0.07)
+
+
+@pytest.mark.parametrize("engine", ["rmfn", "amortized"])
+def test_a_diameter_in_the_settings_is_kept_even_if_it_is_the_default(
+    wide, tmp_path, engine, monkeypatch
+):
+    monkeypatch.chdir(wide.parent)
+    (tmp_path / "settings.yaml").write_text("diameter: 0.8\n")
+    for given in (("--set", "diameter=0.8"), ("--config", tmp_path / "settings.yaml")):
+        words = ("--method", engine, "--dry-run", *given)
+        told = run("abinitio", wide, "-o", tmp_path / "no", *words).stdout
+        assert "particle diameter 111 A" in told
+        assert "as the images tell" not in told

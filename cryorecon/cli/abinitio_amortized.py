@@ -98,7 +98,7 @@ def abinitio_amortized_command(
     from cryorecon.run.abinitio import abinitio
     from cryorecon.run.abinitio_input import AbinitioOptions, assignment
     from cryorecon.run.dry_run import describe_abinitio
-    from cryorecon.run.settings import with_settings
+    from cryorecon.run.settings import named, with_settings
 
     use_threads(threads)
     given = AmortizedConfig(
@@ -113,6 +113,7 @@ def abinitio_amortized_command(
     place = usable_device(device)
     options = AbinitioOptions(
         diameter_angst=diameter,
+        diameter_set="diameter" in named(config, settings or []),
         offset_range_angst=offset_range,
         project=project,
         box=box,

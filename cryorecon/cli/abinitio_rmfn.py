@@ -95,7 +95,7 @@ def abinitio_rmfn_command(
     from cryorecon.run.abinitio_input import AbinitioOptions, assignment
     from cryorecon.run.dry_run import describe_abinitio
     from cryorecon.run.paper_protocol import PaperOptions, abinitio_perturbed
-    from cryorecon.run.settings import with_settings
+    from cryorecon.run.settings import named, with_settings
 
     use_threads(threads)
     told = messages(json)
@@ -114,6 +114,7 @@ def abinitio_rmfn_command(
     place = usable_device(device)
     options = AbinitioOptions(
         diameter_angst=diameter,
+        diameter_set="diameter" in named(config, settings or []),
         offset_range_angst=offset_range,
         project=project,
         box=box,

@@ -40,6 +40,8 @@ class AbinitioOptions:
     ----------
     diameter_angst : float, optional
         Of the particle; default what the images tell, 0.8 of the box if they do not.
+    diameter_set : bool
+        Whether the engine's own is meant, even if it is its default.
     offset_range_angst : float, optional
         Largest in-plane offset; default a tenth of the box.
     project : Path, optional
@@ -74,6 +76,7 @@ class AbinitioOptions:
     """
 
     diameter_angst: float | None = None
+    diameter_set: bool = False
     offset_range_angst: float | None = None
     project: Path | None = None
     box: int | None = None
@@ -209,7 +212,8 @@ def prepared(star: str | Path, options: AbinitioOptions, ranks: Ranks = ALONE) -
     _refuse_contradictions(options, particles)
     particles.ctf_parameters()
     (seen,) = ranks.numbers(_extent(particles) if ranks.first else 0.0)
-    free = options.diameter_angst is None and config.diameter == RefineConfig.diameter
+    given = options.diameter_set or config.diameter != RefineConfig.diameter
+    free = options.diameter_angst is None and not given
     if seen > 0 and free:
         config = dataclasses.replace(config, diameter=min(_MARGIN * seen, _WIDEST))
     config = _banded(config, options, particles)

@@ -129,7 +129,7 @@ def _run(
 def _with_diameter(options: AbinitioOptions, record: dict[str, Any]) -> AbinitioOptions:
     """The diameter that was told from the images is not told anew."""
     engine = dataclasses.replace(options.engine, diameter=record["config"]["diameter"])
-    return dataclasses.replace(options, engine=engine)
+    return dataclasses.replace(options, engine=engine, diameter_set=True)
 
 
 def _found(path: str, base: Path) -> Path:

@@ -51,6 +51,12 @@ def with_settings(config: Settings, path: Path | None, pairs: list[str]) -> Sett
     return config
 
 
+def named(path: Path | None, pairs: list[str]) -> set[str]:
+    """Which settings a file and pairs name, as :func:`with_settings` reads them."""
+    in_file = set() if path is None else {str(key) for key in _of_file(path)}
+    return in_file | {pair.partition("=")[0].strip() for pair in pairs}
+
+
 def _of_file(path: Path) -> dict[Any, Any]:
     require_file(path, "YAML file")
     no_yaml = CryoreconError(f"{path} is not valid YAML", "Write lines of key: value")

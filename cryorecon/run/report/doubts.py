@@ -217,7 +217,7 @@ def findings(inputs: ReportInputs) -> list[Finding]:
         limit = inputs.offset_limit_angst
         if limit is not None and inputs.map is not None:
             lengths = inputs.poses.origins_angst.norm(dim=-1)
-            found.append(offsets_at_limit(lengths, limit, inputs.map.pixel_size_angst))
+            found.append(offsets_at_limit(lengths, limit, inputs.worked_pixel_angst))
         if inputs.log_likelihood is not None:
             found.append(empty_images(inputs.log_likelihood))
     elif inputs.view_density is not None:

@@ -123,6 +123,14 @@ class ReportInputs:
         return self.poses.log_likelihood
 
     @property
+    def worked_pixel_angst(self) -> float:
+        """Pixel size that the job worked with: of cropped images, FSCs end where they do."""
+        assert self.map is not None
+        if self.fsc is None:
+            return self.map.pixel_size_angst
+        return self.side_angst / max(1, 2 * (len(self.fsc.values) - 1))
+
+    @property
     def offset_limit_angst(self) -> float | None:
         """Largest offset that was searched, where the settings tell."""
         share = (self.settings.get("config") or {}).get("offset_range")
