@@ -21,7 +21,7 @@ from cryorecon.physics.half_space import (
     maps_of,
     without_fall_off,
 )
-from cryorecon.physics.projection import Transform, to_volume
+from cryorecon.physics.projection import to_volume
 
 KINDS = [(torch.float32, 2e-6), (torch.float64, 1e-13)]
 
