@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 
 import pytest
+import roma
 import torch
 
 from cryorecon.physics import rotations as rot
@@ -18,6 +19,13 @@ def test_random_rotations_are_haar(generator):
     assert (matrices.var(0) - 1 / 3).abs().max() < 0.02
     trace = matrices.diagonal(dim1=-2, dim2=-1).sum(-1)
     assert abs(float(trace.var()) - 1) < 0.05
+
+
+def test_quaternions_are_read_as_by_roma(generator):
+    quaternions = torch.randn(50, 2, 4, generator=generator, dtype=torch.float64)
+    quaternions = quaternions / quaternions.norm(dim=-1, keepdim=True)
+    expected = roma.unitquat_to_rotmat(quaternions)
+    assert torch.allclose(rot.of_quaternions(quaternions), expected, atol=1e-14)
 
 
 def test_exp_and_log_are_inverse(generator):

@@ -393,7 +393,7 @@ def fit_scales(
     volumes = []
     for scale, band in enumerate(network.bands):
         target = lowpass(joint, band, 3)
-        network.fit_volume(target, scale, config.final_steps, 8_000, generator)
+        network.fit_volume(target, scale, config.final_steps, 4_000, generator)
         with torch.no_grad():
             volumes.append(network.volume(scale, box))
     return volumes

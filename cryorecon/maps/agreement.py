@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-import roma
 import torch
 from torch import Tensor
 
@@ -172,6 +171,8 @@ def mean_rotations(sets: Sequence[Tensor]) -> Tensor:
     ----------
     sets : sequence of Tensor, shape (n, 3, 3)
     """
+    import roma  # loads torch._dynamo, which takes a second: only when needed
+
     return roma.special_procrustes(torch.stack(list(sets)).mean(0))
 
 

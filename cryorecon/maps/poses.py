@@ -16,11 +16,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import roma
 import torch
 from torch import Tensor
 
-from cryorecon.physics.rotations import geodesic_distance_deg
+from cryorecon.physics.rotations import geodesic_distance_deg, of_quaternions
 
 # Candidates for the common rotation, and images that vote on them.
 _N_CANDIDATES = 1024
@@ -145,6 +144,8 @@ def _robust_mean(relative: Tensor, start: Tensor) -> Tensor:
     Each step is the weighted chordal mean, the eigenvector of the largest eigenvalue of the
     quaternions' weighted second moment (Markley et al. 2007).
     """
+    import roma  # loads torch._dynamo, which takes a second: only when needed
+
     quaternions = roma.rotmat_to_unitquat(relative)
     low, high = _SCALE_RANGE_DEG
     mean = start
@@ -155,7 +156,7 @@ def _robust_mean(relative: Tensor, start: Tensor) -> Tensor:
         scale = min(max(float(near.median()) if len(near) else high, low), high)
         weights = (1 + (angles / scale) ** 2) ** -2
         moment = (quaternions * weights[:, None]).T @ quaternions
-        previous, mean = mean, roma.unitquat_to_rotmat(torch.linalg.eigh(moment)[1][:, -1])
+        previous, mean = mean, of_quaternions(torch.linalg.eigh(moment)[1][:, -1])
         if float(geodesic_distance_deg(previous, mean)) < 1e-7:
             break
     return mean

@@ -31,9 +31,20 @@ def random_rotations(
     Tensor, shape (n, 3, 3)
     """
     quaternions = torch.randn(n, 4, generator=generator, dtype=dtype, device=generator.device)
-    import roma  # loads torch._dynamo, which takes a second: only when needed
+    return of_quaternions(torch.nn.functional.normalize(quaternions, dim=-1))
 
-    return roma.unitquat_to_rotmat(torch.nn.functional.normalize(quaternions, dim=-1))
+
+def of_quaternions(quaternions: Tensor) -> Tensor:
+    """Rotation matrices, shape (..., 3, 3), of unit quaternions (x, y, z, w), shape (..., 4).
+
+    Not by roma: that loads torch._dynamo, which takes a second of every command.
+    """
+    v, w = quaternions[..., :3], quaternions[..., 3:, None]
+    x, y, z = v.unbind(-1)
+    zero = torch.zeros_like(x)
+    skew = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], -1).unflatten(-1, (3, 3))
+    one = torch.eye(3, dtype=v.dtype, device=v.device)
+    return one + 2 * (w * skew + skew @ skew)
 
 
 def exp_map(vectors_rad: Tensor) -> Tensor:
