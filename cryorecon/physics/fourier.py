@@ -67,7 +67,7 @@ def fft_padded(array: Tensor, size: int, keep: int, ndim: int) -> Tensor:
         Points a side of the padded box, and of what is kept of its transform.
     """
     for dim in range(-1, -ndim - 1, -1):
-        array = _middle(torch.fft.fft(_wrapped(array, dim, size), dim=dim), dim, keep)
+        array = middle(torch.fft.fft(wrapped(array, dim, size), dim=dim), dim, keep)
     return array
 
 
@@ -77,11 +77,11 @@ def ifft_cropped(array: Tensor, size: int, box: int, ndim: int) -> Tensor:
     ``crop(ifft_centred(pad(array, size)), box)``, the way back of :func:`fft_padded`.
     """
     for dim in range(-ndim, 0):
-        array = _middle(torch.fft.ifft(_wrapped(array, dim, size), dim=dim), dim, box)
+        array = middle(torch.fft.ifft(wrapped(array, dim, size), dim=dim), dim, box)
     return array
 
 
-def _wrapped(array: Tensor, dim: int, size: int) -> Tensor:
+def wrapped(array: Tensor, dim: int, size: int) -> Tensor:
     """``ifftshift(pad(array))`` along one axis."""
     length = array.shape[dim]
     before, after = array.split([length // 2, length - length // 2], dim)
@@ -92,7 +92,7 @@ def _wrapped(array: Tensor, dim: int, size: int) -> Tensor:
     return torch.cat([after, array.new_zeros(shape), before], dim)
 
 
-def _middle(array: Tensor, dim: int, length: int) -> Tensor:
+def middle(array: Tensor, dim: int, length: int) -> Tensor:
     """``crop(fftshift(array))`` along one axis."""
     low, size = length // 2, array.shape[dim]
     parts = array.narrow(dim, size - low, low), array.narrow(dim, 0, length - low)

@@ -11,7 +11,12 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from cryorecon.physics.fourier import centred_frequencies, crop_or_pad_centred
+from cryorecon.physics.fourier import (
+    centred_frequencies,
+    crop_or_pad_centred,
+    middle,
+    wrapped,
+)
 
 # Points of a padded grid that are worked on at once: 4 MB of complex numbers; more where a device
 # has room, and each call takes its time.
@@ -69,30 +74,15 @@ def maps_of(
         block = read(start, stop)
         for dim in (1, 2):
             turn = ramp.to(block.dtype).view(-1, *[1] * (3 - dim))
-            block = _middle(torch.fft.ifft(block, n=size, dim=dim), dim, box) * turn
+            block = middle(torch.fft.ifft(block, n=size, dim=dim), dim, box) * turn
         parts.append(block)
-    return _middle(torch.fft.irfft(torch.cat(parts, -1), n=size, dim=-1), -1, box)
+    return middle(torch.fft.irfft(torch.cat(parts, -1), n=size, dim=-1), -1, box)
 
 
 def _ramp(points: int, size: int, box: int, device: torch.device) -> Tensor:
     """What a grid that begins at -P / 2 is multiplied by in real space."""
     angle = centred_frequencies(box, device).double() * (-2 * torch.pi * (points // 2) / size)
     return torch.polar(torch.ones_like(angle), angle)
-
-
-def _wrapped(array: Tensor, dim: int, size: int) -> Tensor:
-    """Zero-padded samples along one axis, the origin first."""
-    length = array.shape[dim]
-    before, after = array.split([length // 2, length - length // 2], dim)
-    shape = list(array.shape)
-    shape[dim] = size - length
-    return torch.cat([after, array.new_zeros(shape), before], dim)
-
-
-def _middle(array: Tensor, dim: int, length: int) -> Tensor:
-    low = length // 2
-    parts = array.narrow(dim, array.shape[dim] - low, low), array.narrow(dim, 0, length - low)
-    return torch.cat(parts, dim)
 
 
 def fill_transforms(volumes: Tensor, size: int, factors: Tensor, out: Tensor) -> None:
@@ -113,17 +103,17 @@ def fill_transforms(volumes: Tensor, size: int, factors: Tensor, out: Tensor) ->
     """
     keep, device = len(out), volumes.device
     low, mirrored = keep // 2, factors / factors.conj()
-    rows = torch.fft.rfft(_wrapped(volumes, -1, size), dim=-1)[..., :low]
+    rows = torch.fft.rfft(wrapped(volumes, -1, size), dim=-1)[..., :low]
     rows = rows.permute(1, 2, 3, 0).contiguous()
     planes = rows.new_empty(len(rows), keep, *rows.shape[2:])
     for start, stop in spans(len(rows), size * low * len(volumes), device):
-        block = torch.fft.fft(_wrapped(rows[start:stop], 1, size), dim=1)
-        planes[start:stop] = _middle(block, 1, keep)
+        block = torch.fft.fft(wrapped(rows[start:stop], 1, size), dim=1)
+        planes[start:stop] = middle(block, 1, keep)
     for border in range(3):
         out.select(border, 0).zero_()
     # By rows of a plane: what is written together lies together.
     for start, stop in spans(keep, size * low * len(volumes), device):
-        block = torch.fft.fft(_wrapped(planes[:, start:stop], 0, size), dim=0)
+        block = torch.fft.fft(wrapped(planes[:, start:stop], 0, size), dim=0)
         there, first = out[:, start:stop, low:], max(start, 1)
         torch.mul(block[size - low :], factors, out=there[:low])
         torch.mul(block[:low], factors, out=there[low:])
