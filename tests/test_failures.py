@@ -15,10 +15,11 @@ from cryorecon.maps.failures import (
     view_spread,
     whiteness,
 )
-from cryorecon.physics.fourier import radius_grid
+from cryorecon.physics.fourier import crop_or_pad_centred, radius_grid
 from cryorecon.physics.masks import soft_ball
 from cryorecon.physics.rotations import random_rotations
 from cryorecon.run.report.doubts import (
+    around_particle,
     collapsed_views,
     hollow_shell,
     mass_at_edge,
@@ -103,6 +104,21 @@ def test_made_up_failures_warn(molecule_32, generator):
     lengths = torch.linspace(0, 7, 100)
     assert offsets_at_limit(lengths, 7.0, 1.0).fires
     assert not offsets_at_limit(lengths, 9.0, 1.0).fires
+
+
+def test_wide_boxes_make_no_false_alarm(molecule_32):
+    """In cycles per box their particles show an outline only, which is nearly its mirror image."""
+    wide = crop_or_pad_centred(molecule_32, 88, 3)
+    near = around_particle(wide, 0.8 * 32 / 88)
+    assert len(near) == 30
+    assert mirror_plane(wide).fires
+    for check in (hollow_shell, negative_blob, mirror_plane):
+        assert not check(near).fires
+        assert check(near).score == pytest.approx(check(molecule_32).score, abs=0.5)
+    stuck = near + mirror_map(near)
+    assert mirror_plane(stuck).fires
+    assert around_particle(wide, 1.0) is wide
+    assert around_particle(wide, 0.0) is wide
 
 
 def test_poor_agreement_counts_cycles_per_diameter():

@@ -21,6 +21,7 @@ from cryorecon.maps.failures import (
 )
 from cryorecon.maps.fsc import crossing_shell
 from cryorecon.maps.mirror import mirror_score
+from cryorecon.physics.fourier import crop_or_pad_centred
 from cryorecon.physics.resampling import resample_volume
 from cryorecon.run.report.inputs import ReportInputs
 
@@ -32,6 +33,8 @@ LEAST_VIEW_SPREAD = 0.15
 MOST_AT_LIMIT = 0.02
 MOST_EMPTY = 0.02
 LEAST_CYCLES = 3.0
+# How much of its box a particle fills where shapes are judged.
+_FILLS = 0.85
 # The mirror score sees detail up to 8 cycles per box: a grid of this side holds it all.
 _MIRROR_BOX = 24
 _LOGGED = re.compile(r" *[0-9.]+ s  ((?:WARNING|AMBIGUOUS): .*)")
@@ -202,16 +205,34 @@ def poor_agreement(curve: Tensor, threshold: float, diameter: float) -> Finding:
     )
 
 
+def around_particle(volume: Tensor, diameter: float) -> Tensor:
+    """A map's middle, as wide as the particle and a margin.
+
+    Detail is judged in cycles per box, by thresholds that were found with particles that fill
+    theirs: in a wide box the same detail would be no more than an outline.
+
+    Parameters
+    ----------
+    volume : Tensor, shape (N, N, N)
+    diameter : float
+        Of the particle, as a fraction of the box side.
+    """
+    box = len(volume)
+    wanted = 2 * round(box * diameter / _FILLS / 2)
+    return crop_or_pad_centred(volume, wanted, 3) if 0 < wanted < box else volume
+
+
 def findings(inputs: ReportInputs) -> list[Finding]:
     """All checks that a job's files allow."""
     found: list[Finding] = []
     if inputs.map is not None:
         volume = torch.from_numpy(inputs.map.data)
-        found += [hollow_shell(volume), negative_blob(volume)]
+        near = around_particle(volume, inputs.diameter or 1.0)
+        found += [hollow_shell(near), negative_blob(near)]
         # What is edge of the sphere is edge of the box where the sphere is not known.
         found.append(mass_at_edge(volume, (inputs.diameter or 1.0) / 2))
-        if float(volume.std()) > 0:
-            found.append(mirror_plane(volume))
+        if float(near.std()) > 0:
+            found.append(mirror_plane(near))
     if inputs.poses is not None:
         found.append(collapsed_views(inputs.poses.rotations[:, 2]))
         limit = inputs.offset_limit_angst
