@@ -57,6 +57,11 @@ def test_filtered_maps_agree_by_chance_in_the_shells_that_they_show(molecule_32,
     assert found[1][3:5].mean() > found[0][3:5].mean()
 
 
+def test_no_trials_take_nothing_out(molecule_32, generator):
+    mask = torch.ones_like(molecule_32)
+    assert not chance_fsc(molecule_32, molecule_32, mask, 2.4, generator, n_trials=0).any()
+
+
 def test_what_is_beyond_chance():
     curve = torch.tensor([1.0, 1.0, 0.9, 0.5, 0.1, -0.5]).double()
     chance = torch.tensor([1.0, 0.6, 0.5, 0.5, 0.0, 0.8]).double()

@@ -11,7 +11,6 @@ from cryorecon.physics import half_space
 from cryorecon.physics.fourier import (
     crop_or_pad_centred,
     fft_centred,
-    fft_padded,
     radius_grid,
 )
 from cryorecon.physics.half_space import (
@@ -56,28 +55,29 @@ def test_columns_are_those_of_both_friedel_mates(kind, generator):
     grid = grid_of(12, generator, dtype)
     sums = NormalEquations(grid, grid.real.square(), 2)
     whole = sums.symmetrised()
-    close(columns(grid, 0, 6), whole.signal[..., 6:], bound)
-    close(columns(sums.weight, 2, 5), whole.weight[..., 8:11], bound)
+    close(columns(grid, 0, 6), whole.signal[1:, 1:, 6:], bound)
+    close(columns(sums.weight, 2, 5), whole.weight[1:, 1:, 8:11], bound)
 
 
-@pytest.mark.parametrize(("held", "box"), [(12, 9), (16, 8), (18, 9), (10, 8)])
-def test_maps_are_those_of_whole_transforms(held, box, kind, generator):
+@pytest.mark.parametrize(
+    ("held", "size", "box"), [(12, 18, 9), (16, 16, 8), (10, 16, 8), (10, 9, 9)]
+)
+def test_maps_are_those_of_whole_transforms(held, size, box, kind, generator):
     dtype, bound = kind
     grid = grid_of(held, generator, dtype)
-    found = maps_of(
-        lambda *span: columns(grid, *span)[None], held, 2 * box, box, torch.device("cpu")
-    )
-    padded = crop_or_pad_centred(grid, 2 * box, 3)
+    found = maps_of(lambda *span: columns(grid, *span)[None], held, size, box, torch.device("cpu"))
+    padded = crop_or_pad_centred(grid, size, 3)
     whole = torch.fft.fftshift(torch.fft.ifftn(torch.fft.ifftshift(padded))).real
     close(found[0], crop_or_pad_centred(whole, box, 3), 4 * bound)
 
 
+@pytest.mark.parametrize("padding", [1, 2, 3])
 @pytest.mark.parametrize("box", [8, 9])
 @pytest.mark.parametrize("band", [2.0, 3.5])
-def test_wiener_maps_are_those_of_the_wiener_transform(box, band, kind, generator):
+def test_wiener_maps_are_those_of_the_wiener_transform(box, band, padding, kind, generator):
     dtype, bound = kind
-    sums = NormalEquations.empty(band, 2, dtype, "cpu")
-    inside = radius_grid(len(sums.weight), 3) < 2 * band + 1
+    sums = NormalEquations.empty(band, padding, dtype, "cpu")
+    inside = radius_grid(len(sums.weight), 3) < padding * band + 1
     sums.signal = grid_of(len(sums.weight), generator, dtype) * inside
     sums.weight = sums.signal.abs().square()
     prior = torch.tensor([0.1, 0.3, 0.7, 0.2], dtype=dtype)[: int(band) + 1]
@@ -96,7 +96,7 @@ def test_a_convolution_is_the_product_of_whole_transforms(box, kind, generator):
     close(convolve(values, kernel), whole[:box, :box, :box], 8 * bound)
 
 
-@pytest.mark.parametrize(("held", "size"), [(10, 16), (16, 16)])
+@pytest.mark.parametrize(("held", "size"), [(10, 16), (16, 16), (10, 9)])
 def test_the_fall_off_is_divided_out_of_the_kernel(held, size, kind, generator):
     dtype, bound = kind
     grid = grid_of(held, generator, dtype).real
@@ -111,16 +111,21 @@ def test_the_fall_off_is_divided_out_of_the_kernel(held, size, kind, generator):
     close(without_fall_off(half, size), expected, 8 * bound)
 
 
-@pytest.mark.parametrize(("box", "keep"), [(6, 12), (6, 8), (7, 14), (7, 10)])
-def test_both_halves_of_transforms_are_filled(box, keep, kind, generator):
+@pytest.mark.parametrize(
+    ("box", "padding", "keep"),
+    [(6, 2, 12), (6, 2, 8), (7, 2, 14), (7, 2, 10), (7, 1, 8), (7, 3, 22), (7, 3, 10), (6, 1, 6)],
+)
+def test_both_halves_of_transforms_are_filled(box, padding, keep, kind, generator):
     dtype, bound = kind
     volumes = torch.randn(3, box, box, box, generator=generator, dtype=torch.float64).to(dtype)
     factors = torch.tensor([1, 1j, 2 - 1j]).to(torch.complex(volumes[0], volumes[0]).dtype)
     out = torch.full((keep, keep, keep, 3), torch.nan, dtype=factors.dtype)
-    fill_transforms(volumes, 2 * box, factors, out)
+    size = padding * box
+    fill_transforms(volumes, size, factors, out)
     assert out.isfinite().all()
+    for border in range(3):
+        assert not out.select(border, 0).any()
     for number, volume in enumerate(volumes):
-        expected = fft_padded(volume, 2 * box, keep, 3) * factors[number]
-        close(out[1:, 1:, 1:, number], expected[1:, 1:, 1:], 4 * bound)
-        whole = fft_centred(crop_or_pad_centred(volume, 2 * box, 3), 3) * factors[number]
-        close(expected, crop_or_pad_centred(whole, keep, 3), 4 * bound)
+        padded = crop_or_pad_centred(volume, size, 3)
+        whole = crop_or_pad_centred(fft_centred(padded, 3), keep, 3) * factors[number]
+        close(out[1:, 1:, 1:, number], whole[1:, 1:, 1:], 4 * bound)

@@ -16,7 +16,14 @@ from torch import Tensor
 
 from cryorecon.engines.accumulate import NormalEquations, shells_of_squares
 from cryorecon.physics.fourier import centred_frequencies
-from cryorecon.physics.half_space import columns, convolve, cropped, maps_of, without_fall_off
+from cryorecon.physics.half_space import (
+    columns,
+    convolve,
+    cropped,
+    maps_of,
+    spans,
+    without_fall_off,
+)
 from cryorecon.physics.projection import gridding_correction
 
 
@@ -76,7 +83,7 @@ def _maps(sums: NormalEquations, prior: Tensor, box: int, *, seen: bool) -> Tens
     """The Wiener estimate and, if wanted, the signal itself as maps, shape (1 or 2, N, N, N)."""
     size = box * sums.padding
     signal, weight = cropped(sums.signal, size), cropped(sums.weight, size)
-    penalty = _Penalty(prior.to(weight), len(weight), sums.padding)
+    penalty = _Penalty(prior.to(weight), len(weight) - 1, sums.padding)
     # A point that no image came near holds nothing; any positive weight keeps it 0.
     largest = (weight.max() + prior.max()).double()
     floor = (largest * 1e-6 + torch.finfo(weight.dtype).tiny).to(weight)
@@ -98,11 +105,15 @@ def _normal_kernel(sums: NormalEquations, prior: Tensor, box: int) -> Tensor:
     size = box * sums.padding
     weight = cropped(sums.weight, size)
     half = columns(weight, 0, len(weight) // 2)
-    inside = _Penalty(prior.to(weight), len(weight), sums.padding)
-    half *= inside.columns(0, half.shape[-1]).isfinite()
+    inside = _Penalty(prior.to(weight), len(weight) - 1, sums.padding)
+    for start, stop in spans(half.shape[-1], size**2, half.device):
+        half[..., start:stop] *= inside.columns(start, stop).isfinite()
     kernel = without_fall_off(half, size)
     everywhere = _Penalty(prior.to(weight), size, sums.padding, lasts=True)
-    return kernel.add_(torch.fft.ifftshift(everywhere.columns(0, size // 2 + 1), (0, 1)))
+    for start, stop in spans(kernel.shape[-1], size**2, half.device):
+        added = everywhere.columns(start, stop)
+        kernel[..., start:stop] += torch.fft.ifftshift(added, (0, 1))
+    return kernel
 
 
 class _Penalty:

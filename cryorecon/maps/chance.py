@@ -62,7 +62,7 @@ def chance_fsc(
     mask : Tensor, shape (N, N, N)
         Worn by both when they are compared.
     n_trials : int
-        Maps of noise, each with the moving map's power in every shell.
+        Maps of noise, each with the moving map's power in every shell; without any, 0 is found.
     aligned : tuple of two Tensors, shape (N, N, N), real, optional
         What the moving map and the reference look like where they are aligned, if other than
         where they are compared: filtered maps leave few shells to decide, which then agree the
@@ -74,7 +74,7 @@ def chance_fsc(
         Three standard deviations (of Fisher's z) above the trials' mean; the largest at this or
         any finer shell, 0 to 0.9. Of one trial its own values.
     """
-    curves = []
+    curves = [] if n_trials else [torch.zeros(len(moving) // 2 + 1, dtype=torch.float64)]
     for _ in range(n_trials):
         white = torch.randn(moving.shape, generator=generator, dtype=moving.dtype)
         noise = _coloured(white, moving) * mask
@@ -87,7 +87,7 @@ def chance_fsc(
         curve[int(found.band) + 2 :] = 0
         curves.append(curve.cpu())
     z = torch.stack(curves).clamp(-_CERTAIN, _CERTAIN).atanh()
-    spread = z.std(0, correction=min(n_trials - 1, 1))
+    spread = z.std(0, correction=min(len(z) - 1, 1))
     limit = (z.mean(0) + _SPREAD * spread).tanh().clamp(0.0, _MOST)
     return limit.flip(0).cummax(0).values.flip(0)
 

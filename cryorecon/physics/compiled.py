@@ -2,9 +2,10 @@
 
 A slice reads or writes the eight grid points around each of its coefficients. They lie scattered,
 so that memory decides: each loop asks for the points of a coefficient some places ahead before it
-needs them, and goes through them once. All loops stand in this file, since compiled code is kept
-beside it until it changes. Arrays are NumPy's, contiguous, of one precision; :mod:`projection` and
-:mod:`pose_derivatives` call these loops with tensors of the CPU and do the same by torch elsewhere.
+needs them, and goes through them once. All these loops stand in this file, since compiled code is
+kept beside it until it changes; so do those of :mod:`likely` in theirs. Arrays are NumPy's,
+contiguous, of one precision; :mod:`projection` and :mod:`pose_derivatives` call these loops with
+tensors of the CPU and do the same by torch elsewhere.
 """
 
 from __future__ import annotations

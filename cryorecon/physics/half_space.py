@@ -37,17 +37,16 @@ def columns(grid: Tensor, start: int, stop: int) -> Tensor:
     Parameters
     ----------
     grid : Tensor, shape (P, P, P), real or complex
-        Centred, indexed [kz, ky, kx], P even; empty at -P / 2 along each axis.
+        Centred, indexed [kz, ky, kx], P even. What lies at -P / 2 has no mate and is left out.
 
     Returns
     -------
-    Tensor, shape (P, P, stop - start)
+    Tensor, shape (P - 1, P - 1, stop - start)
+        From -P / 2 + 1 on along kz and ky.
     """
     centre = grid.shape[-1] // 2
-    half = grid[..., centre + start : centre + stop].clone()
     mates = grid[1:, 1:, centre - stop + 1 : centre - start + 1].flip((0, 1, 2))
-    half[1:, 1:] += mates.conj()
-    return half.div_(2)
+    return mates.conj().add(grid[1:, 1:, centre + start : centre + stop]).div_(2)
 
 
 def maps_of(
@@ -58,12 +57,12 @@ def maps_of(
     Parameters
     ----------
     read : callable
-        Gives columns `start` to `stop` of transforms, shape (k, P, P, stop - start), complex,
-        centred in kz and ky.
+        Gives columns `start` to `stop` of transforms, shape (k, P - 1, P - 1, stop - start),
+        complex, as :func:`columns` has them.
     points : int
         P.
     size, box : int
-        Points a side of the padded box, P or more, and of the maps.
+        Points a side of the padded box, P - 1 or more, and of the maps.
 
     Returns
     -------
@@ -80,8 +79,9 @@ def maps_of(
 
 
 def _ramp(points: int, size: int, box: int, device: torch.device) -> Tensor:
-    """What a grid that begins at -P / 2 is multiplied by in real space."""
-    angle = centred_frequencies(box, device).double() * (-2 * torch.pi * (points // 2) / size)
+    """What a grid that begins at -P / 2 + 1 is multiplied by in real space."""
+    turn = -2 * torch.pi * (points // 2 - 1) / size
+    angle = centred_frequencies(box, device).double() * turn
     return torch.polar(torch.ones_like(angle), angle)
 
 
@@ -99,7 +99,7 @@ def fill_transforms(volumes: Tensor, size: int, factors: Tensor, out: Tensor) ->
     factors : Tensor, shape (k,), complex
         What each transform is multiplied by.
     out : Tensor, shape (K, K, K, k), complex
-        Centred; K even, at most `size`. Planes at -K / 2 are zero where kx < 0.
+        Centred; K even, at most `size`, or one more if that is odd. Zero at -K / 2 along each axis.
     """
     keep, device = len(out), volumes.device
     low, mirrored = keep // 2, factors / factors.conj()
@@ -109,8 +109,6 @@ def fill_transforms(volumes: Tensor, size: int, factors: Tensor, out: Tensor) ->
     for start, stop in spans(len(rows), size * low * len(volumes), device):
         block = torch.fft.fft(wrapped(rows[start:stop], 1, size), dim=1)
         planes[start:stop] = middle(block, 1, keep)
-    for border in range(3):
-        out.select(border, 0).zero_()
     # By rows of a plane: what is written together lies together.
     for start, stop in spans(keep, size * low * len(volumes), device):
         block = torch.fft.fft(wrapped(planes[:, start:stop], 0, size), dim=0)
@@ -119,6 +117,8 @@ def fill_transforms(volumes: Tensor, size: int, factors: Tensor, out: Tensor) ->
         torch.mul(block[:low], factors, out=there[low:])
         mates = there[1:, first - start :].flip((0, 1, 2)).conj()
         torch.mul(mates, mirrored, out=out[1:, keep - stop + 1 : keep - first + 1, 1 : low + 1])
+    for border in range(3):
+        out.select(border, 0).zero_()
 
 
 def convolve(values: Tensor, kernel: Tensor) -> Tensor:
@@ -149,10 +149,10 @@ def without_fall_off(weight: Tensor, size: int) -> Tensor:
 
     Parameters
     ----------
-    weight : Tensor, shape (P, P, P // 2), real
-        Columns kx >= 0 of an even grid, centred in kz and ky.
+    weight : Tensor, shape (P - 1, P - 1, P // 2), real
+        Columns kx >= 0, as :func:`columns` has them.
     size : int
-        Points a side of the padded box, P or more.
+        Points a side of the padded box, P - 1 or more.
 
     Returns
     -------
@@ -160,8 +160,7 @@ def without_fall_off(weight: Tensor, size: int) -> Tensor:
         As ``rfftn`` orders it.
     """
     points, n_columns = len(weight), weight.shape[-1]
-    mates = torch.zeros_like(weight)
-    mates[1:, 1:] = weight[1:, 1:].flip((0, 1))
+    mates = weight.flip((0, 1))
     ahead = torch.arange(size // 2 + 1, device=weight.device)
     there = torch.arange(n_columns, device=weight.device)
     along = _undone(ahead, there, size).to(weight)
@@ -181,5 +180,6 @@ def _undone(to: Tensor, of: Tensor, size: int) -> Tensor:
 
 
 def cropped(grid: Tensor, size: int) -> Tensor:
-    """A grid without what a padded box of `size` points cannot hold."""
-    return crop_or_pad_centred(grid, size, 3) if len(grid) > size else grid
+    """A grid without what a padded box of `size` points cannot hold; its side stays even."""
+    most = size + size % 2
+    return crop_or_pad_centred(grid, most, 3) if len(grid) > most else grid

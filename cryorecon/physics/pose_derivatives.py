@@ -58,7 +58,7 @@ def derivatives(volume: Tensor, padding: int, band: float) -> Derivatives:
     axis = centred_frequencies(box, volume.device).to(volume.dtype) * (-2 * torch.pi / box)
     ramps = (axis, axis[:, None], axis[:, None, None])
     sources = torch.stack([corrected, *(corrected * ramp for ramp in ramps)])
-    size = min(box * padding, reach(band, padding))
+    size = min(box * padding + box * padding % 2, reach(band, padding))
     table = volume.new_empty(size, size, size, 8)
     grid = torch.view_as_complex(table.unflatten(-1, (4, 2)))
     factors = torch.tensor([1, 1j, 1j, 1j], dtype=grid.dtype, device=volume.device)

@@ -21,6 +21,7 @@ def resample_sums(volume: Tensor, box: int) -> Tensor:
     ----------
     volume : Tensor, shape (N, N, N), real
     """
+    volume = volume if volume.is_floating_point() else volume.float()
     matrix = _resampler(len(volume), box, volume.device).to(volume)
     across = torch.matmul(matrix, volume @ matrix.T)
     return (matrix @ across.flatten(1)).unflatten(1, (box, box))

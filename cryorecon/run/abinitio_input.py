@@ -95,6 +95,11 @@ class AbinitioOptions:
     engine: RmfnConfig | AmortizedConfig = field(default_factory=RmfnConfig)
 
 
+def worked_box(stored_box: int, wanted: int | None) -> int:
+    """Samples a side that images are worked with, by `--box`."""
+    return min(stored_box, wanted or _LARGEST_BOX)
+
+
 def _resolved(options: AbinitioOptions, particles: Particles) -> RmfnConfig | AmortizedConfig:
     side_angst = particles.box * particles.pixel_size_angst
     config = options.engine
@@ -199,7 +204,8 @@ def prepared(star: str | Path, options: AbinitioOptions, ranks: Ranks = ALONE) -
     CryoreconError
         For input or options that cannot be used, or with fewer than 20 particles.
     """
-    particles = read_particles(star, options.project).cropped(options.box or _LARGEST_BOX)
+    particles = read_particles(star, options.project)
+    particles = particles.cropped(worked_box(particles.stored_box, options.box))
     rows = _subset(particles, options)
     if options.assign == "none":
         particles, rows = particles.subset(rows.numpy()), torch.arange(len(rows))

@@ -19,7 +19,10 @@ from cryorecon.run.abinitio import abinitio
 from cryorecon.run.abinitio_input import AbinitioOptions
 from cryorecon.run.curves import THRESHOLDS, FscCurve
 from cryorecon.run.plots import fsc_figure, pose_error_figure, save_figure
+from cryorecon.run.results import MASK
 from cryorecon.run.summary import job_summary
+
+_MASKED, _BARE = "against the truth, molecule's mask", "against the truth, no mask"
 
 
 @dataclass(frozen=True)
@@ -42,9 +45,8 @@ def run_demo(folder: Path, seed: int, console: Console) -> Demo:
     """Reconstruct ``folder/simulated`` into ``folder/abinitio`` and compare with the truth."""
     simulated, job = folder / "simulated", folder / "abinitio"
     abinitio(simulated / "particles.star", job, AbinitioOptions(seed=seed), console)
-    bare, masked = _against_truth(simulated / "map.mrc", job)
-    both = {"against the truth, molecule's mask": masked, "against the truth, no mask": bare}
-    save_figure(fsc_figure(both), folder / "fsc_truth.png")
+    curves = _against_truth(simulated / "map.mrc", job)
+    save_figure(fsc_figure(curves), folder / "fsc_truth.png")
     true = read_particles(simulated / "particles.star")
     mine = read_particles(job / "run_data.star")
     poses = compare_pose_sets(
@@ -58,28 +60,29 @@ def run_demo(folder: Path, seed: int, console: Console) -> Demo:
         "",
         f"map         {job / 'initial_model.mrc'}",
         f"poses       {job / 'run_data.star'}",
-        f"FSC         {job / 'fsc.star'}, against the truth: {masked.resolution_text(0.5)} in the "
-        f"molecule's mask, {bare.resolution_angst(0.5):.2f} A without",
+        f"FSC         {job / 'fsc.star'}",
+        *(f"FSC         {name}: {c.resolution_text(0.5)}" for name, c in curves.items()),
         f"report      {job / 'report.html'}",
         f"pose error  {poses.median_deg:.2f} deg (median)",
         f"plots       {folder / 'fsc_truth.png'}, {folder / 'pose_errors.png'}, "
         f"{job / 'map.png'}, {job / 'views.png'}, {job / 'fsc.png'}",
     ]
-    without, within = (
-        {f"{t:g}": curve.resolution_angst(t) for t in THRESHOLDS} for curve in (bare, masked)
-    )
     figures = job_summary(job) | {
         "against_truth": {
-            "resolution_angst": without,
-            "masked_resolution_angst": within,
+            "resolution_angst": _resolutions(curves.get(_BARE)),
+            "masked_resolution_angst": _resolutions(curves.get(_MASKED)),
             "pose_error_median_deg": poses.median_deg,
         }
     }
     return Demo(lines, figures)
 
 
-def _against_truth(true_map: Path, job: Path) -> tuple[FscCurve, FscCurve]:
-    """FSC of a job's map against the true one, as they are and in the molecule's mask."""
+def _resolutions(curve: FscCurve | None) -> dict[str, float] | None:
+    return None if curve is None else {f"{t:g}": curve.resolution_angst(t) for t in THRESHOLDS}
+
+
+def _against_truth(true_map: Path, job: Path) -> dict[str, FscCurve]:
+    """FSC of a job's map against the true one, in the molecule's mask, if it has one, and bare."""
     truth, found = read_map(true_map), read_map(job / "initial_model.mrc")
     reference, volume = torch.from_numpy(truth.data), torch.from_numpy(found.data)
     # The truth is moved, so that the job's mask fits both.
@@ -90,4 +93,5 @@ def _against_truth(true_map: Path, job: Path) -> tuple[FscCurve, FscCurve]:
         values, maps = fsc_curve(volume, moved, mask), "initial_model.mrc and map.mrc"
         return FscCurve(values, len(volume), truth.pixel_size_angst, maps, name, aligned=True)
 
-    return curve(None), curve("initial_model_mask.mrc")
+    masked = {_MASKED: curve(MASK)} if (job / MASK).exists() else {}
+    return masked | {_BARE: curve(None)}

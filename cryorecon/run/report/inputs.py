@@ -17,6 +17,7 @@ from cryorecon.errors import CryoreconError
 from cryorecon.io.mrc import Map, read_map
 from cryorecon.io.particles import Particles, read_particles
 from cryorecon.io.star import numbers, read_star
+from cryorecon.run.abinitio_input import worked_box
 from cryorecon.run.curves import FscCurve, read_fsc_star
 
 MAP = "initial_model.mrc"
@@ -124,11 +125,12 @@ class ReportInputs:
 
     @property
     def worked_pixel_angst(self) -> float:
-        """Pixel size that the job worked with: of cropped images, FSCs end where they do."""
+        """Pixel size that the job worked with: it may have cropped its images."""
         assert self.map is not None
-        if self.fsc is None:
+        options = self.settings.get("options") or {}
+        if "box" not in options:
             return self.map.pixel_size_angst
-        return self.side_angst / max(1, 2 * (len(self.fsc.values) - 1))
+        return self.side_angst / worked_box(len(self.map.data), options["box"])
 
     @property
     def offset_limit_angst(self) -> float | None:

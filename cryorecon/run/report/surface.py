@@ -15,8 +15,6 @@ from cryorecon.physics.resampling import resample_volume
 # Triangles that a browser turns smoothly, and that make about half a megabyte of the report.
 _MOST_FACES = 40_000
 _MOST_VOXELS = 96
-# Larger maps are looked at on a grid of this many points a side.
-_MOST_PIXELS = 128
 _LEAST_VOXELS = 24
 # Side of shaded pictures, px.
 _PICTURE = 256
@@ -63,11 +61,11 @@ def surface_mesh(
     # Slow to import, and only reports need it.
     from skimage.measure import marching_cubes
 
-    full, box = _tensor(volume), len(volume)
+    full, box = torch.from_numpy(np.ascontiguousarray(volume)), len(volume)
     level = contour_level(full)
-    voxels = min(len(full), _MOST_VOXELS)
+    voxels = min(box, _MOST_VOXELS)
     while True:
-        grid = resample_volume(full, voxels).numpy()
+        grid = resample_volume(full, voxels).double().numpy()
         if not grid.min() < level < grid.max():
             return None
         points, faces, _, _ = marching_cubes(grid, level)
@@ -79,12 +77,6 @@ def surface_mesh(
     return Mesh(centred.astype(np.float32), faces.astype(np.int32), level, voxels)
 
 
-def _tensor(volume: NDArray[np.floating]) -> torch.Tensor:
-    """The map, without detail that neither a mesh nor its contour needs."""
-    full = torch.from_numpy(np.ascontiguousarray(volume, np.float64))
-    return resample_volume(full, min(len(full), _MOST_PIXELS))
-
-
 def shaded_views(volume: NDArray[np.floating]) -> list[NDArray[np.float32]]:
     """The surface at the contour seen along z, y and x, lit from the eye; NaN where there is none.
 
@@ -94,8 +86,8 @@ def shaded_views(volume: NDArray[np.floating]) -> list[NDArray[np.float32]]:
         Brightness from 0 to 1, first row at the bottom; the axes are those of
         :func:`cryorecon.run.plots.map_figure`.
     """
-    full = _tensor(volume)
-    small = resample_volume(full, min(len(full), _MOST_VOXELS)).numpy()
+    full = torch.from_numpy(np.ascontiguousarray(volume))
+    small = resample_volume(full, min(len(full), _MOST_VOXELS)).double().numpy()
     level = contour_level(full)
     return [_shaded(np.moveaxis(small, axis, 0), level) for axis in range(3)]
 
