@@ -196,8 +196,7 @@ def grid_expectation(
         score, rows = grid.scores(observations.select(part), image, offset)
         nothing = score.new_zeros(len(likely[part]))
         peak = _largest(score.amax(-1, keepdim=True), image, len(nothing))[:, 0]
-        few = are_few(score, peak[image])
-        if few:
+        if few := are_few(score, peak[image]):
             of_pair, squares = likely_sums(score, peak[image])
         else:
             # Not less: numbers below those of full precision take ten times as long, in exp too.
