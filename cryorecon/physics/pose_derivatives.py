@@ -61,8 +61,8 @@ def derivatives(volume: Tensor, padding: int, band: float) -> Derivatives:
     size = min(box * padding + box * padding % 2, reach(band, padding))
     table = volume.new_empty(size, size, size, 8)
     grid = torch.view_as_complex(table.unflatten(-1, (4, 2)))
-    factors = torch.tensor([1, 1j, 1j, 1j], dtype=grid.dtype, device=volume.device)
-    fill_transforms(sources, box * padding, factors, grid)
+    plain = (torch.arange(4, device=volume.device) == 0).to(volume.dtype)
+    fill_transforms(sources, box * padding, torch.complex(plain, 1 - plain), grid)
     return Derivatives(table, table[..., :2].contiguous(), padding)
 
 
