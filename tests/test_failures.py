@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from cryorecon.maps import contour
 from cryorecon.maps.align import mirror_map
 from cryorecon.maps.failures import (
     hollowness,
@@ -131,3 +132,19 @@ def test_poor_agreement_counts_cycles_per_diameter():
 def test_warnings_of_the_run_are_found():
     log = ["    0.3 s  all is well", "   12.3 s  WARNING: many particles", "  1.0 s  AMBIGUOUS: no"]
     assert said_in_log(log) == ["WARNING: many particles", "AMBIGUOUS: no"]
+
+
+def test_the_contour_of_a_large_map_is_half_way_between_both_means(generator, monkeypatch):
+    """A part of the voxels leads to it; those near it settle it."""
+    ball = soft_ball(48, 12.0, 6.0, 3)
+    volume = ball * (1 + torch.rand(48, 48, 48, generator=generator))
+    volume = volume + 0.2 * torch.randn(48, 48, 48, generator=generator)
+    whole = contour.contour_level(volume)
+    monkeypatch.setattr(contour, "_SAMPLED", 3000)
+    for near in (0.01, 1e-7):
+        monkeypatch.setattr(contour, "_NEAR", near)
+        level = contour.contour_level(volume)
+        assert level == pytest.approx(whole, rel=1e-12)
+    above = volume > level
+    halfway = (volume[above].double().mean() + volume[~above].double().mean()) / 2
+    assert level == pytest.approx(float(halfway), rel=1e-9)
