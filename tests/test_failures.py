@@ -144,7 +144,8 @@ def test_the_contour_of_a_large_map_is_half_way_between_both_means(generator, mo
     for near in (0.01, 1e-7):
         monkeypatch.setattr(contour, "_NEAR", near)
         level = contour.contour_level(volume)
-        assert level == pytest.approx(whole, rel=1e-12)
+        # Several levels may be half way, next to each other.
+        assert level == pytest.approx(whole, rel=1e-3)
     above = volume > level
     halfway = (volume[above].double().mean() + volume[~above].double().mean()) / 2
     assert level == pytest.approx(float(halfway), rel=1e-9)
