@@ -6,6 +6,7 @@ import io
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import chdir, redirect_stderr, redirect_stdout
 from importlib.resources import files
 from pathlib import Path
@@ -29,6 +30,7 @@ from cryorecon.errors import CryoreconError
 from cryorecon.io.atoms import read_atoms
 from cryorecon.io.particles import read_particles
 from cryorecon.maps import align
+from cryorecon.physics import compiled
 from cryorecon.physics.fourier import max_band
 from cryorecon.physics.masks import Support
 from cryorecon.physics.potential import potential_map
@@ -84,6 +86,16 @@ def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 def coarse_alignment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Maps are aligned from 1,944 rotations in place of 9,000, in a third of the time."""
     monkeypatch.setattr(align, "_GRID_NSIDE", 3)
+
+
+@pytest.fixture(params=[1, 3])
+def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """One thread, and several that also share little work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    monkeypatch.setattr(compiled, "_POINTS_A_THREAD", 1)
+    yield request.param
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -11,15 +11,6 @@ from cryorecon.physics import compiled, likely
 P, R, K = 40, 700, 9
 
 
-@pytest.fixture(params=[1, 3])
-def threads(request, monkeypatch):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    monkeypatch.setattr(compiled, "_POINTS_A_THREAD", 1)
-    yield request.param
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def peaked(generator):
     """Log-likelihoods of which some in a hundred count, and the rows that they weigh."""

@@ -14,16 +14,6 @@ N = 7
 KINDS = [(torch.float32, 2e-5), (torch.float64, 1e-12)]
 
 
-@pytest.fixture(params=[1, 3])
-def threads(request, monkeypatch):
-    """One thread, and several that also share little work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    monkeypatch.setattr(compiled, "_POINTS_A_THREAD", 1)
-    yield request.param
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def by_torch(monkeypatch):
     """Have the same function computed as it is on a GPU."""
