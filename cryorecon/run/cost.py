@@ -39,7 +39,7 @@ _ASSIGNED, _NEW_SEARCHES, _TRIED = 0.6e-3, 2, 1.0e-3
 _HARD_SEARCHES, _HARD_GRID, _HARD_TRIED, _HARD_SEARCHED = 4, 6e-3, 10e-3, 5e-3
 _HARD_ROUNDS = 16
 # Rounds until poses settle; an image's pose steps in one; solving for maps, by padded voxel.
-_HALF_ROUNDS, _REFINED, _SOLVED = 6, 0.4e-3, 4e-7
+_HALF_ROUNDS, _REFINED, _SOLVED = 6, 0.4e-3, 2e-7
 # An image seen in training at 32 to 64 px by the dense encoder; others take as many times more.
 _TRAINED = 0.9e-3
 _ENCODERS = {"dense": 1.0, "small": 4.0, "paper": 100.0}
