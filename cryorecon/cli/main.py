@@ -166,7 +166,16 @@ def main() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     status = _run(sys.argv[1:])
     _tell_relion(sys.argv[1:], status)
+    if status == 0 and "torch.distributed" in sys.modules and _in_several():
+        # Threads of torch's that outlive the group would abort a process whose work is done.
+        _flushed()
+        sys.stderr.flush()
+        os._exit(status)
     sys.exit(status)
+
+
+def _in_several() -> bool:
+    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 # What several processes may share.
@@ -178,8 +187,7 @@ _SHARED = (
 
 def _refuse_in_several(words: list[str]) -> None:
     """Commands of one process, as ``torchrun`` begins them."""
-    several = "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if not several:
+    if not _in_several():
         return
     shared = any(words[: len(names)] == names for names in _SHARED)
     alone = {"--dry-run", "all", "perturbed", "--method=all", "--init=perturbed"}
