@@ -14,7 +14,7 @@ from cryorecon.engines.reconstruction import RefineConfig
 from cryorecon.engines.rounds import refine_round
 from cryorecon.engines.shrinking import ShrinkingBatch
 from cryorecon.maps.fsc import fsc_curve
-from cryorecon.physics.rotations import geodesic_distance_deg, random_rotations
+from cryorecon.physics.rotations import exp_map, geodesic_distance_deg, random_rotations
 
 CONFIG = RefineConfig(search_nside=2)
 
@@ -93,3 +93,28 @@ def test_candidates_are_held_of_few_images_at_a_time(case, generator, monkeypatc
     assert seen == [30] * 10
     apart = geodesic_distance_deg(state.rotations, other.rotations)
     assert (apart < 0.05).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+def test_candidates_of_one_pose_that_are_as_likely_are_its_mean(generator, sign):
+    """Whichever of them rounding makes the likeliest, and others as far as they are as likely."""
+    pose = random_rotations(1, generator)
+    axis = torch.tensor([[0.01, 0.0, 0.0]], dtype=torch.float64)
+    near = [exp_map(axis) @ pose, exp_map(-axis) @ pose, exp_map(3 * axis) @ pose]
+    far = random_rotations(5, generator)
+    rotations = torch.cat([*near, far])[None]
+    offsets_px = torch.arange(16.0, dtype=torch.float64).view(1, 8, 2)
+    gain = torch.tensor([[5.0, 5.0 + sign * 1e-6, 4.97, 2.0, 1.0, 0, 0, 0]], dtype=torch.float64)
+    found = new_search._best_apart(gain, (rotations, offsets_px))
+    assert geodesic_distance_deg(found[1][0, 0], pose[0]) < 1e-3
+    torch.testing.assert_close(found[1][0, 1:], far[:2])
+    torch.testing.assert_close(found[0][0], gain[0, [0, 3, 4]], atol=2e-6, rtol=0)
+    assert (found[2][0, 0] - torch.tensor([1.0, 2.0])).abs().max() < 1e-3
+
+
+def test_a_place_without_a_candidate_holds_a_rotation(generator):
+    rotations = random_rotations(8, generator)[None].float()
+    gain = torch.full((1, 8), -torch.inf)
+    found = new_search._best_apart(gain, (rotations, torch.zeros(1, 8, 2)))
+    assert (found[0] == -torch.inf).all()
+    assert geodesic_distance_deg(found[1][0], rotations[0, :3]).max() < 0.05

@@ -156,16 +156,8 @@ def test_two_processes_search_anew_as_one_does(tmp_path, sets):
     assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
     assert (one[4].sum(1) > 0.2).sum() > 20
     assert torch.equal(one[-1], first[-1])
-    *tables, map_one, map_two, _ = range(len(one))
-    for number in tables:
-        mine, theirs = one[number], first[number]
-        apart = (mine - theirs).abs().flatten(1).amax(1) / mine.abs().max()
-        # One of these images ends 0.4 degrees off by 1e-7 in the sums, in one process as well.
-        assert apart.median() < 1e-5
-        assert (apart > 1e-3).sum() <= 1
-    for number in (map_one, map_two):
-        most = 3e-3 * float(one[number].abs().max())
-        torch.testing.assert_close(one[number], first[number], atol=most, rtol=0)
+    for mine, theirs in zip(one[:-1], first[:-1], strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-3 * float(mine.abs().max()), rtol=0)
 
 
 @pytest.mark.slow

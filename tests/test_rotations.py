@@ -48,6 +48,17 @@ def test_geodesic_distance_is_the_rotation_angle(generator):
         assert torch.allclose(measured, torch.full_like(measured, angle), rtol=1e-6)
 
 
+def test_mean_of_near_rotations_is_a_rotation_between_them(generator):
+    around = rot.random_rotations(20, generator)
+    turns = 0.04 * torch.randn(20, 6, 3, generator=generator, dtype=torch.float64)
+    turns = torch.cat([turns, -turns], 1)
+    found = rot.mean_rotation(rot.exp_map(turns) @ around[:, None], torch.full((20, 12), 1 / 12))
+    assert rot.geodesic_distance_deg(found, around).max() < 0.02
+    eye = torch.eye(3, dtype=torch.float64).expand(20, 3, 3)
+    torch.testing.assert_close(found @ found.mT, eye, atol=1e-7, rtol=0)
+    torch.testing.assert_close(torch.linalg.det(found), torch.ones(20, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("nside", [1, 2, 3, 4])
 def test_grid_is_uniform(nside):
     """RELION's orders and those between: equal spacing, no moments of degree 1 or 2."""

@@ -21,7 +21,7 @@ from cryorecon.engines.reconstruction import (
     grid_poses,
     telling_grid,
 )
-from cryorecon.engines.refine import PoseObjective, refined
+from cryorecon.engines.refine import LEAST_GAIN, PoseObjective, refined
 from cryorecon.engines.rivals import N_RIVALS, SAME_DEG, weighed
 from cryorecon.engines.rounds import (
     agreement_band,
@@ -33,7 +33,7 @@ from cryorecon.engines.shrinking import ShrinkingBatch
 from cryorecon.image_table import ROWS
 from cryorecon.physics.fourier import max_band
 from cryorecon.physics.pose_derivatives import Derivatives, derivatives
-from cryorecon.physics.rotations import geodesic_distance_deg, grid_step_deg
+from cryorecon.physics.rotations import geodesic_distance_deg, grid_step_deg, mean_rotation
 
 # Share of the tried poses that are left at each higher band, at least how many, and steps of each.
 _RUNGS = ((1.0, 1, 1), (0.3, 8, 1), (0.12, 6, 2), (0.04, 4, 4))
@@ -185,16 +185,26 @@ class _Ladder:
 
 
 def _best_apart(gain: Tensor, poses: _Pairs) -> tuple[Tensor, Tensor, Tensor]:
-    """The likeliest poses (b, k) of several (b, c) an image that are not the same."""
+    """The likeliest poses (b, k) of several (b, c) an image that are not the same.
+
+    Several come to the same one from different sides, and stay as far from it as a step gains
+    nothing. Each is the mean of those as likely as itself, where the likeliest would be a matter of
+    rounding.
+    """
     rows = torch.arange(len(gain), device=gain.device)[:, None]
     gain, best = gain.topk(min(_LOOKED_AT, gain.shape[1]))
     rotations, offsets_px = (table[rows, best] for table in poses)
+    apart = geodesic_distance_deg(rotations[:, :, None], rotations[:, None])
+    same = (apart < SAME_DEG) & gain[:, None].isfinite()
+    behind = (gain[:, :, None] - gain[:, None]).abs() / LEAST_GAIN
+    shares = torch.where(same, 1 - behind, 0.0).clamp(min=0.0)
+    shares.diagonal(dim1=1, dim2=2).fill_(1.0)
     for k in range(1, gain.shape[1]):
-        apart = geodesic_distance_deg(rotations[:, :k], rotations[:, k : k + 1])
-        same = (apart < SAME_DEG) & gain[:, :k].isfinite()
-        gain[:, k] = gain[:, k].where(~same.any(1), -torch.inf)
+        taken = same[:, k, :k] & gain[:, :k].isfinite()
+        gain[:, k] = gain[:, k].where(~taken.any(1), -torch.inf)
     gain, best = gain.topk(N_RIVALS)
-    return gain, rotations[rows, best], offsets_px[rows, best]
+    shares = shares[rows, best] / shares[rows, best].sum(-1, keepdim=True)
+    return gain, mean_rotation(rotations[:, None], shares), shares @ offsets_px
 
 
 def _away(rotations: Tensor, held: Tensor) -> Tensor:

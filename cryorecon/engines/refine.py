@@ -22,7 +22,7 @@ _LARGEST_TURN_RAD = 0.15
 _LARGEST_SHIFT_PX = 2.0
 # Steps that would gain less log-likelihood are not taken: they move a pose by less than a fifth of
 # its standard deviation, sqrt(2 x 0.02).
-_LEAST_GAIN = 0.02
+LEAST_GAIN = 0.02
 # The expected curvature is less than the true one, for an image's own noise is part of the map:
 # undamped, seven first steps of ten go too far.
 _DAMPING = 1.0
@@ -169,7 +169,7 @@ class _Walk:
         step = torch.linalg.solve_ex(damped, self.gradient).result
         bent = (self.curvature @ step[..., None]).squeeze(-1)
         gain = (step * (self.gradient - bent / 2)).sum(-1)
-        moving = torch.nonzero((gain >= _LEAST_GAIN) & gain.isfinite())[:, 0]
+        moving = torch.nonzero((gain >= LEAST_GAIN) & gain.isfinite())[:, 0]
         if len(moving) < len(self.rows):
             self._keep(moving)
         return step[moving]
