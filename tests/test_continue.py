@@ -158,19 +158,25 @@ def test_a_killed_job_goes_on_to_the_same_map(case, few, tmp_path, monkeypatch):
             assert body(job / name) == body(tmp_path / "whole" / name)
 
 
-def test_amortized_goes_on_within_the_search_of_a_hard_set(few, tmp_path, monkeypatch):
+@pytest.mark.parametrize("after", [12, 14, 19])
+def test_amortized_goes_on_within_the_search_of_a_hard_set(few, tmp_path, monkeypatch, after):
+    """From the training's map; once that has been done; from random poses' map."""
     monkeypatch.setattr(amortized_stages, "TOLD_APART", 0)
+    hard = dataclasses.replace(TINY, fine_epochs=3)
+    monkeypatch.setattr(amortized_stages.AmortizedStages, "search_config", hard)
     amortized(few, tmp_path / "whole")
     job = tmp_path / "killed"
-    # Ten steps, then epochs of the search.
+    # Ten steps, then epochs of the search: three, one more state, and the same again.
     with monkeypatch.context() as patch:
-        killing(patch, 12)
+        killing(patch, after)
         with pytest.raises(Killed):
             amortized(few, job)
     continue_job(job, QUIET)
+    assert log_of(tmp_path / "whole").count("searching from random poses") == 1
     assert np.array_equal(map_of(job), map_of(tmp_path / "whole"))
     assert "the map is searched on from" in log_of(tmp_path / "whole")
-    assert re.search(r"searching on at \S+ A with \d+ images, after \d epochs", log_of(job))
+    again = re.search(r"searching on at \S+ A with \d+ images, after \d epochs", log_of(job))
+    assert (again is None) == (after == 14)
     assert body(job / "encoder_data.star") == body(tmp_path / "whole" / "encoder_data.star")
     without = AmortizedConfig(**{**vars(SHORT), "search_on": False})
     amortized(few, tmp_path / "without", engine=without)

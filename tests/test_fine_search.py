@@ -19,6 +19,7 @@ from cryorecon.maps.align import align_maps, apply_alignment
 from cryorecon.maps.fsc import fsc_curve
 from cryorecon.physics.fourier import lowpass
 from cryorecon.run.checkpoint import frozen
+from cryorecon.run.climbing import Climb
 from cryorecon.run.job import Task, open_job
 from cryorecon.run.load import load_observations
 from cryorecon.run.rmfn_stages import RmfnStages
@@ -140,12 +141,15 @@ def test_it_keeps_the_map_of_its_best_epoch(stack):
         assert torch.equal(search.best, maps[best])
 
 
-def searched(images, config, folder):
-    """Map and band of a whole search, and what it says."""
+def job_for(folder, config):
     star = folder / "particles.star"
     star.touch()
-    task = Task("test", star, COUNT, config, None, 0)
-    with open_job(folder / "job", Console(quiet=True), task) as job:
+    return open_job(folder / "job", Console(quiet=True), Task("test", star, COUNT, config, None, 0))
+
+
+def searched(images, config, folder):
+    """Map and band of a whole search, and what it says."""
+    with job_for(folder, config) as job:
         stages = RmfnStages(job, config, torch.Generator().manual_seed(0), 3.0)
         volume, band = stages.first_map(images)
     return volume, band, (folder / "job" / "run.log").read_text()
@@ -163,6 +167,37 @@ def test_only_a_hard_set_is_searched_on_twice(stack, tmp_path, likely, bands):
     assert ("with 210 images" in log) == (bands == 2)
     inside = fsc_curve(volume, lowpass(volume, band, 3))
     assert inside[:band].min() > 0.99
+
+
+@pytest.mark.parametrize("right", [0, 1])
+@pytest.mark.parametrize("poses", [0, 10**9])
+def test_of_two_beginnings_the_likelier_is_gone_on_with(stack, tmp_path, right, poses):
+    """The second one only of a hard set, whatever it is."""
+    images, truth, _ = stack
+    start = scaled_to_images(truth, images, CONFIG)
+    noise = torch.randn(start.shape, generator=torch.Generator().manual_seed(0))
+    noise = lowpass(noise * start.std(), CONFIG.search_band(BOX), 3)
+    maps = [noise, start] if right else [start, noise]
+    unexplained = torch.ones(CONFIG.search_band(BOX) + 1)
+    config = replace(CONFIG, hard_poses=poses, fine_epochs=2, hard_epochs=1)
+    climb = Climb(order=torch.arange(COUNT))
+    kept = []
+
+    def keep():
+        kept.append((climb.rung, climb.begun))
+
+    with job_for(tmp_path, config) as job:
+        stages = RmfnStages(job, config, torch.Generator().manual_seed(0), 3.0)
+        beginnings = [lambda: (maps[0], unexplained), lambda: (maps[1], unexplained)]
+        found, band = stages.finer(climb, beginnings, images, keep)
+    told = (tmp_path / "job" / "run.log").read_text()
+    hard = poses == 0
+    assert told.count("searching on") == (3 if hard else 1)
+    assert band == (CONFIG.hard_band(BOX) if hard else CONFIG.fine_band(BOX))
+    assert kept[-1] == (2, 2 if hard else 1)
+    assert climb.likeliest is None
+    if hard:
+        assert fsc_curve(found, truth)[2:6].min() > 0.9
 
 
 def test_of_small_bands_none_is_searched_twice(stack, tmp_path):

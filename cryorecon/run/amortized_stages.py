@@ -15,7 +15,7 @@ from cryorecon.engines.reconstruction import (
     RefineConfig,
     offsets_for,
 )
-from cryorecon.engines.rmfn import RmfnConfig
+from cryorecon.engines.rmfn import RmfnConfig, Search
 from cryorecon.engines.search import evidence
 from cryorecon.engines.shrinking import ShrinkingBatch
 from cryorecon.errors import CryoreconError
@@ -96,12 +96,41 @@ class AmortizedStages(ClimbingStages):
         def keep() -> None:
             self.job.checkpoint.put(self.part, pack)
 
+        def trained() -> tuple[torch.Tensor, torch.Tensor]:
+            return run.volume(), torch.ones(1, device=images.device)
+
+        def anew() -> tuple[torch.Tensor, torch.Tensor]:
+            return self._from_random_poses(climb, images)
+
         # What the training has not seen, no search sees either.
-        n_held = self.counts(images)[0]
-        climb.order = self.shortened(order.roll(-n_held), 0, images)
-        nothing = torch.ones(1, device=images.device)
-        volume, band = self.finer(climb, run.volume(), nothing, images, keep)
+        n_held, least = self.counts(images)[0], self.search_config.search_images
+        climb.order = self.shortened(order.roll(-n_held), least, images)
+        volume, band = self.finer(climb, [trained, anew], images, keep)
         return self.assigned(on_centre(volume, band), band, images, half)
+
+    def _from_random_poses(
+        self, climb: Climb, images: ImageSet
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A map as engine rmfn begins, for a training may have gone to a wrong one."""
+        config, box = self.search_config, images.plane.box
+        band = config.search_band(box)
+        rows, held = self.seen_and_held(climb, config.search_images, images)
+        seen, unseen = images.select(rows, band), images.select(held, band)
+        n = len(rows)
+        self.job.say(f"searching from random poses at {self._angst(band, box):.1f} A, too")
+        starts = []
+        for number in range(1, config.n_starts + 1):
+            search = Search(config, seen, self.generator, self.mask, images.ranks)
+            title = f"Search {number}/{config.n_starts}"
+            with self.job.bar(title, n * len(config.temperatures)) as bar:
+                for epoch, temperature in enumerate(config.temperatures):
+                    where = f"start {number}, epoch {epoch + 1}"
+                    self.epoch(search, temperature, where, n * epoch, bar)
+            search.judge(unseen)
+            starts.append(search)
+        best = max(starts, key=lambda search: search.log_evidence)
+        with torch.no_grad():
+            return best.network.volume(0), best.excess
 
     def _packed(self, run: Amortized, order: torch.Tensor) -> Entry:
         generator = self.generator.get_state()

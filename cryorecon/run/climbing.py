@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -41,6 +41,10 @@ class Climb:
         State of the search that is going on.
     reached : dict, optional
         What the next one begins with: see :class:`FineSearch`.
+    begun : int
+        Of several beginnings, those that were searched on from.
+    likeliest : dict, optional
+        What the best of them has reached, and its evidence.
     """
 
     order: torch.Tensor | None = None
@@ -48,6 +52,12 @@ class Climb:
     band: int = 0
     fine: Entry | None = None
     reached: Entry | None = None
+    begun: int = 0
+    likeliest: Entry | None = None
+
+
+# A map, and what it leaves unexplained: see :class:`FineSearch`.
+Beginning = Callable[[], tuple[torch.Tensor, torch.Tensor]]
 
 
 class ClimbingStages(Stages):
@@ -91,8 +101,7 @@ class ClimbingStages(Stages):
     def finer(
         self,
         climb: Climb,
-        volume: torch.Tensor,
-        unexplained: torch.Tensor,
+        beginnings: Sequence[Beginning],
         images: ImageSet,
         keep: Callable[[], None],
     ) -> tuple[torch.Tensor, int]:
@@ -100,8 +109,9 @@ class ClimbingStages(Stages):
 
         Parameters
         ----------
-        volume, unexplained : Tensor
-            See :class:`FineSearch`.
+        beginnings : sequence of callable
+            Each gives a map. The others are for hard sets, where a search may stay in a wrong one:
+            which explains unseen images best at the higher band decides.
         keep : callable
             Told whenever `climb` has changed.
 
@@ -111,21 +121,48 @@ class ClimbingStages(Stages):
         band : int
             How far it reaches, in cycles per box.
         """
-        config = self.search_config
-        if climb.reached is None:
-            climb.reached = {"start": volume, "unexplained": unexplained}
-            climb.band = config.search_band(images.plane.box)
-        rungs = self._rungs(images.plane.box)
+        box = images.plane.box
+        rungs = self._rungs(box)
+        if not rungs:
+            volume, _ = beginnings[0]()
+            return volume.to(images.device), self.search_config.search_band(box)
+        while climb.rung == 0:
+            self._try_next(climb, beginnings, rungs[0], images, keep)
         while climb.rung < len(rungs):
-            rung = rungs[climb.rung]
-            search = self._climbed(climb, rung, images, keep)
-            climb.reached = {"start": search.best, "unexplained": search.excess}
-            # With few poses left, nothing is to be gained from telling more of them apart.
-            told_apart = search.poses <= config.hard_poses
-            climb.rung = len(rungs) if told_apart else climb.rung + 1
-            climb.band, climb.fine = rung.band, None
+            search = self._climbed(climb, rungs[climb.rung], images, keep)
+            self._go_up(climb, _reached_by(search), rungs)
             keep()
+        assert climb.reached is not None
         return climb.reached["start"].to(images.device), climb.band
+
+    def _try_next(
+        self,
+        climb: Climb,
+        beginnings: Sequence[Beginning],
+        rung: Rung,
+        images: ImageSet,
+        keep: Callable[[], None],
+    ) -> None:
+        """Search on from one more beginning; go up from the likeliest if it was the last."""
+        if climb.reached is None:
+            start, unexplained = beginnings[climb.begun]()
+            climb.reached = {"start": start, "unexplained": unexplained}
+        found = _reached_by(self._climbed(climb, rung, images, keep))
+        best = climb.likeliest
+        climb.likeliest = found if best is None or found["evidence"] > best["evidence"] else best
+        climb.begun, climb.fine, climb.reached = climb.begun + 1, None, None
+        told_apart = found["poses"] <= self.search_config.hard_poses
+        if told_apart or climb.begun == len(beginnings):
+            self._go_up(climb, climb.likeliest, self._rungs(images.plane.box))
+            climb.likeliest = None
+        keep()
+
+    def _go_up(self, climb: Climb, found: Entry, rungs: list[Rung]) -> None:
+        climb.reached = {name: found[name] for name in ("start", "unexplained")}
+        climb.band, climb.fine = rungs[climb.rung].band, None
+        # With few poses left, nothing is to be gained from telling more of them apart.
+        told_apart = found["poses"] <= self.search_config.hard_poses
+        climb.rung = len(rungs) if told_apart else climb.rung + 1
 
     def _climbed(
         self, climb: Climb, rung: Rung, images: ImageSet, keep: Callable[[], None]
@@ -183,3 +220,9 @@ class ClimbingStages(Stages):
             state = assign(*known, grid, self.generator, bar)
         self.job.say("every image has a first pose")
         return state
+
+
+def _reached_by(search: FineSearch) -> Entry:
+    """What is left of a search that has settled."""
+    ends = {"start": search.best, "unexplained": search.excess}
+    return {**ends, "evidence": max(search.course), "poses": search.poses}

@@ -11,7 +11,7 @@ gives as fast as they are worked on; one thread (a second one gains up to 1.6).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cryorecon.engines.amortized import AmortizedConfig
 from cryorecon.engines.moments.config import MomentFitConfig, stage_steps, stages
@@ -120,14 +120,18 @@ def abinitio_cost(
 
 
 def _search(config: RmfnConfig, n: int, box: int, *, hard: bool) -> Cost:
-    epochs = config.n_starts * len(config.temperatures)
-    each = _SEARCHED * _wider(config, _STARTS_GROW)
-    seconds = epochs * (_EPOCH + min(n, config.search_images) * each)
-    seconds += n * _ASSIGNED * _wider(config)
+    seconds = _begun(config, n) + n * _ASSIGNED * _wider(config)
     seconds += _searched_on(config, n, box, hard=hard)
     seconds += 0.1 * config.final_steps if config.volume == "rmfn" else 0.0
     network = _NETWORK_SEARCH if config.volume == "rmfn" else 0.0
     return Cost(seconds, _PROGRAM + _SEARCH + network)
+
+
+def _begun(config: RmfnConfig, n: int) -> float:
+    """Seconds of the starts from random poses."""
+    epochs = config.n_starts * len(config.temperatures)
+    each = _SEARCHED * _wider(config, _STARTS_GROW)
+    return epochs * (_EPOCH + min(n, config.search_images) * each)
 
 
 def _searched_on(config: RmfnConfig, n: int, box: int, *, hard: bool) -> float:
@@ -147,7 +151,11 @@ def _training(config: RefineConfig, n: int, box: int, *, hard: bool) -> Cost:
     each = _TRAINED * _ENCODERS[config.encoder] * (1.0 if grid else _NETWORK_DECODER)
     seconds = config.images_seen * each * config.heads / 4
     if hard and config.finish and config.search_on:
-        seconds += _searched_on(RmfnConfig(diameter=config.diameter), n, box, hard=True)
+        # From random poses, too: the first higher band is searched twice.
+        search = RmfnConfig(diameter=config.diameter)
+        once = replace(search, hard_epochs=0)
+        seconds += _begun(search, n) + _searched_on(search, n, box, hard=True)
+        seconds += _searched_on(once, n, box, hard=True)
     return Cost(seconds, _PROGRAM + 350e6)
 
 

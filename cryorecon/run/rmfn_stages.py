@@ -49,15 +49,18 @@ class RmfnStages(ClimbingStages):
             How far it reaches, in cycles per box.
         """
         found = self.search(images)
-        assert found.best is not None
-        self.network = self._network(found.best["network"], images)
-        with torch.no_grad():
-            volume = self.network.volume(0)
+        best = found.best
+        assert best is not None
+        network = self.network = self._network(best["network"], images)
+
+        def start() -> tuple[torch.Tensor, torch.Tensor]:
+            with torch.no_grad():
+                return network.volume(0), best["excess"]
 
         def keep() -> None:
             self._keep_search(found)
 
-        return self.finer(found.climb, volume, found.best["excess"], images, keep)
+        return self.finer(found.climb, [start], images, keep)
 
     @property
     def search_config(self) -> RmfnConfig:
