@@ -9,13 +9,17 @@ from cryorecon.physics.fourier import radius_grid, to_coefficients
 
 # The contrast counts as told from this many standard errors on.
 SURE = 4.0
+# First zero of a solid ball's transform, in cycles per diameter. Beyond it a molecule's may have
+# either sign, and there is most of what images with little amplitude contrast show.
+FIRST_LOBE = 1.43
 
 
 def contrast_score(images: ImageSet, diameter: float) -> float:
     """How surely particles are white (positive) or black (negative), in standard errors.
 
     Every image is correlated with the CTF-modulated, whitened projection of a solid ball of the
-    particle's diameter; the score is the mean over the images divided by its standard error.
+    particle's diameter, its coarsest part; the score is the mean over the images divided by its
+    standard error.
 
     Parameters
     ----------
@@ -27,6 +31,7 @@ def contrast_score(images: ImageSet, diameter: float) -> float:
     radius = diameter / 2 * plane.box
     distance = radius_grid(plane.box, 2, images.device).to(images.gain.dtype)
     ball = to_coefficients((radius**2 - distance**2).clamp(min=0).sqrt(), plane)
+    ball = ball * (plane.radius * diameter < FIRST_LOBE)
     scores = []
     everyone = torch.arange(len(images))
     for rows in images.mine(everyone).split(500):

@@ -19,7 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from cryorecon.engines.contrast import SURE
+from cryorecon.engines.contrast import FIRST_LOBE, SURE
 from cryorecon.engines.moments.forms import Moments, MomentsGeometry
 
 # Entries whose weight is below this share of the largest count as not measured.
@@ -122,7 +122,8 @@ def standard_error(square: Tensor, total: Tensor, weight: Tensor, n_images: int)
 def contrast_of(geometry: MomentsGeometry, s: Tensor, first: Tensor, error: Tensor) -> float:
     """How surely particles are white (positive) or black, in standard errors.
 
-    The first moment is compared with the transform of a solid ball of the particle's diameter.
+    The first moment is compared with the transform of a solid ball of the particle's diameter, up
+    to its first zero.
 
     Parameters
     ----------
@@ -132,7 +133,7 @@ def contrast_of(geometry: MomentsGeometry, s: Tensor, first: Tensor, error: Tens
     """
     x = torch.pi * geometry.diameter_angst * s.clamp(min=1e-6 / geometry.diameter_angst)
     ball = torch.where(x < 1e-2, torch.ones_like(x), 3 * (x.sin() - x * x.cos()) / x**3)
-    known = torch.isfinite(error) & (error > 0)
+    known = torch.isfinite(error) & (error > 0) & (s * geometry.diameter_angst < FIRST_LOBE)
     ball, first, error = ball[known], first[known], error[known]
     if len(ball) == 0:
         return 0.0
