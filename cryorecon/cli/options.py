@@ -44,7 +44,7 @@ Project = Annotated[
         INPUT,
         "Folder that image paths start from.",
         metavar="DIR",
-        default="here, else a folder above the file",
+        default="here, else the file's folder or one above",
     ),
 ]
 CtfFile = Annotated[

@@ -25,6 +25,7 @@ _PIECE_BYTES = 1 << 18
 # Far from where sums of squares overflow, and from any map.
 _LARGEST_VOXEL = 1e12
 _VOXEL_ANGST = (0.01, 1000.0)
+_VOXEL_TOLERANCE = 0.01
 _MODES = {0: "i1", 1: "i2", 2: "f4", 6: "u2", 12: "f2"}
 
 
@@ -56,12 +57,18 @@ class Header:
         Bytes before the data.
     pixel_size_angst : float
         Along x; 0 when the header does not say.
+    voxel_angst : tuple of float
+        Along x, y and z; 0 where the header does not say.
+    axes : tuple of int
+        Which of x, y, z (1, 2, 3) run along columns, rows and sections, as the header has them.
     """
 
     shape: tuple[int, int, int]
     dtype: np.dtype[np.generic]
     offset: int
     pixel_size_angst: float
+    voxel_angst: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    axes: tuple[int, int, int] = (1, 2, 3)
 
 
 def read_header(path: str | Path) -> Header:
@@ -105,9 +112,19 @@ def read_header(path: str | Path) -> Header:
             f"({expected} bytes) but the file has {found} bytes",
             "Copy or write the file again",
         )
-    cell, mx = float(header["cella"]["x"]), int(header["mx"])
-    pixel_size = cell / mx if mx > 0 and np.isfinite(cell) and cell > 0 else 0.0
-    return Header((nz, ny, nx), dtype, _HEADER_BYTES + extended, pixel_size)
+    voxel = _voxel_angst(header)
+    axes = int(header["mapc"]), int(header["mapr"]), int(header["maps"])
+    return Header((nz, ny, nx), dtype, _HEADER_BYTES + extended, voxel[0], voxel, axes)
+
+
+def _voxel_angst(header: np.void) -> tuple[float, float, float]:
+    """Voxel sizes along x, y and z, whatever the order of axes; 0 where the header has none."""
+    sizes = []
+    for axis in "xyz":
+        cell, samples = float(header["cella"][axis]), int(header[f"m{axis}"])
+        sizes.append(cell / samples if samples > 0 and np.isfinite(cell) and cell > 0 else 0.0)
+    # One section a cell is a stack of images, whose depth means nothing.
+    return sizes[0], sizes[1], sizes[2] if int(header["mz"]) > 1 else 0.0
 
 
 def open_stack(path: str | Path) -> NDArray[np.generic]:
@@ -195,33 +212,58 @@ def _fill(file: RawIOBase, raw: NDArray[np.generic], offset: int) -> None:
         done += count
 
 
-def read_map(path: str | Path) -> Map:
-    """Read a cubic density map.
-
-    Raises
-    ------
-    CryoreconError
-        If the map is not cubic, holds NaN, infinite or huge values, or names no voxel size or an
-        impossible one.
-    """
-    header = read_header(path)
-    if len(set(header.shape)) != 1:
-        nz, ny, nx = header.shape
+def _order_of_axes(path: str | Path, axes: tuple[int, int, int]) -> list[int]:
+    """Which dimensions of the file, (sections, rows, columns), are z, y and x."""
+    if axes == (0, 0, 0):
+        axes = (1, 2, 3)
+    if sorted(axes) != [1, 2, 3]:
         raise CryoreconError(
-            f"{path} is not a cubic map: it has {nx} x {ny} x {nz} voxels (x, y, z)",
-            "Pad or crop it to a cube, and check that it is a map and not a particle stack",
+            f"{path} states axes {', '.join(map(str, axes))} of columns, rows and sections, which "
+            "are not x, y and z in some order",
+            "Set mapc, mapr and maps in the header, to 1, 2, 3 where columns run along x",
         )
-    if header.pixel_size_angst <= 0:
+    return [2 - axes.index(axis) for axis in (3, 2, 1)]
+
+
+def _check_voxels(path: str | Path, voxel_angst: tuple[float, float, float]) -> None:
+    pixel_size = voxel_angst[0]
+    if pixel_size <= 0:
         raise CryoreconError(
             f"{path} does not state its voxel size", "Set the cell size in the header, in angstrom"
         )
     low, high = _VOXEL_ANGST
-    if not low <= header.pixel_size_angst <= high:
+    if not low <= pixel_size <= high:
         raise CryoreconError(
-            f"{path} states voxels of {header.pixel_size_angst:g} A, not of {low:g} to {high:g} A",
+            f"{path} states voxels of {pixel_size:g} A, not of {low:g} to {high:g} A",
             "Set the cell size in the header, in angstrom",
         )
-    data = np.array(open_stack(path), dtype=np.float32)
+    if any(s > 0 and abs(s / pixel_size - 1) > _VOXEL_TOLERANCE for s in voxel_angst):
+        told = " x ".join(f"{s:g}" if s > 0 else "?" for s in voxel_angst)
+        raise CryoreconError(
+            f"{path} has voxels of {told} A (x, y, z), which are not cubes",
+            "Resample it to cubic voxels, or correct the cell size in the header",
+        )
+
+
+def read_map(path: str | Path) -> Map:
+    """Read a cubic density map, its axes in whatever order the header states.
+
+    Raises
+    ------
+    CryoreconError
+        If the map or its voxels are not cubic, its axes are not x, y and z, or it holds NaN,
+        infinite or huge values, or names no voxel size or an impossible one.
+    """
+    header = read_header(path)
+    order = _order_of_axes(path, header.axes)
+    nz, ny, nx = (header.shape[k] for k in order)
+    if not nx == ny == nz:
+        raise CryoreconError(
+            f"{path} is not a cubic map: it has {nx} x {ny} x {nz} voxels (x, y, z)",
+            "Pad or crop it to a cube, and check that it is a map and not a particle stack",
+        )
+    _check_voxels(path, header.voxel_angst)
+    data = np.array(open_stack(path).transpose(order), dtype=np.float32, order="C")
     bad = int((~(np.abs(data) < _LARGEST_VOXEL)).sum())
     if bad:
         raise CryoreconError(

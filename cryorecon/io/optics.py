@@ -92,7 +92,7 @@ def optics_index(
 def pixel_size_of(
     path: Path, table: TextTable, optics: pd.DataFrame | None, stack: Path, box: int
 ) -> float:
-    """Pixel size in angstrom, the same for all particles.
+    """Pixel size in angstrom, the same for all particles; groups that have none do not count.
 
     Parameters
     ----------
@@ -106,32 +106,20 @@ def pixel_size_of(
     """
     if optics is not None and len(optics) == 0:
         raise CryoreconError(f"{path}: its optics table is empty", "Add a row for each group")
-    source = optics if optics is not None else table
+    named = None
+    if optics is not None and len(optics) > 1:
+        # Selections keep the groups of all particles they were taken from.
+        named = np.unique(optics_index(path, table, optics, np.arange(len(table), dtype=np.int32)))
+        optics = optics.iloc[named]
     if optics is not None and "rlnImageSize" in optics:
-        sizes = integers(path, optics, "rlnImageSize")
+        sizes = integers(path, optics, "rlnImageSize", rows=named)
         if (sizes != box).any():
             raise CryoreconError(
                 f"{path}: the optics table says {sizes[sizes != box][0]} px boxes, "
                 f"{stack} has {box} px",
                 "Correct rlnImageSize or give the stack it was written for",
             )
-    for table_ in (source, table):
-        if "rlnImagePixelSize" in table_:
-            found = numbers(path, table_, "rlnImagePixelSize")
-            break
-    else:
-        if {"rlnDetectorPixelSize", "rlnMagnification"} <= set(table):
-            detector_um = numbers(path, table, "rlnDetectorPixelSize")
-            with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
-                found = detector_um * 1e4 / numbers(path, table, "rlnMagnification")
-        elif {"rlnPixelSize"} <= set(table):
-            found = numbers(path, table, "rlnPixelSize")
-        else:
-            raise CryoreconError(
-                f"{path} does not state the pixel size",
-                "Add rlnImagePixelSize to the optics table (3.1) or rlnDetectorPixelSize and "
-                "rlnMagnification to the particles (3.0)",
-            )
+    found = _pixel_sizes(path, table, optics, named)
     bad = found[~((found >= _PIXEL_ANGST[0]) & (found <= _PIXEL_ANGST[1]))]
     if len(bad):
         raise CryoreconError(f"{path} states a pixel size of {bad[0]:g} A", "Correct it")
@@ -142,3 +130,24 @@ def pixel_size_of(
             f"{path} mixes pixel sizes ({listed} A)", "Rescale all particles to one pixel size"
         )
     return float(found[0])
+
+
+def _pixel_sizes(
+    path: Path, table: TextTable, optics: pd.DataFrame | None, rows: NDArray[np.int64] | None
+) -> NDArray[np.float64]:
+    """Of optics groups, which are `rows` of their table, or of particles."""
+    if optics is not None and "rlnImagePixelSize" in optics:
+        return numbers(path, optics, "rlnImagePixelSize", rows=rows)
+    if "rlnImagePixelSize" in table:
+        return numbers(path, table, "rlnImagePixelSize")
+    if {"rlnDetectorPixelSize", "rlnMagnification"} <= set(table):
+        detector_um = numbers(path, table, "rlnDetectorPixelSize")
+        with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+            return detector_um * 1e4 / numbers(path, table, "rlnMagnification")
+    if "rlnPixelSize" in table:
+        return numbers(path, table, "rlnPixelSize")
+    raise CryoreconError(
+        f"{path} does not state the pixel size",
+        "Add rlnImagePixelSize to the optics table (3.1) or rlnDetectorPixelSize and "
+        "rlnMagnification to the particles (3.0)",
+    )

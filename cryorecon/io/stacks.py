@@ -16,25 +16,38 @@ from cryorecon.io.text_table import TextTable
 _LONGEST_SHOWN = 200
 
 
+def _places(star: Path) -> tuple[list[Path], list[Path]]:
+    """Folders that hold the STAR file, and those above, nearest first."""
+    # A link's stacks may lie beside it or beside what it points to.
+    own = [star.resolve().parent, Path(os.path.abspath(star)).parent]
+    above = [parent for folder in own for parent in folder.parents]
+    return list(dict.fromkeys(own)), list(dict.fromkeys(above))
+
+
+def _is_of_the_folder(name: str) -> bool:
+    """Whether a name is relative to its table's folder, not to a project as RELION's are."""
+    parts = Path(name).parts
+    return len(parts) < 2 or parts[0] == ".."
+
+
 def resolve_stacks(star: Path, names: list[str], project: str | Path | None) -> list[Path]:
     """Find each stack, never by its base name alone.
 
     A relative name is looked for from the current directory, then from `project`, then from the
-    ancestors of the STAR file's folder, nearest first, then from that folder.
+    ancestors of the STAR file's folder, nearest first, then from that folder; a name without
+    folders, or that begins with ``..``, from that folder before its ancestors.
 
     Raises
     ------
     CryoreconError
         Saying how many stacks are missing, the first three, and the flag that mends it.
     """
-    folder = star.resolve().parent
-    bases = [Path()]
-    if project is not None:
-        bases.append(Path(project))
-    bases += [*folder.parents, folder]
+    own, above = _places(star)
+    first = [Path()] if project is None else [Path(), Path(project)]
     found: list[Path] = []
     missing: list[str] = []
     for name in names:
+        bases = first + (own + above if _is_of_the_folder(name) else above + own)
         candidates = [Path(name)] if Path(name).is_absolute() else [b / name for b in bases]
         hit = next((c for c in candidates if os.path.isfile(c)), None)
         hit = hit or next((c for c in candidates if os.path.exists(c)), None)
