@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from cryorecon.cli.command import OPTION_PANELS, examples, own_params, panel_of
+from cryorecon.cli.command import OPTION_PANELS, examples, own_params, panel_of, record
 from cryorecon.cli.main import app
 from cryorecon.cli.reference import commands, reference
 
@@ -68,6 +68,7 @@ def test_help_has_known_groups_and_units(command, ctx):
         assert param.help, param.name
         assert param.help[0].isupper() or ":" in param.help or "," in param.help, param.help
     for param in options:
+        assert not re.search(r"range$|float$|integer$", record(param, ctx)[0]), param.name
         if param.name in UNITS:
             assert f"[{UNITS[param.name]}]" in param.help, param.name
         elif re.search(r"\b(int|float)\b", values(param, ctx)) and param.name != "max_radius":

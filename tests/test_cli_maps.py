@@ -11,6 +11,7 @@ import pytest
 import torch
 import typer
 from click.testing import Result
+from matplotlib.figure import Figure
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -279,6 +280,30 @@ def test_poses_without_origins_are_compared_by_angle(
     assert result.exit_code == 0, result.output
     assert "not in both files" in result.output
     assert json.loads((tmp_path / "o.json").read_text())["offset_error_angst"] is None
+
+
+@pytest.mark.parametrize("name", ["f.xyz", "f.pgf", "f.PNGG"])
+def test_a_picture_of_no_known_kind_is_refused_before_the_work(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def begun(*_: object, **__: object) -> None:
+        pytest.fail("begun")
+
+    monkeypatch.setattr("cryorecon.run.compare_maps.compare_maps", begun)
+    monkeypatch.setattr("cryorecon.run.compare_poses.compare_pose_files", begun)
+    plot = tmp_path / name
+    for command in (fsc, compare_poses):
+        error = error_of(run(command, "a", "b", "--plot", plot))
+        assert name in error.problem
+        assert ".png, .svg or .pdf" in error.remedy
+    with pytest.raises(CryoreconError, match=name):
+        save_figure(Figure(), plot)
+
+
+@pytest.mark.parametrize("name", ["f", "f.png", "f.SVG", "f.pdf", "f.jpg", "f.tif", "f.eps"])
+def test_pictures_of_many_kinds_are_drawn(tmp_path: Path, name: str) -> None:
+    save_figure(Figure(figsize=(1, 1)), tmp_path / name)
+    assert (tmp_path / name).stat().st_size
 
 
 def test_map_and_view_pictures_are_drawn(tmp_path: Path) -> None:

@@ -245,6 +245,20 @@ def test_a_reader_that_leaves_is_no_error(words):
     assert done.returncode == 1
 
 
+@pytest.mark.slow
+def test_a_job_goes_on_when_its_reader_leaves(tmp_path):
+    words = ["abinitio", STAR, "-o", tmp_path / "job", "--threads", 1, *SHORT]
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [*COMMAND, *map(str, words)], stdout=write, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "job/RELION_JOB_EXIT_SUCCESS").exists()
+    assert (tmp_path / "job/report.html").exists()
+
+
 def on_terminal(*words: object, **env: str) -> str:
     """What a command writes where both outputs are a terminal."""
     keeper, terminal = pty.openpty()

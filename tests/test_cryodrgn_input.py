@@ -141,19 +141,19 @@ def test_a_signalling_nan_among_poses_is_named(folder: Path) -> None:
 
 
 def test_a_list_of_stacks_is_read_from_its_folder(folder: Path) -> None:
-    (folder / "data").mkdir()
+    (folder / "my data").mkdir()
     images = np.random.default_rng(9).standard_normal((4, BOX, BOX))
     for name, part in (("a", images[:1]), ("b", images[1:])):
-        with stack_writer(folder / f"data/{name}.mrcs", BOX, 1.0) as stack:
+        with stack_writer(folder / f"my data/{name}.mrcs", BOX, 1.0) as stack:
             stack.append(part)
-    (folder / "data/all.txt").write_text("a.mrcs\nb.mrcs\n\n")
+    (folder / "my data/all.txt").write_text("a.mrcs\nb.mrcs\n\n")
     dump(folder / "four.pkl", read_ctf("ctf.pkl")[:4])
     files = ("--ctf-file", "four.pkl", "-o", "out/p.star")
-    assert run(folder, "import", "data/all.txt", *files).exit_code == 0
+    assert run(folder, "import", "my data/all.txt", *files).exit_code == 0
     found = read_particles("out/p.star")
     assert np.array_equal(found.images(range(4)), images.astype("f4"))
-    (folder / "data/bad.txt").write_text("good.star\n")
-    refused("no list of stacks", "import", "data/bad.txt", *files)
+    (folder / "my data/bad.txt").write_text("good.star\n")
+    refused("no list of stacks", "import", "my data/bad.txt", *files)
 
 
 def test_downsampled_stacks_have_larger_pixels(folder: Path) -> None:

@@ -244,6 +244,21 @@ def test_cryosparc_and_back_keeps_particles_row_for_row(job: Path) -> None:
             np.testing.assert_array_equal(one[name], two[name], err_msg=name)
 
 
+def test_names_with_spaces_go_to_cryosparc_and_back(job: Path) -> None:
+    tables = read_star(job / "run_data.star")
+    names = tables["particles"]["rlnImageName"].str.replace("stacks/a", "my stacks/a  1")
+    tables["particles"]["rlnImageName"] = names
+    (job.parent / "my stacks").mkdir()
+    shutil.copy(job.parent / "stacks/a.mrcs", job.parent / "my stacks/a  1.mrcs")
+    write_star(job / "my table.star", tables)
+    export(job / "my table.star", "-o", job / "p.cs", "--to", "cryosparc")
+    first, read = read_particles(job / "my table.star"), read_particles(job / "p.cs")
+    same_particles(first, read)
+    export(job / "p.cs", "-o", job / "relion.star", "--to", "relion")
+    same_particles(first, read_particles(job / "relion.star"))
+    assert set(read.table["rlnImageName"]) == set(names)
+
+
 def test_cryodrgn_arrays_reproject_to_the_images(job: Path) -> None:
     export(job, "-o", job / "drgn", "--to", "cryodrgn")
     with (job / "drgn/poses.pkl").open("rb") as file:
@@ -504,7 +519,8 @@ BAD = {
     "numbers as paths": ({"blob/path": np.arange(3)}, "field blob/path: int64"),
     "width": ({"alignments3D/pose": np.ones((3, 2), "f4")}, "field alignments3D/pose: float32"),
     "no shift": ({"alignments3D/pose": np.ones((3, 3), "f4")}, "usable field alignments3D/shift"),
-    "space": ({"blob/path": np.array([b"a", b"a", b"b c.mrcs"])}, "row 3, field blob/path"),
+    "quote": ({"blob/path": np.array([b"a", b"a", b"b\"c.mrcs"])}, "row 3, field blob/path"),
+    "tab": ({"blob/path": np.array([b"a", b"b\tc.mrcs", b"a"])}, "row 2, field blob/path"),
     "not text": ({"blob/path": np.array([b"\xff", b"a", b"a"])}, "row 1, field blob/path"),
     "missing stack": ({"blob/path": np.array([b"gone.mrcs"] * 3)}, "do not exist: gone.mrcs"),
     "long name": ({"blob/path": np.array([b"x" * 300] * 3)}, "do not exist: xxx"),

@@ -206,6 +206,75 @@ def test_paths_from_an_ancestor_and_from_the_project(folder, tmp_path_factory, m
     assert len(read_particles(elsewhere / "p.star")) == 3
 
 
+@pytest.fixture
+def other_stack(folder: Path) -> np.ndarray:
+    """Another extraction, of the same name, in the folder ``sub`` of the first."""
+    images = np.random.default_rng(2).standard_normal((3, N, N)).astype(np.float32)
+    (folder / "sub").mkdir()
+    write_stack(folder / "sub" / "s.mrcs", images)
+    return images
+
+
+@pytest.mark.parametrize(
+    ("job", "name"), [("sub", "s.mrcs"), ("sub", "./s.mrcs"), ("sub/job", "../s.mrcs")]
+)
+def test_a_stack_beside_its_table_comes_before_those_above(folder, other_stack, job, name):
+    (folder / job).mkdir(exist_ok=True)
+    path = star(folder / job, rows(stack=name))
+    assert np.array_equal(read_particles(path).images([0, 1, 2]), other_stack)
+
+
+def test_a_name_with_folders_is_the_project_s_before_the_job_s(folder, other_stack):
+    (folder / "sub" / "sub").mkdir()
+    shutil.copy(folder / "s.mrcs", folder / "sub" / "sub" / "s.mrcs")
+    path = star(folder / "sub", rows(stack="sub/s.mrcs"))
+    assert np.array_equal(read_particles(path).images([0, 1, 2]), other_stack)
+    (folder / "sub" / "s.mrcs").unlink()
+    assert len(read_particles(path)) == 3
+
+
+def test_the_current_directory_and_the_project_come_first(folder, other_stack, monkeypatch):
+    first, path = np.array(mrc.open_stack(folder / "s.mrcs")), star(folder / "sub")
+    assert np.array_equal(read_particles(path, project=folder).images([0, 1, 2]), first)
+    monkeypatch.chdir(folder)
+    assert np.array_equal(read_particles(path).images([0, 1, 2]), first)
+
+
+@pytest.mark.parametrize("name", ["s.mrcs", "mics/s.mrcs"])
+def test_stacks_beside_a_link_to_the_table_are_found(folder, other_stack, name):
+    """Also where one of the same name lies above what the link points to."""
+    (folder / "store").mkdir()
+    table = star(folder / "store", rows(stack=name))
+    link = folder / "sub" / "p.star"
+    link.symlink_to(table)
+    (folder / "sub" / "mics").mkdir()
+    shutil.copy(folder / "sub" / "s.mrcs", folder / "sub" / "mics" / "s.mrcs")
+    assert np.array_equal(read_particles(link).images([0, 1, 2]), other_stack)
+    (folder / "store" / "mics").mkdir()
+    shutil.copy(folder / "s.mrcs", folder / "store" / name)
+    first = np.array(mrc.open_stack(folder / "s.mrcs"))
+    assert np.array_equal(read_particles(link).images([0, 1, 2]), first)
+
+
+@pytest.mark.parametrize("column", ["rlnImagePixelSize", "rlnImageSize"])
+@pytest.mark.parametrize("value", [12, "none"])
+def test_groups_without_particles_do_not_count(folder, column, value):
+    groups = pd.concat([optics(rlnOpticsGroup=7, **{column: value}), optics()])
+    particles = read_particles(star(folder, group=groups))
+    assert particles.pixel_size_angst == 2.0
+    particles.write(folder / "out.star", euler_deg=np.ones((3, 3)))
+    assert len(read_star(folder / "out.star")["optics"]) == 2
+    table = rows().assign(rlnOpticsGroup=[1, 7, 1])
+    with pytest.raises(CryoreconError, match=r"none|12"):
+        read_particles(star(folder, table, groups))
+
+
+def test_the_row_of_a_group_is_that_of_the_optics_table(folder):
+    groups = pd.concat([optics(rlnOpticsGroup=2), optics(rlnImagePixelSize="x")])
+    with pytest.raises(CryoreconError, match="row 2, column rlnImagePixelSize: 'x'"):
+        read_particles(star(folder, group=groups))
+
+
 def nan_stack(folder):
     images = np.zeros((3, N, N), np.float32)
     images[1, 2, 2] = np.nan
@@ -249,7 +318,12 @@ BAD = {
     "empty": (None, rows(0), None, "holds no particles"),
     "group": (None, rows().assign(rlnOpticsGroup=[1, 2, 1]), None, "row 2: optics group 2"),
     "size": (None, None, optics(rlnImageSize=12), "says 12 px boxes"),
-    "pixels": (None, None, TWO_GROUPS, r"mixes pixel sizes \(2, 2.5 A\)"),
+    "pixels": (
+        None,
+        rows().assign(rlnOpticsGroup=[1, 2, 1]),
+        TWO_GROUPS,
+        r"mixes pixel sizes \(2, 2.5 A\)",
+    ),
     "text stack": (text_stack, None, None, "not an MRC file"),
     "directory stack": (directory_stack, None, None, "s.mrcs is a directory"),
     "missing stack": (None, rows(stack="gone.mrcs"), None, "1 of 1 stacks that do not exist: gone"),
@@ -305,6 +379,25 @@ def test_bad_star_files_are_named(tmp_path):
         assert "a.star" in str(caught.value)
     with pytest.raises(CryoreconError, match="does not exist"):
         read_particles(tmp_path / "none.star")
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
+def test_a_line_that_is_not_utf8_is_named(tmp_path, end):
+    names = "".join(f"{n}@s.mrcs\n" for n in range(3000)) + "1@M\xfcller.mrcs\n"
+    text = f"\ufeffdata_particles\n\nloop_\n_rlnImageName #1\n1@\xe9.mrcs\n{names}"
+    raw = b"".join(
+        line.encode("latin-1" if "M" in line else "utf-8") + end for line in text.splitlines()
+    )
+    (tmp_path / "a.star").write_bytes(raw)
+    with pytest.raises(CryoreconError, match=r"a\.star, line 3006: byte 0xfc .*UTF-8") as caught:
+        read_star(tmp_path / "a.star")
+    assert "UTF-8" in caught.value.remedy
+
+
+def test_a_map_is_no_star_file(folder):
+    mrc.write_map(folder / "map.star", np.full((4, 4, 4), -1.0), 1.0)
+    with pytest.raises(CryoreconError, match="not a text file"):
+        read_star(folder / "map.star")
 
 
 SLOW_OK = settings(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -88,6 +89,30 @@ def test_a_job_that_was_killed_holds_nothing(task, tmp_path):
     with open_job(folder, QUIET, task, resume=True) as job:
         job.say("goes on")
     assert "begun" in (folder / "run.log").read_text()
+
+
+@pytest.mark.parametrize("json", [False, True])
+def test_a_job_whose_messages_nobody_reads_goes_on(task, tmp_path, json):
+    program = (
+        "import sys; from pathlib import Path; from cryorecon.cli.console import messages\n"
+        "from cryorecon.run.job import Task, open_job\n"
+        "task = Task('abinitio', Path(sys.argv[1]), 1, {}, {}, 0)\n"
+        f"with open_job(Path(sys.argv[2]), messages({json}), task) as job:\n"
+        "    for number in range(3):\n"
+        "        job.say(f'line {number}')\n"
+        "messages(False).print('done')\n"
+    )
+    read, write = os.pipe()
+    os.close(read)
+    words = [sys.executable, "-c", program, str(task.inputs), str(tmp_path / "job")]
+    kept = {"stdout": subprocess.PIPE, "stderr": write} if json else {"stdout": write}
+    done = subprocess.run(words, **{"stderr": subprocess.PIPE, **kept}, text=True, check=False)
+    os.close(write)
+    assert done.returncode == 0
+    assert done.stdout == ("done\n" if json else None)
+    assert not done.stderr
+    assert (tmp_path / "job/run.log").read_text().count("line") == 3
+    assert finished(tmp_path / "job")
 
 
 def test_a_disk_that_cannot_lock_is_no_obstacle(task, tmp_path, monkeypatch):

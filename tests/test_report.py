@@ -243,6 +243,29 @@ def test_examples_are_predicted_by_the_image_model(job, stack_32):
     assert found.scale > 0
 
 
+def test_an_image_in_two_rows_is_shown_in_its_own(copy, job):
+    tables = read_star(copy / "run_data.star")
+    table = tables["particles"]
+    shown = list(table["rlnImageName"])[120]
+    table.loc[0, ["rlnImageName", "rlnDefocusU", "rlnDefocusV"]] = [shown, "60000", "60000"]
+    write_star(copy / "run_data.star", tables)
+    found = example_particles(read_job(copy))
+    assert found.names[0] == shown
+    assert found.correlations == example_particles(read_job(job)).correlations
+    tables["particles"] = table.iloc[::-1]
+    write_star(copy / "reversed.star", tables)
+    found = example_particles(read_job(copy, copy / "reversed.star"))
+    assert min(found.correlations) > 0.5
+
+
+def test_poses_that_name_no_images_are_told(copy, job):
+    tables = read_star(copy / "run_data.star")
+    del tables["particles"]["rlnImageName"]
+    write_star(copy / "run_data.star", tables)
+    told = report.Report(read_job(copy, job / "run_data.star")).no_examples
+    assert "run_data.star names no images" in told
+
+
 def test_images_are_found_by_name_where_they_moved(copy, stack_32, tmp_path):
     moved = tmp_path / "elsewhere"
     shutil.copytree(stack_32, moved)

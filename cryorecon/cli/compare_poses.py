@@ -50,13 +50,15 @@ def compare_poses(
     from cryorecon.run.compare_poses import compare_pose_files, poses_as_dict
     from cryorecon.run.curves import write_json
 
+    if plot is not None:
+        from cryorecon.run.plots import picture_kind, pose_error_figure, save_figure
+
+        picture_kind(plot)  # Before the work: an ending that cannot be drawn is refused.
     comparison = compare_pose_files(first, second, common_only=common)
     # Files first: whoever reads the output may stop reading early.
     if json_file is not None:
         write_json(json_file, poses_as_dict(comparison))
     if plot is not None:
-        from cryorecon.run.plots import pose_error_figure, save_figure
-
         save_figure(pose_error_figure(comparison, f"{first.name} and {second.name}"), plot)
     if json:
         print_json(poses_as_dict(comparison))

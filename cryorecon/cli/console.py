@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -9,7 +10,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TextIO
+from typing import IO, TYPE_CHECKING, Any, Protocol, TextIO
 
 from rich.console import Console
 from rich.progress import (
@@ -38,11 +39,26 @@ _RELION_FILES = frozenset(
 )
 
 
-def new_console(*, stderr: bool) -> Console:
+class _Messages(Console):
+    """Falls silent where nobody reads any more: what a command writes to files is not lost."""
+
+    def on_broken_pipe(self) -> None:
+        """Go on, where rich would end the program."""
+        self.quiet = True
+        let_go(self.file)
+
+
+def let_go(stream: IO[str]) -> None:
+    """What is still to be written goes nowhere, else Python complains at exit."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def new_console(*, stderr: bool, kind: type[Console] = Console) -> Console:
     """Where messages go: plain text in pipes and with NO_COLOR."""
     # NO_COLOR means no escapes at all, neither colours nor bold.
     plain = bool(os.environ.get("NO_COLOR"))
-    return Console(
+    return kind(
         stderr=stderr,
         highlight=False,
         soft_wrap=True,
@@ -52,17 +68,19 @@ def new_console(*, stderr: bool) -> Console:
 
 
 console = new_console(stderr=False)
-error_console = new_console(stderr=True)
+error_console = new_console(stderr=True, kind=_Messages)
+_messages = new_console(stderr=False, kind=_Messages)
 
 
 def messages(json_wanted: bool) -> Console:
     """Where a command tells what it does: with ``--json`` stdout is kept for the object.
 
-    Of the processes that share a job the first one tells.
+    Of the processes that share a job the first one tells. A command goes on when its messages
+    find no reader any more.
     """
     if not is_first():
         return Console(quiet=True)
-    return error_console if json_wanted else console
+    return error_console if json_wanted else _messages
 
 
 def print_json(values: Mapping[str, Any]) -> None:

@@ -70,6 +70,10 @@ def fsc(
     from cryorecon.run.curves import write_fsc_star, write_fsc_xml, write_json
 
     use_threads(threads)
+    if plot is not None:
+        from cryorecon.run.plots import fsc_figure, picture_kind, save_figure
+
+        picture_kind(plot)  # Before the work: an ending that cannot be drawn is refused.
     result = compare_maps(map1, map2, mask, align=align or aligned_map is not None)
     # Files first: whoever reads the output may stop reading early.
     if aligned_map is not None:
@@ -81,8 +85,6 @@ def fsc(
     if json_file is not None:
         write_json(json_file, comparison_as_dict(result))
     if plot is not None:
-        from cryorecon.run.plots import fsc_figure, save_figure
-
         save_figure(fsc_figure({result.curve.maps: result.curve}), plot)
     if json:
         print_json(comparison_as_dict(result))

@@ -38,7 +38,7 @@ from cryorecon.cli.command import (
     Group,
     write_commands,
 )
-from cryorecon.cli.console import error_console, is_first, process, refuse_if_at_work
+from cryorecon.cli.console import error_console, is_first, let_go, process, refuse_if_at_work
 from cryorecon.cli.moments import moments_app
 from cryorecon.cli.mra import mra_app
 from cryorecon.errors import CryoreconError
@@ -250,9 +250,7 @@ def _flushed() -> bool:
 
 def _reader_left() -> int:
     """Whoever read the output, such as ``head``, has stopped: end without a word."""
-    # What is still to be written goes nowhere, else Python complains at exit.
-    with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    let_go(sys.stdout)
     return 1
 
 

@@ -90,7 +90,12 @@ def reconstruct_command(
     ] = None,
     start_blur: Annotated[
         float,
-        option(EXPERT, "Low-pass the start map to this resolution first [A]; 0: not.", min=0),
+        option(
+            EXPERT,
+            "Low-pass the start map to this resolution first [A]; 0: not.",
+            metavar="A",
+            min=0,
+        ),
     ] = 0.0,
     allow_ambiguous: Ambiguous = False,
     device: Device = "cpu",

@@ -111,11 +111,12 @@ def _reconstruct(
 
     from cryorecon.io.mrc import write_map
     from cryorecon.maps.fsc import fsc_curve, resolution_at
-    from cryorecon.run.load import half_sets
+    from cryorecon.run.half_sets import half_sets
     from cryorecon.run.reconstruct import reconstruct
 
     halves = settings["half_maps"]
-    half = half_sets(source, torch.Generator().manual_seed(seed)) if halves else None
+    generator = torch.Generator().manual_seed(seed)
+    half = half_sets(source, generator, told.print) if halves else None
     with count_progress("Backprojecting", "images") as progress:
         result = reconstruct(
             source, half=half, wiener=settings["wiener"], padding=settings["padding"],

@@ -19,6 +19,7 @@ from cryorecon.conventions import matrix_to_euler
 from cryorecon.errors import CryoreconError, require_file
 from cryorecon.io.mrc import read_header
 from cryorecon.io.pickled_arrays import read_pickled_arrays
+from cryorecon.io.star import can_be_a_file_name
 from cryorecon.io.text_table import PIECE_ROWS, TextTable
 
 _STACKS = (".mrcs", ".mrc")
@@ -102,10 +103,10 @@ def _image_names(path: Path) -> tuple[list[str], int]:
     box = 0
     for stack in stacks:
         name = os.fspath(stack)
-        if any(c.isspace() or c in "\"'#" for c in name) or not name.isprintable():
+        if not can_be_a_file_name(name):
             raise CryoreconError(
                 f"{name!r} cannot be a file name in a STAR file",
-                "Use names without spaces, quotes and #",
+                "Use names without quotes, # and line breaks",
             )
         count, _, side = read_header(stack).shape
         box = box or side

@@ -24,6 +24,7 @@ from scipy.spatial.transform import Rotation
 
 from cryorecon.conventions import matrix_to_euler
 from cryorecon.errors import CryoreconError, require_file
+from cryorecon.io.star import can_be_a_file_name
 from cryorecon.io.text_table import PIECE_ROWS, TextTable
 
 Fields = dict[str, NDArray[np.generic]]
@@ -167,11 +168,11 @@ def _paths(path: Path, fields: Fields, name: str) -> NDArray[np.object_]:
     for value in distinct.tolist():
         text = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
         text = text.removeprefix(">")
-        if not text or not text.isprintable() or re.search(r"[\s\"'#\ufffd]", text):
+        if not can_be_a_file_name(text):
             raise CryoreconError(
                 f"{path}, row {int(np.argmax(which == len(names))) + 1}, field {name}: {text!r} "
                 "cannot be a file name in a STAR file",
-                "Use names without spaces, quotes and #",
+                "Use names without quotes, # and line breaks",
             )
         names.append(text)
     return np.array(names, dtype=object)[which]

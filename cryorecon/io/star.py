@@ -26,6 +26,9 @@ Tables = dict[str, pd.DataFrame]
 
 # A value: quoted from a blank to a blank, or anything without one.
 _VALUE = re.compile(r"""'(.*?)'(?=\s|$)|"(.*?)"(?=\s|$)|(\S+)""")
+# What no text holds, looked for where a file begins.
+_CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1f]")
+_HEAD_BYTES = 4096
 _LARGEST_INTEGER = 2**31
 _LONGEST_SHOWN = 60
 _ONE_VALUE_A_COLUMN = "Check that each row has one value per column"
@@ -74,9 +77,28 @@ def _pieces(path: str | Path) -> Iterator[tuple[str, int, pd.DataFrame]]:
                 number += first == 0
                 yield name, number, _as_table(path, name, labels, first, rows)
     except UnicodeDecodeError as error:
-        raise CryoreconError(f"{path} is not a text file", "Give a RELION STAR file") from error
+        raise _undecodable(path) from error
     if not number:
         raise CryoreconError(f"{path} holds no data_ block", "Give a RELION STAR file")
+
+
+def _undecodable(path: Path) -> CryoreconError:
+    """What to say of a file that is not UTF-8: other text, or no text at all."""
+    with path.open("rb") as file:
+        binary = _CONTROL.search(file.read(_HEAD_BYTES))
+    # In Latin-1 every byte is a letter, so that lines can be counted.
+    with path.open(encoding="latin-1") as lines:
+        for number, line in enumerate(() if binary else lines, 1):
+            try:
+                line.encode("latin-1").decode()
+            except UnicodeDecodeError as error:
+                return CryoreconError(
+                    f"{path}, line {number}: byte 0x{ord(line[error.start]):02x} shows that the "
+                    "text is not UTF-8",
+                    "Write it in UTF-8, for example by iconv -f latin1 -t utf-8, or with plain "
+                    "letters; files that it names may have to be renamed",
+                )
+    return CryoreconError(f"{path} is not a text file", "Give a RELION STAR file")
 
 
 def _blocks(lines: Iterable[str]) -> Iterator[tuple[str, list[str] | None, int, list[str]]]:
@@ -183,6 +205,11 @@ def _check_width(
             f"{path}, block data_{name}, row {first + rows[0] + 1}: fewer values than columns",
             _ONE_VALUE_A_COLUMN,
         )
+
+
+def can_be_a_file_name(text: str) -> bool:
+    """Whether a table may name a file so: spaces are quoted, other programs differ on the rest."""
+    return bool(text) and text.isprintable() and not re.search("[\"'#\ufffd]", text)
 
 
 def write_star(

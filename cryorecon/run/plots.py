@@ -14,6 +14,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cryorecon.errors import CryoreconError
 from cryorecon.io.files import replacing
 from cryorecon.maps.poses import FRACTION_LIMITS_DEG, PoseComparison
 from cryorecon.run.curves import THRESHOLDS, FscCurve
@@ -22,10 +23,30 @@ _COLOURS = ("#0b6fa4", "#d1495b", "#3a7d44", "#8d5fd3", "#c7852b", "#555555")
 _GREY = "#767676"
 
 
+# What matplotlib writes with programs or libraries that may not be there.
+_NOT_EVERYWHERE = ("pgf", "avif")
+
+
+def picture_kind(path: str | Path) -> str:
+    """Format that a picture's name asks for by its ending; png where it has none.
+
+    Raises
+    ------
+    CryoreconError
+        If there is no such format.
+    """
+    kind = Path(path).suffix.lstrip(".").lower() or "png"
+    if kind not in FigureCanvasAgg.get_supported_filetypes() or kind in _NOT_EVERYWHERE:
+        raise CryoreconError(
+            f"{path} cannot be drawn: .{kind} is no format of pictures",
+            "Let the name end in .png, .svg or .pdf",
+        )
+    return kind
+
+
 def save_figure(figure: Figure, path: str | Path, dpi: int = 120) -> None:
     """Write a figure in the format that the name's ending asks for: png, svg or pdf."""
-    path = Path(path)
-    kind = path.suffix.lstrip(".").lower() or "png"
+    path, kind = Path(path), picture_kind(path)
     with replacing(path) as temporary:
         figure.savefig(temporary, format=kind, dpi=dpi)
 

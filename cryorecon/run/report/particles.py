@@ -78,10 +78,12 @@ def example_particles(inputs: ReportInputs, count: int = 4) -> Examples | None:
     if inputs.map is None or inputs.poses is None or inputs.particles is None:
         return None
     poses, box = inputs.poses, len(inputs.map.data)
+    if not poses.names:
+        raise CryoreconError(f"{poses.path} names no images", "Add a column rlnImageName")
     shown = np.linspace(0, len(poses.rotations) - 1, count + 2)[1:-1].round().astype(int)
     shown = np.unique(shown)
     names = [poses.names[row] for row in shown]
-    rows = _rows_of(names, inputs.particles, inputs)
+    rows = _rows_of(shown, inputs.particles, inputs)
     diameter = inputs.diameter or 0.8
     outside = 1 - soft_ball(box, diameter / 2 * box, 2.0, 2)
     images = normalised(torch.from_numpy(inputs.particles.images(rows)), outside)
@@ -101,8 +103,10 @@ def example_particles(inputs: ReportInputs, count: int = 4) -> Examples | None:
     return _compared(names, seen, told, plane, inputs.side_angst / band)
 
 
-def _rows_of(names: list[str], particles: Particles, inputs: ReportInputs) -> NDArray[np.int64]:
-    """Rows of some images in the particle file, which must be that of the map."""
+def _rows_of(
+    shown: NDArray[np.int64], particles: Particles, inputs: ReportInputs
+) -> NDArray[np.int64]:
+    """Rows of some poses' images in the particle file, which must be that of the map."""
     assert inputs.map is not None
     assert inputs.poses is not None
     remedy = "Give the particles that the map was made of with --particles"
@@ -112,13 +116,19 @@ def _rows_of(names: list[str], particles: Particles, inputs: ReportInputs) -> ND
             f"has {len(inputs.map.data)} px",
             remedy,
         )
-    rows = pd.Index(particles.table["rlnImageName"]).get_indexer(pd.Index(names))
-    if (rows < 0).any():
-        name = names[int((rows < 0).argmax())]
+    images, names = particles.table["rlnImageName"], inputs.poses.names
+    # An image may be in two rows, with a CTF and a pose of each: names alone do not tell them.
+    if len(images) == len(names) and (images == names).all():
+        return shown
+    wanted = pd.Series(names, dtype=object).iloc[shown]
+    first = images.drop_duplicates()
+    found = pd.Index(first).get_indexer(pd.Index(wanted))
+    if (found < 0).any():
+        name = wanted.iloc[int((found < 0).argmax())]
         raise CryoreconError(
             f"{particles.path} does not name the image {name} of {inputs.poses.path}", remedy
         )
-    return rows.astype(np.int64)
+    return first.index.to_numpy(np.int64)[found]
 
 
 def _compared(
