@@ -36,6 +36,10 @@ _MICROSCOPE = {
     "amplitude_contrast": "rlnAmplitudeContrast",
 }
 _OPTIONAL_CTF = {"phase_shift_deg": "rlnPhaseShift", "b_factor_angst2": "rlnCtfBfactor"}
+_CORRECTED = {
+    "rlnCtfDataArePhaseFlipped": "phase flipped",
+    "rlnCtfDataAreCtfPremultiplied": "multiplied by their CTF",
+}
 
 
 @dataclass(frozen=True)
@@ -158,6 +162,15 @@ class Particles:
                 "Remove these rows or write the stack again",
             )
 
+    def first_with_image(self) -> NDArray[np.int64] | None:
+        """First row that shows the same image, of each particle; None if all images differ."""
+        image = self._stack_of.astype(np.int64) << 32 | self._section
+        in_order = np.sort(image)
+        if not (in_order[1:] == in_order[:-1]).any():
+            return None
+        _, first, which = np.unique(image, return_index=True, return_inverse=True)
+        return first[which]
+
     def file_order(self) -> NDArray[np.int64]:
         """Rows in the order in which the stacks hold them."""
         return np.lexsort((self._section, self._stack_of))
@@ -240,7 +253,8 @@ class Particles:
         Raises
         ------
         CryoreconError
-            If a column is missing, or holds something that is no number or that no microscope has.
+            If a column is missing, or holds something that is no number or that no microscope has;
+            or if it says that images have been corrected for their CTF.
         """
         optics = self.blocks.get("optics")
         index = self.optics_index()
@@ -254,21 +268,33 @@ class Particles:
             )
 
         def values(column: str) -> torch.Tensor:
-            if column in self.table:
-                found = self._column(column)
-            elif optics is not None and column in optics:
-                found = numbers(self.path, optics, column)[index]
-            else:
-                found = np.array([0.0])
-            if (found == found[0]).all():  # Millions of equal numbers are one.
-                return torch.tensor(found[0], dtype=torch.float64).expand(len(self))
-            return torch.from_numpy(found)
+            return self._optics_column(column, index)
 
+        for column, what in _CORRECTED.items():
+            if bool((values(column) != 0).any()):
+                raise CryoreconError(
+                    f"{self.path}: {column} says that images are {what}; cryorecon takes them to "
+                    "be as they were recorded",
+                    "Extract them again without that",
+                )
         columns = {**_PER_PARTICLE_CTF, **_MICROSCOPE, **_OPTIONAL_CTF}
         found = {name: values(column) for name, column in columns.items()}
         for name, column in columns.items():
             require_within(self.path, self.rows, column, found[name].numpy())
         return CtfParameters(**found)
+
+    def _optics_column(self, column: str, index: NDArray[np.int64]) -> torch.Tensor:
+        """Of each particle: its own, its optics group's, or zero."""
+        optics = self.blocks.get("optics")
+        if column in self.table:
+            found = self._column(column)
+        elif optics is not None and column in optics:
+            found = numbers(self.path, optics, column)[index]
+        else:
+            found = np.array([0.0])
+        if (found == found[0]).all():  # Millions of equal numbers are one.
+            return torch.tensor(found[0], dtype=torch.float64).expand(len(self))
+        return torch.from_numpy(found)
 
     def write(
         self,

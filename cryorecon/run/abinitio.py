@@ -26,8 +26,9 @@ from cryorecon.run.abinitio_input import (
 )
 from cryorecon.run.amortized_stages import AmortizedStages
 from cryorecon.run.device import device_text, own_device
+from cryorecon.run.half_sets import half_sets
 from cryorecon.run.job import Job, Task, open_job
-from cryorecon.run.load import half_sets, load_observations
+from cryorecon.run.load import load_observations
 from cryorecon.run.report.page import report_at_end
 from cryorecon.run.results import (
     joint_map,
@@ -87,7 +88,7 @@ def _run(job: Job, ready: Prepared, options: AbinitioOptions) -> None:
         where = options.keep, job.ranks, device
         images = load_observations(particles, config.diameter, lambda done, _: bar(done), *where)
     _set_contrast(job, images, config, options.contrast)
-    half = half_sets(particles, generator)
+    half = half_sets(particles, generator, job.say)
     stages = _stages(job, config, generator, pixel, options, particles)
 
     def without_symmetry() -> Reconstruction:
@@ -165,7 +166,8 @@ def _set_contrast(job: Job, images: ImageSet, config: RefineConfig, contrast: Co
     """Make particles white, and say what was found."""
     score = contrast_score(images, config.diameter)
     seen = "white on black" if score > 0 else "BLACK ON WHITE"
-    if abs(score) < SURE:
+    # Nor if it is NaN.
+    if not abs(score) >= SURE:
         job.say(f"contrast cannot be told from the images ({score:.1f} standard errors)")
         seen = "white on black"
     else:

@@ -9,7 +9,7 @@ from torch import Tensor
 from cryorecon.io.particles import Particles
 from cryorecon.physics.ctf import ctf
 from cryorecon.physics.fourier import half_plane, radius_grid, to_coefficients, to_images
-from cryorecon.run.load import refuse_blank
+from cryorecon.run.image_checks import refuse_unfit
 
 # Images that are looked at, spread over the table; that are read at once; pixels a side, at most.
 _LOOKED_AT, _AT_ONCE, _BOX = 1000, 50, 64
@@ -39,14 +39,14 @@ def particle_extent(particles: Particles) -> float | None:
     Raises
     ------
     CryoreconError
-        If an image is blank or is not finite.
+        If an image is blank, masked or not finite.
     """
     small = particles.cropped(_BOX)
     rows = np.unique(np.linspace(0, len(small) - 1, _LOOKED_AT).round().astype(np.int64))
     # Some at a time: they may be large on disk.
     parts = np.array_split(rows, -(-len(rows) // _AT_ONCE))
     images = torch.from_numpy(np.concatenate([small.images(part) for part in parts]))
-    refuse_blank(small, torch.from_numpy(rows), images)
+    refuse_unfit(small, torch.from_numpy(rows), images)
     plane = half_plane(small.box)
     optics = small.ctf_parameters()[torch.from_numpy(rows)]
     gain = ctf(plane.frequencies, optics, small.box, small.pixel_size_angst).float()

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
-import numpy as np
 import psutil
 import torch
 from torch import Tensor
@@ -24,6 +23,7 @@ from cryorecon.physics.imaging import noise_power_outside
 from cryorecon.physics.masks import soft_ball
 from cryorecon.physics.resampling import downsample_images
 from cryorecon.ranks import ALONE, Ranks
+from cryorecon.run.image_checks import refuse_unfit
 
 Keep = Literal["auto", "memory", "disk"]
 
@@ -114,7 +114,7 @@ class _FromDisk:
 
     def _raw(self, rows: Tensor) -> Tensor:
         images = torch.from_numpy(self.reader.images(rows.numpy()))
-        refuse_blank(self.reader.particles, rows, images)
+        refuse_unfit(self.reader.particles, rows, images)
         return images
 
     def ctf(self, rows: Tensor, count: int) -> Tensor:
@@ -233,7 +233,7 @@ def load_observations(
     Raises
     ------
     CryoreconError
-        If an image is blank, so that no noise can be measured.
+        If an image is blank or masked, so that no noise can be measured.
     """
     plane, n, device = half_plane(particles.box).to(device), len(particles), torch.device(device)
     radius_px = diameter / 2 * particles.box
@@ -312,28 +312,6 @@ def _spread(group: Tensor) -> Tensor:
         rows = torch.nonzero(group == number)[:, 0]
         heard[rows[:: max(1, -(-len(rows) * n_groups // _NOISE_IMAGES))]] = True
     return heard
-
-
-def refuse_blank(particles: Particles, rows: Tensor, images: Tensor) -> None:
-    """Stop at an image without contrast, naming its row."""
-    flat = images.flatten(1)
-    row = images.shape[-1]
-    blank = torch.nonzero((flat[:, :row] == flat[:, :1]).all(-1))[:, 0]
-    blank = blank[(flat[blank] == flat[blank, :1]).all(-1)]
-    if len(blank):
-        row = int(rows[blank[0]])
-        raise CryoreconError(
-            f"{particles.path}, row {particles.rows[row] + 1}: the image is blank",
-            "Remove such rows from the STAR file",
-        )
-
-
-def half_sets(particles: Particles, generator: torch.Generator) -> Tensor:
-    """Half set of each particle, 0 or 1: the STAR file's, or drawn at random."""
-    given = particles.random_subsets()
-    if given is not None and len(np.unique(given)) == 2:
-        return torch.from_numpy(given) - 1
-    return torch.randperm(len(particles), generator=generator) % 2
 
 
 class Grid(Protocol):

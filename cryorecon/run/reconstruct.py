@@ -15,6 +15,7 @@ from cryorecon.engines.observations import Observations, centred, taken_to
 from cryorecon.io.particles import Particles
 from cryorecon.physics.ctf import ctf
 from cryorecon.physics.fourier import half_plane, max_band, to_coefficients
+from cryorecon.physics.masks import soft_ball
 
 _BLOCK = 256
 
@@ -45,7 +46,8 @@ def reconstruct(
     """Backproject all images with the poses, origins and CTFs of the STAR file.
 
     Streams over the images in file order; memory does not grow with their number. The noise is
-    taken as white and equal in all images.
+    taken as white and equal in all images, and each image's level outside the largest disc is taken
+    out: large beside the rest, it would spread over the lowest shells.
 
     Parameters
     ----------
@@ -66,12 +68,13 @@ def reconstruct(
     offsets = torch.from_numpy(particles.origins_angst() / particles.pixel_size_angst).float()
     optics = particles.ctf_parameters()
     noise = torch.ones(1, plane.n_shells, device=device)
+    outside = (1 - soft_ball(box, box / 2, 2.0, 2)).to(device)
     sums = [NormalEquations.empty(max_band(box), padding, torch.float32, device) for _ in range(2)]
     labels = torch.zeros(len(particles), dtype=torch.int64) if half is None else half
     done = 0
     for block in particles.in_file_order(_BLOCK):
         rows = torch.from_numpy(block)
-        images = taken_to(torch.from_numpy(particles.images(block)), device)
+        images = _levelled(taken_to(torch.from_numpy(particles.images(block)), device), outside)
         optics_there = optics[rows].to(device)
         gain = ctf(plane.frequencies, optics_there, box, particles.pixel_size_angst).float()
         group = torch.zeros(len(rows), dtype=torch.int64, device=device)
@@ -93,3 +96,12 @@ def reconstruct(
 
     halves = None if half is None else (solved(sums[0]), solved(sums[1]))
     return Reconstruction(solved(sums[0].plus(sums[1])), halves)
+
+
+def _levelled(images: Tensor, outside: Tensor) -> Tensor:
+    """Images whose mean is zero where a window, of any scale, is."""
+    flat, weight = images.flatten(1), outside.flatten() / outside.sum()
+    # Twice: what rounding leaves of a level that is large beside the spread counts.
+    for _ in range(2):
+        flat = flat - (flat @ weight)[:, None]
+    return flat.view_as(images)

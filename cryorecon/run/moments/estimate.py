@@ -34,7 +34,8 @@ from cryorecon.physics.imaging import noise_powers_outside, noise_unmixing
 from cryorecon.physics.masks import soft_ball
 from cryorecon.ranks import ALONE, Ranks
 from cryorecon.run.device import own_device
-from cryorecon.run.load import normalised, refuse_blank, with_next
+from cryorecon.run.image_checks import refuse_unfit
+from cryorecon.run.load import normalised, with_next
 from cryorecon.run.moments.store import Progress, load_progress, new_sums, save_progress
 from cryorecon.run.stopping import Stop, StoppedError, listening
 
@@ -181,7 +182,7 @@ class _Reader:
         geometry, box, device = self.geometry, self.geometry.box, self.outside.device
         self.images.expect(following.numpy())
         images = torch.from_numpy(self.images.images(rows.numpy()))
-        refuse_blank(self.images.particles, rows, images)
+        refuse_unfit(self.images.particles, rows, images)
         images = taken_to(images, device)
         if geometry.normalised:
             images = normalised(images, self.outside)

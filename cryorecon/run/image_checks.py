@@ -1,0 +1,50 @@
+"""Images that no engine can work with."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cryorecon.errors import CryoreconError
+from cryorecon.io.particles import Particles
+
+# Pixels along an edge of the corners that tell a masked image.
+_CORNER = 3
+
+
+def refuse_unfit(particles: Particles, rows: Tensor, images: Tensor) -> None:
+    """Stop at images without contrast, or without noise around the particle.
+
+    Parameters
+    ----------
+    rows : Tensor, int64, shape (b,)
+    images : Tensor, shape (b, N, N)
+        As they are on disk.
+
+    Raises
+    ------
+    CryoreconError
+        Naming the first such row, and how many there are.
+    """
+    ends = slice(None, _CORNER), slice(-_CORNER, None)
+    corners = torch.cat([images[:, y, x].flatten(1) for y in ends for x in ends], 1)
+    masked = torch.nonzero((corners == corners[:, :1]).all(-1))[:, 0]
+    if len(masked) == 0:
+        return
+    flat = images[masked].flatten(1)
+    blank = masked[(flat == flat[:, :1]).all(-1)]
+    if len(blank):
+        raise CryoreconError(
+            f"{_named(particles, rows, blank)} blank", "Remove such rows from the STAR file"
+        )
+    raise CryoreconError(
+        f"{_named(particles, rows, masked)} masked: its corners hold one value, and noise is "
+        "measured outside the particle",
+        "Extract the particles without a mask",
+    )
+
+
+def _named(particles: Particles, rows: Tensor, bad: Tensor) -> str:
+    row = particles.rows[int(rows[bad[0]])] + 1
+    others = f" (and {len(bad) - 1} more of {len(rows)} images read)" if len(bad) > 1 else ""
+    return f"{particles.path}, row {row}{others}: the image is"

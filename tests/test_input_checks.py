@@ -1,0 +1,130 @@
+"""What is wrong with particles is told before an engine works with them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import MODEL, simulated
+
+from cryorecon.engines.contrast import contrast_score
+from cryorecon.errors import CryoreconError
+from cryorecon.io.mrc import open_stack, stack_writer
+from cryorecon.io.particles import read_particles
+from cryorecon.io.star import read_star, write_star
+from cryorecon.run.half_sets import half_sets
+from cryorecon.run.load import load_observations
+from cryorecon.run.reconstruct import reconstruct
+from cryorecon.run.simulate import simulate
+from cryorecon.run.simulate_config import SimulateConfig
+
+BOX, PIXEL_SIZE_ANGST, N = 32, 2.4, 60
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory):
+    return simulated(tmp_path_factory.mktemp("stack"), N, BOX, 1.0)
+
+
+@pytest.fixture
+def changed(stack, tmp_path):
+    """The stack's particles with other pixels, and columns or rows of the table changed."""
+
+    def change(pixels=lambda images: images, table=lambda particles: particles, **optics):
+        images = np.array(open_stack(stack / "particles.mrcs"), np.float32)
+        with stack_writer(tmp_path / "changed.mrcs", BOX, PIXEL_SIZE_ANGST) as written:
+            written.append(pixels(images))
+        tables = read_star(stack / "particles.star")
+        names = tables["particles"]["rlnImageName"].str.partition("@")[0] + "@changed.mrcs"
+        tables["particles"] = table(tables["particles"].assign(rlnImageName=names))
+        tables["optics"] = tables["optics"].assign(**optics)
+        write_star(tmp_path / "changed.star", tables)
+        return read_particles(tmp_path / "changed.star")
+
+    return change
+
+
+def disc(radius_px):
+    steps = np.arange(BOX) - BOX // 2
+    return np.hypot(*np.meshgrid(steps, steps)) < radius_px
+
+
+@pytest.mark.parametrize(
+    ("radius_px", "rows", "told"),
+    [
+        (16.0, slice(None), r"row 1 \(and 59 more of 60 images read\): the image is masked"),
+        (12.0, slice(7, None, 2), r"row 8 \(and 26 more of 60 images read\): the image is masked"),
+        (0.0, slice(9, 10), "row 10: the image is blank"),
+        (0.0, slice(9, 12), r"row 10 \(and 2 more of 60 images read\): the image is blank"),
+    ],
+)
+def test_images_without_noise_around_the_particle_are_counted(changed, radius_px, rows, told):
+    def masked(images):
+        images[rows] *= disc(radius_px)
+        return images
+
+    with pytest.raises(CryoreconError, match=told):
+        load_observations(changed(masked), 0.8)
+
+
+@pytest.mark.parametrize("amplitude_contrast", [0.0, 0.02, 0.1])
+def test_white_particles_are_white_with_any_amplitude_contrast(tmp_path, amplitude_contrast):
+    """Without any, coarse shells hold little, and finer ones have either sign."""
+    settings = SimulateConfig(
+        n_particles=300,
+        box=32,
+        pixel_size_angst=3.2,
+        snr=0.5,
+        amplitude_contrast=amplitude_contrast,
+    )
+    simulate(MODEL, tmp_path / "stack", settings)
+    images = load_observations(read_particles(tmp_path / "stack/particles.star"), 0.7)
+    assert contrast_score(images, 0.7) > 20
+
+
+@pytest.mark.parametrize("column", ["rlnCtfDataArePhaseFlipped", "rlnCtfDataAreCtfPremultiplied"])
+def test_images_corrected_for_their_ctf_are_refused(changed, column):
+    changed(**{column: 0}).ctf_parameters()
+    with pytest.raises(CryoreconError, match=column):
+        changed(**{column: 1}).ctf_parameters()
+
+
+@pytest.mark.parametrize("level", [10.0, 30000.0])
+def test_a_reconstruction_does_not_depend_on_the_images_level(stack, changed, level):
+    plain = reconstruct(read_particles(stack / "particles.star")).volume
+    raised = reconstruct(changed(lambda images: 50 * images + level)).volume / 50
+    torch.testing.assert_close(raised, plain, atol=2e-3 * float(plain.abs().max()), rtol=0)
+
+
+def drawn(particles):
+    said = []
+    return half_sets(particles, torch.Generator().manual_seed(1), said.append), said
+
+
+def test_particles_with_one_image_share_a_half_set(stack, changed):
+    half, said = drawn(read_particles(stack / "particles.star"))
+    assert said == []
+    assert half.sum() == N // 2
+    twice = np.r_[np.arange(N), 5:15]
+    half, said = drawn(changed(table=lambda rows: rows.iloc[twice]))
+    assert torch.equal(half[N:], half[5:15])
+    assert 0 < half[N:].sum() < 10
+    assert said == ["WARNING: 10 of 70 particles show an image that another one shows"]
+
+
+def test_given_half_sets_that_share_images_are_doubted(changed):
+    twice = np.r_[np.arange(N), 5:15]
+    sets = np.r_[np.arange(N) % 2 + 1, np.full(10, 1)]
+    half, said = drawn(changed(table=lambda t: t.iloc[twice].assign(rlnRandomSubset=sets)))
+    assert torch.equal(half, torch.from_numpy(sets - 1))
+    assert "half sets share images" in said[1]
+
+
+def test_half_sets_that_make_no_two_maps_are_told(changed):
+    one, said = drawn(changed(table=lambda t: t.assign(rlnRandomSubset=2)))
+    assert one.sum() == N // 2
+    assert said == ["all particles are of half set 2: new half sets are drawn"]
+    few = np.r_[np.full(N - 3, 1), np.full(3, 2)]
+    half, said = drawn(changed(table=lambda t: t.assign(rlnRandomSubset=few)))
+    assert half.sum() == 3
+    assert said[0].startswith("WARNING: half set 2 has 3 of 60 images")
