@@ -31,7 +31,7 @@ def contrast_score(images: ImageSet, diameter: float) -> float:
     radius = diameter / 2 * plane.box
     distance = radius_grid(plane.box, 2, images.device).to(images.gain.dtype)
     ball = to_coefficients((radius**2 - distance**2).clamp(min=0).sqrt(), plane)
-    ball = ball * (plane.radius * diameter < FIRST_LOBE)
+    ball = ball * (plane.radius * diameter < FIRST_LOBE).to(images.device)
     scores = []
     everyone = torch.arange(len(images))
     for rows in images.mine(everyone).split(500):
