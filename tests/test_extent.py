@@ -78,14 +78,27 @@ def test_a_job_takes_the_diameter_that_images_tell(wide, tmp_path, monkeypatch):
     assert 65 < ready.extent * side < 80
     assert ready.config.diameter == pytest.approx(1.05 * ready.extent)
     assert "as the images tell" in ready.width_text
-    assert not ready.doubt
+    assert not ready.doubts
     given = prepared(wide, AbinitioOptions(diameter_angst=100.0))
     assert given.config.diameter * side == pytest.approx(100.0)
     assert given.width_text == "particle diameter 100 A"
-    assert not given.doubt
+    assert not given.doubts
     told = run("abinitio", wide, "-o", tmp_path / "no", "--dry-run", "--diameter", 40)
     assert "as if particles were" in told.stdout
     assert "a smaller --diameter cuts them" in told.stdout
+
+
+@pytest.mark.parametrize(("factor", "doubted"), [(1.0, False), (1e-4, True), (-1e-4, True)])
+def test_a_defocus_in_micrometres_is_doubted(wide, monkeypatch, factor, doubted):
+    monkeypatch.chdir(wide.parent)
+    tables = read_star(wide)
+    for axis in "UV":
+        defocus = tables["particles"][f"rlnDefocus{axis}"].astype(float)
+        tables["particles"][f"rlnDefocus{axis}"] = factor * defocus
+    write_star(wide.parent / "scaled.star", tables)
+    told = run("abinitio", "scaled.star", "-o", "no", "--dry-run", "--diameter", 75)
+    assert told.returncode == 0, told.stderr
+    assert ("the median defocus is" in told.stdout) == doubted
 
 
 def test_images_that_tell_nothing_leave_the_default(wide, monkeypatch):

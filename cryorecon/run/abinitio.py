@@ -79,8 +79,8 @@ def _run(job: Job, ready: Prepared, options: AbinitioOptions) -> None:
     generator = torch.Generator().manual_seed(options.seed)
     pixel = particles.pixel_size_angst
     job.say(f"{len(particles)} particles, {size_text(particles)}, {ready.width_text}")
-    if ready.doubt:
-        job.say(f"WARNING: {ready.doubt}")
+    for doubt in ready.doubts:
+        job.say(f"WARNING: {doubt}")
     device = own_device(options.device, job.ranks)
     if device != "cpu":
         job.say(f"computing on {device_text(device)}")

@@ -30,6 +30,8 @@ Assign = Literal["none", "read", "refine"]
 _LARGEST_BOX = 128
 # What images tell of a width, and a margin; a given one that is so much smaller cuts particles.
 _MARGIN, _WIDEST, _CUTS = 1.05, 0.95, 0.85
+# Hardly anybody records so near to focus; 1.5 is a defocus in micrometres.
+_LEAST_DEFOCUS_ANGST = 1000.0
 
 
 @dataclass(frozen=True)
@@ -164,6 +166,8 @@ class Prepared(NamedTuple):
         Diameter that the images show, as a share of the box.
     told : bool
         Whether the settings follow it.
+    defocus_angst : float
+        Median over the particles, of either sign.
     """
 
     particles: Particles
@@ -171,6 +175,7 @@ class Prepared(NamedTuple):
     config: RmfnConfig | AmortizedConfig
     extent: float | None
     told: bool
+    defocus_angst: float
 
     @property
     def width_text(self) -> str:
@@ -180,15 +185,21 @@ class Prepared(NamedTuple):
         return f"particle diameter {self.config.diameter * side_angst:.0f} A{whence}"
 
     @property
-    def doubt(self) -> str:
-        """What is odd about a diameter that was given, if anything is."""
-        if self.extent is None or self.told or self.config.diameter > _CUTS * self.extent:
-            return ""
-        seen_angst = self.extent * self.particles.box * self.particles.pixel_size_angst
-        return (
-            f"the images look as if particles were {seen_angst:.0f} A wide: a smaller --diameter "
-            "cuts them"
-        )
+    def doubts(self) -> list[str]:
+        """What is odd about a diameter that was given, or about the CTF."""
+        odd, seen, used = [], self.extent, self.config.diameter
+        if seen is not None and not self.told and used <= _CUTS * seen:
+            seen_angst = seen * self.particles.box * self.particles.pixel_size_angst
+            odd.append(
+                f"the images look as if particles were {seen_angst:.0f} A wide: a smaller "
+                "--diameter cuts them"
+            )
+        if self.defocus_angst < _LEAST_DEFOCUS_ANGST:
+            odd.append(
+                f"the median defocus is {self.defocus_angst:.4g} A: if it is in micrometres, "
+                "write it in angstrom"
+            )
+        return odd
 
 
 def prepared(star: str | Path, options: AbinitioOptions, ranks: Ranks = ALONE) -> Prepared:
@@ -216,14 +227,14 @@ def prepared(star: str | Path, options: AbinitioOptions, ranks: Ranks = ALONE) -
     usable_device(options.device)
     config = _resolved(options, particles)
     _refuse_contradictions(options, particles)
-    particles.ctf_parameters()
+    defocus_angst = float(particles.ctf_parameters().defocus_u_angst.abs().median())
     (seen,) = ranks.numbers(_extent(particles) if ranks.first else 0.0)
     given = options.diameter_set or config.diameter != RefineConfig.diameter
     free = options.diameter_angst is None and not given
     if seen > 0 and free:
         config = dataclasses.replace(config, diameter=min(_MARGIN * seen, _WIDEST))
     config = _banded(config, options, particles)
-    return Prepared(particles, rows, config, seen or None, free and seen > 0)
+    return Prepared(particles, rows, config, seen or None, free and seen > 0, defocus_angst)
 
 
 def _extent(particles: Particles) -> float:

@@ -50,8 +50,8 @@ def describe_abinitio(star: Path, options: AbinitioOptions, console: Console) ->
     say = _teller(console)
     _tell_particles(particles, config.diameter, say)
     say(ready.width_text)
-    if ready.doubt:
-        say(f"WARNING: {ready.doubt}")
+    for doubt in ready.doubts:
+        say(f"WARNING: {doubt}")
     others = len(particles) - len(rows)
     if others:
         say(f"{len(rows)} of the particles make the map, {others} join it")
