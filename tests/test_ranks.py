@@ -184,6 +184,28 @@ def test_two_processes_train_the_networks_of_one(script, few, tmp_path):
     assert alike(tmp_path) > 0.95
 
 
+# Poses that no training tells apart: searched on from its map, and from random poses' map.
+HARD = """
+from cryorecon.engines.rmfn import RmfnConfig
+from cryorecon.run import amortized_stages
+
+search = {"search_nside": 2, "n_starts": 1, "temperatures": (4.0, 1.0), "width": 16}
+hard = RmfnConfig(**search, fine_epochs=2, hard_poses=0, hard_epochs=1)
+amortized_stages.TOLD_APART = 0
+amortized_stages.AmortizedStages.search_config = hard
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_search_a_hard_set_as_one_does(few, tmp_path):
+    script = tmp_path / "hard.py"
+    script.write_text(HARD + SCRIPT)
+    told = both(script, ["abinitio-amortized", few, "--images-seen", "640", *REFINE], tmp_path)
+    assert told.count("searching from random poses") == 1
+    assert told.count("searching on at") == 3
+    assert alike(tmp_path) > 0.95
+
+
 @pytest.mark.slow
 def test_two_processes_average_and_fit_what_one_does(script, few, tmp_path):
     fit = [
