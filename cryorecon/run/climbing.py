@@ -151,8 +151,7 @@ class ClimbingStages(Stages):
         best = climb.likeliest
         climb.likeliest = found if best is None or found["evidence"] > best["evidence"] else best
         climb.begun, climb.fine, climb.reached = climb.begun + 1, None, None
-        told_apart = found["poses"] <= self.search_config.hard_poses
-        if told_apart or climb.begun == len(beginnings):
+        if self._told_apart(found) or climb.begun == len(beginnings):
             self._go_up(climb, climb.likeliest, self._rungs(images.plane.box))
             climb.likeliest = None
         keep()
@@ -161,8 +160,10 @@ class ClimbingStages(Stages):
         climb.reached = {name: found[name] for name in ("start", "unexplained")}
         climb.band, climb.fine = rungs[climb.rung].band, None
         # With few poses left, nothing is to be gained from telling more of them apart.
-        told_apart = found["poses"] <= self.search_config.hard_poses
-        climb.rung = len(rungs) if told_apart else climb.rung + 1
+        climb.rung = len(rungs) if self._told_apart(found) else climb.rung + 1
+
+    def _told_apart(self, found: Entry) -> bool:
+        return bool(found["poses"] <= self.search_config.hard_poses)
 
     def _climbed(
         self, climb: Climb, rung: Rung, images: ImageSet, keep: Callable[[], None]

@@ -48,13 +48,23 @@ def normalised(images: Tensor, outside: Tensor) -> Tensor:
     # Some megabyte at a time: it is gone through six times.
     step = _images_at_once(images.shape[-1], images.device)
     for raw, target in zip(images.split(step), found.split(step), strict=True):
-        flat, values = raw.flatten(1), target.view(len(raw), -1)
-        torch.sub(flat, (flat @ weight)[:, None], out=values)
-        # What is left of the level after rounding counts where it is large beside the spread.
-        values.sub_((values @ weight)[:, None])
+        values = _take_level_out(raw.flatten(1), weight, target.view(len(raw), -1))
         spread = (values.square() @ weight).sqrt_()
         values.div_(spread.clamp_(min=1e-20)[:, None])
     return found
+
+
+def levelled(images: Tensor, outside: Tensor) -> Tensor:
+    """Images with zero mean outside the particle, their contrast as it was."""
+    flat = images.flatten(1)
+    weight = outside.flatten() / outside.sum()
+    return _take_level_out(flat, weight, torch.empty_like(flat)).view_as(images)
+
+
+def _take_level_out(flat: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+    torch.sub(flat, (flat @ weight)[:, None], out=out)
+    # What is left of the level after rounding counts where it is large beside the spread.
+    return out.sub_((out @ weight)[:, None])
 
 
 @dataclass(frozen=True)

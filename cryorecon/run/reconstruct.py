@@ -16,6 +16,7 @@ from cryorecon.io.particles import Particles
 from cryorecon.physics.ctf import ctf
 from cryorecon.physics.fourier import half_plane, max_band, to_coefficients
 from cryorecon.physics.masks import soft_ball
+from cryorecon.run.load import levelled
 
 _BLOCK = 256
 
@@ -74,7 +75,7 @@ def reconstruct(
     done = 0
     for block in particles.in_file_order(_BLOCK):
         rows = torch.from_numpy(block)
-        images = _levelled(taken_to(torch.from_numpy(particles.images(block)), device), outside)
+        images = levelled(taken_to(torch.from_numpy(particles.images(block)), device), outside)
         optics_there = optics[rows].to(device)
         gain = ctf(plane.frequencies, optics_there, box, particles.pixel_size_angst).float()
         group = torch.zeros(len(rows), dtype=torch.int64, device=device)
@@ -96,12 +97,3 @@ def reconstruct(
 
     halves = None if half is None else (solved(sums[0]), solved(sums[1]))
     return Reconstruction(solved(sums[0].plus(sums[1])), halves)
-
-
-def _levelled(images: Tensor, outside: Tensor) -> Tensor:
-    """Images whose mean is zero where a window, of any scale, is."""
-    flat, weight = images.flatten(1), outside.flatten() / outside.sum()
-    # Twice: what rounding leaves of a level that is large beside the spread counts.
-    for _ in range(2):
-        flat = flat - (flat @ weight)[:, None]
-    return flat.view_as(images)
