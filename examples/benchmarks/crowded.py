@@ -35,11 +35,11 @@ def clean(out: Path, n: int) -> Path:
     return out / "clean"
 
 
-def seen_at(image: np.ndarray, place: Place) -> np.ndarray:
+def seen_at(image: np.ndarray, place: Place, box: int) -> np.ndarray:
     """What a box shows of a particle whose centre lies somewhere, in pixels from its own."""
-    rows, columns = (WIDE // 2 - BOX // 2 - shift for shift in place)
-    padded = np.pad(image, WIDE)
-    return padded[WIDE + rows :, WIDE + columns :][:BOX, :BOX]
+    wide = len(image)
+    rows, columns = (wide + wide // 2 - box // 2 - shift for shift in place)
+    return np.pad(image, wide)[rows : rows + box, columns : columns + box]
 
 
 def places(generator: np.random.Generator, mean: float) -> list[Place]:
@@ -60,11 +60,11 @@ def crowd(source: Path, folder: Path, mean: float, snr: float) -> float:
     folder.mkdir(parents=True, exist_ok=True)
     generator = np.random.default_rng(0)
     wide = np.array(open_stack(source / "particles.mrcs"), np.float32)
-    images, count = np.stack([seen_at(image, (0, 0)) for image in wide]), 0
+    images, count = np.stack([seen_at(image, (0, 0), BOX) for image in wide]), 0
     noise = (images.var() / snr) ** 0.5
     for image in images:
         for place in places(generator, mean):
-            image += seen_at(wide[generator.integers(len(wide))], place)
+            image += seen_at(wide[generator.integers(len(wide))], place, BOX)
             count += 1
     images += noise * generator.standard_normal(images.shape, dtype=np.float32)
     with stack_writer(folder / "particles.mrcs", BOX, PIXEL_SIZE_ANGST) as written:
