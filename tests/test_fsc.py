@@ -15,11 +15,13 @@ import torch
 
 from cryorecon.io.mrc import write_map
 from cryorecon.io.star import read_star
-from cryorecon.maps.fsc import crossing_shell, fsc_curve, resolution_at
-from cryorecon.physics.fourier import fft_centred, ifft_centred, radius_grid
+from cryorecon.maps.fsc import crossing_shell, fsc_curve, masked_fsc, resolution_at
+from cryorecon.physics.fourier import fft_centred, ifft_centred, lowpass, radius_grid
+from cryorecon.physics.masks import soft_ball
 from cryorecon.run.curves import (
     FscCurve,
     fsc_as_dict,
+    read_fsc_star,
     write_fsc_star,
     write_fsc_xml,
     write_json,
@@ -231,3 +233,69 @@ def test_relion_reads_our_star(tmp_path: Path) -> None:
     )  # fmt: skip
     values = [float(word) for word in answer.stdout.split()]
     np.testing.assert_allclose(values, curve.values, atol=1e-6)
+
+
+@pytest.mark.parametrize("level", [0.3, 1.0])
+def test_what_a_tight_mask_brings_is_taken_out(level: float) -> None:
+    """Half maps share nothing beyond shell 8; the mask carries it on to Nyquist."""
+    box, end = 48, 8
+    signal = lowpass(noise(box, 5) * soft_ball(box, 12, 4, 3), end, 3)
+    mask = (lowpass(signal.abs(), end, 3) > 0.3 * signal.abs().max()).float()
+    spread = level * signal.std()
+    first, second = (signal + spread * noise(box, seed) for seed in (6, 7))
+    found = masked_fsc(first, second, mask, torch.Generator().manual_seed(0))
+    beyond = slice(end + 4, None)
+    assert float(found.masked[beyond].mean()) > 0.25
+    assert abs(float(found.corrected[beyond].mean())) < 0.06
+    assert float(found.corrected[1 : end - 1].min()) > 0.7
+    torch.testing.assert_close(found.masked, fsc_curve(first, second, mask))
+    torch.testing.assert_close(found.unmasked, fsc_curve(first, second))
+    assert float((found.corrected - found.masked).max()) <= 0
+
+
+def test_a_wide_mask_brings_nothing_and_like_maps_stay_alike() -> None:
+    volume, ball = noise(32, 0), soft_ball(32, 12, 4, 3)
+    generator = torch.Generator().manual_seed(0)
+    same = masked_fsc(volume, volume, ball, generator)
+    torch.testing.assert_close(same.corrected, torch.ones(17, dtype=torch.float64))
+    other = masked_fsc(volume, volume + noise(32, 1), torch.ones(32, 32, 32), generator)
+    assert float((other.corrected - other.masked).abs()[4:].max()) < 0.1
+
+
+def test_masked_curve_is_written_with_its_parts_and_read_back(tmp_path: Path) -> None:
+    maps = noise(32, 0), noise(32, 0) + noise(32, 1)
+    parts = masked_fsc(*maps, soft_ball(32, 10, 3, 3), torch.Generator().manual_seed(0))
+    curve = FscCurve(parts.corrected, 32, 1.5, "these", "ball.mrc", parts=parts)
+    write_fsc_star(tmp_path / "fsc.star", curve)
+    table = read_star(tmp_path / "fsc.star")["fsc"]
+    assert list(table)[3:] == [
+        "rlnFourierShellCorrelationCorrected",
+        "rlnFourierShellCorrelationUnmaskedMaps",
+        "rlnFourierShellCorrelationMaskedMaps",
+        "rlnCorrectedFourierShellCorrelationPhaseRandomizedMaskedMaps",
+    ]
+    found = read_fsc_star(tmp_path / "fsc.star", 32, 1.5)
+    assert (found.mask, found.conditions) == ("ball.mrc", curve.conditions)
+    assert "its effect taken out" in found.conditions
+    assert found.parts is not None
+    for name, values in vars(parts).items():
+        torch.testing.assert_close(getattr(found.parts, name), values, atol=1e-6, rtol=0)
+    assert fsc_as_dict(curve)["shells"][12]["randomised"] == float(parts.randomised[12])
+
+
+@pytest.mark.skipif(shutil.which("relion_postprocess") is None, reason="RELION not installed")
+def test_relion_takes_out_as_much(tmp_path: Path) -> None:
+    box, mask = 48, soft_ball(48, 14, 3, 3).float()
+    signal = lowpass(noise(box, 5) * soft_ball(box, 10, 4, 3), 8, 3)
+    halves = [signal + 0.5 * signal.std() * noise(box, seed) for seed in (6, 7)]
+    names = [f"x_half{number}_class001_unfil.mrc" for number in (1, 2)]
+    for name, volume in zip([*names, "mask.mrc"], [*halves, mask], strict=True):
+        write_map(tmp_path / name, volume.float().numpy(), 1.5)
+    words = ["relion_postprocess", "--i", names[0], "--mask", "mask.mrc", "--angpix", "1.5"]
+    (tmp_path / "pp").mkdir()  # Else it cannot write its pictures.
+    subprocess.run([*words, "--o", "pp"], cwd=tmp_path, check=True, capture_output=True)
+    theirs = read_star(tmp_path / "pp.star")["fsc"]["rlnFourierShellCorrelationCorrected"]
+    found = masked_fsc(*halves, mask, torch.Generator().manual_seed(0))
+    # Random phases differ; shells of many coefficients hardly do.
+    wanted = theirs.astype(float).to_numpy()[: box // 2 + 1]
+    np.testing.assert_allclose(found.corrected[5:24], wanted[5:24], atol=0.12)

@@ -115,6 +115,9 @@ class ImageSet:
         Where each lies on disk among all; None if they are in that order.
     stored_box : int, optional
         Samples a side of the images on disk, from which batches are read; None if as the plane's.
+    spread : float
+        Mean of what images were divided by when they were normalised: maps times this are on the
+        scale of the images before.
     """
 
     plane: HalfPlane
@@ -127,6 +130,7 @@ class ImageSet:
     total: int = 0
     place: Tensor | None = None
     stored_box: int | None = None
+    spread: float = 1.0
 
     def __len__(self) -> int:
         return len(self.rows)

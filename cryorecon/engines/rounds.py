@@ -30,6 +30,7 @@ from cryorecon.engines.rivals import Doubt
 from cryorecon.engines.shrinking import ShrinkingBatch, at_once
 from cryorecon.image_table import ROWS, kept
 from cryorecon.physics.fourier import HalfPlane, max_band
+from cryorecon.physics.imaging import pooled_spectra
 from cryorecon.physics.masks import molecule_mask
 from cryorecon.physics.pose_derivatives import Derivatives, derivatives
 from cryorecon.physics.rotations import geodesic_distance_deg
@@ -238,8 +239,9 @@ class _Learned:
         """Replace the noise spectra where the round measured them; adjust the scales."""
         images.ranks.add_up(self.power, self.count)
         if self.config.update_noise:
-            measured = self.power / self.count.clamp(min=1)
-            images.noise_power.copy_(torch.where(self.count > 0, measured, images.noise_power))
+            known = self.count.sum(0) > 0
+            measured = pooled_spectra(self.power, self.count)
+            images.noise_power.copy_(torch.where(known, measured, images.noise_power))
         if self.config.update_scale:
             own = self.scales[images.mine(self.everyone)]
             (self.scales,) = images.everyones(self.everyone, own)

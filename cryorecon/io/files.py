@@ -71,6 +71,9 @@ def _reason(error: OSError) -> str:
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a temporary name beside `path`; rename it to `path` on success, else remove it.
 
+    What was written is on the disk before it takes the name, so that a power cut leaves either the
+    old file or the new one.
+
     Raises
     ------
     CryoreconError
@@ -84,6 +87,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
+        _on_disk(temporary)
         os.replace(temporary, path)
     except OSError as error:
         full = error.errno in (None, errno.ENOSPC, errno.EDQUOT)
@@ -94,3 +98,17 @@ def replacing(path: str | Path) -> Iterator[Path]:
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _on_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_unfinished(path: Path) -> None:
+    """Remove what processes that were killed had written of a file that nobody else writes now."""
+    for left in path.parent.glob(f".{path.stem}*{path.suffix}.*.tmp"):
+        left.unlink(missing_ok=True)

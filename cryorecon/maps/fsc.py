@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from cryorecon.conventions import shell_to_angst
-from cryorecon.physics.fourier import fft_centred, radius_grid, shell_sums
+from cryorecon.physics.fourier import fft_centred, ifft_centred, radius_grid, shell_sums
+
+# Phases are random from the first shell on where unmasked maps agree by less, as
+# relion_postprocess has it; so many shells more are left as they are, which the mask mixes.
+_RANDOM_BELOW, _MIXED = 0.8, 2
+_TRIALS = 3
+# Of an agreement that the mask brings, what can be taken out at most: beyond it nothing is told.
+_CERTAIN = 0.999
 
 
 def fsc_curve(first: Tensor, second: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -47,6 +56,72 @@ def fsc_curve(first: Tensor, second: Tensor, mask: Tensor | None = None) -> Tens
     norm = (power_f * power_g).sqrt().clamp(min=1e-300)
     curve = torch.where(empty, torch.zeros_like(cross), cross / norm)
     return curve[: box // 2 + 1]
+
+
+@dataclass(frozen=True)
+class MaskedFsc:
+    """What a mask does to the agreement of two maps; all curves of shape (N // 2 + 1,), float64.
+
+    Attributes
+    ----------
+    corrected : Tensor
+        With what the mask brings taken out.
+    unmasked, masked : Tensor
+    randomised : Tensor
+        Of the masked maps, their phases random where the unmasked ones agree little: what the mask
+        brings by itself; 0 in the shells before.
+    """
+
+    corrected: Tensor
+    unmasked: Tensor
+    masked: Tensor
+    randomised: Tensor
+
+
+def masked_fsc(
+    first: Tensor, second: Tensor, mask: Tensor, generator: torch.Generator
+) -> MaskedFsc:
+    """Fourier shell correlation of two maps inside a mask, without what the mask brings.
+
+    Both maps wear the same mask, whose edge carries what they share in coarse shells into finer
+    ones. Maps with random phases in the finer shells share nothing there: what they agree by is
+    taken out, ``(F - R) / (1 - R)`` (Chen et al. 2013).
+
+    Parameters
+    ----------
+    first, second : Tensor, shape (N, N, N), real
+    mask : Tensor, shape (N, N, N)
+        0 to 1.
+    generator : torch.Generator
+        On the CPU.
+    """
+    unmasked, masked = fsc_curve(first, second), fsc_curve(first, second, mask)
+    randomised = torch.zeros_like(masked)
+    below = torch.nonzero(unmasked[1:] < _RANDOM_BELOW)
+    if len(below):
+        begin = int(below[0]) + 1
+        for _ in range(_TRIALS):
+            one, other = (_random_phases(volume, begin, generator) for volume in (first, second))
+            randomised += fsc_curve(one, other, mask) / _TRIALS
+        randomised[: begin + _MIXED] = 0
+    return MaskedFsc(without_mask_effect(masked, randomised), unmasked, masked, randomised)
+
+
+def without_mask_effect(masked: Tensor, randomised: Tensor) -> Tensor:
+    """``(F - R) / (1 - R)``, no less than -1."""
+    brought = randomised.clamp(0, _CERTAIN)
+    return ((masked - brought) / (1 - brought)).clamp(min=-1)
+
+
+def _random_phases(volume: Tensor, begin: int, generator: torch.Generator) -> Tensor:
+    """A map with random phases from a shell on, amplitudes as they are."""
+    white = torch.randn(volume.shape, generator=generator, dtype=torch.float32).to(volume.device)
+    turns = fft_centred(white, 3)
+    turns /= turns.abs().clamp(min=1e-30)
+    found = fft_centred(volume.float(), 3)
+    inside = radius_grid(len(volume), 3, volume.device) < begin - 0.5
+    # A coefficient and its opposite have opposite phases, so that the map stays real.
+    return ifft_centred(torch.where(inside, found, found.abs() * turns), 3).real
 
 
 def crossing_shell(curve: Tensor, threshold: float) -> float:

@@ -22,6 +22,9 @@ from cryorecon.physics.fourier import (
 from cryorecon.physics.masks import soft_ball
 from cryorecon.physics.projection import Transform, extract_slices, padded_transform
 
+# Coefficients that all images' spectrum, and their level, count as beside a group's own.
+_SPECTRUM_COUNTS, _LEVEL_COUNTS = 1000.0, 10_000.0
+
 
 def predict(
     transform: Transform,
@@ -153,6 +156,42 @@ def _power_outside(images: Tensor, radius_px: float, plane: HalfPlane) -> Tensor
     level = (images * outside).sum((-2, -1), keepdim=True) / outside.sum()
     power = to_coefficients((images - level) * outside, plane).abs() ** 2
     return power * (box**2 / (outside**2).sum())
+
+
+def coefficients_by_shell(plane: HalfPlane) -> Tensor:
+    """How many coefficients each shell of a half plane has, shape (n_shells,), on its device."""
+    ones = torch.ones(len(plane), device=plane.shell.device)
+    return shell_sums(ones, plane.shell, plane.n_shells)
+
+
+def pooled_spectra(power: Tensor, count: Tensor) -> Tensor:
+    """Noise spectra of optics groups, a small one's mostly that of all images at its own level.
+
+    A few images tell a level, but no spectrum; and maps that follow them make what they leave
+    unexplained less, so that they would weigh more from round to round. Each shell of a group
+    counts as many coefficients as it has, and 1,000 of the spectrum of all groups together at the
+    group's level; its level counts its coefficients, and 10,000 that have the level of all.
+
+    Parameters
+    ----------
+    power : Tensor, shape (groups, n_shells), real
+        Sums of squared moduli.
+    count : Tensor, shape (groups, n_shells), real
+        Coefficients in each sum.
+
+    Returns
+    -------
+    Tensor, shape (groups, n_shells)
+        Means; of one group alone its own. 0 in shells that no group has.
+    """
+    everyone = power.sum(0) / count.sum(0).clamp(min=1)
+    if int((count.sum(1) > 0).sum()) == 1:
+        return torch.where(count > 0, power / count.clamp(min=1), everyone)
+    # Every coefficient in units of the noise of all: shells of little power count alike.
+    relative = (power / everyone.clamp(min=1e-30)).sum(1, keepdim=True)
+    total = count.sum(1, keepdim=True)
+    level = (relative + _LEVEL_COUNTS) / (total + _LEVEL_COUNTS)
+    return (power + _SPECTRUM_COUNTS * level * everyone) / (count + _SPECTRUM_COUNTS)
 
 
 def shell_means(values: Tensor, plane: HalfPlane) -> Tensor:

@@ -32,7 +32,9 @@ from cryorecon.run.load import load_observations
 from cryorecon.run.report.page import report_at_end
 from cryorecon.run.results import (
     joint_map,
+    recorded_scale,
     report_offsets,
+    scaled,
     size_text,
     write_first_poses,
     write_in_full,
@@ -90,6 +92,7 @@ def _run(job: Job, ready: Prepared, options: AbinitioOptions) -> None:
     _set_contrast(job, images, config, options.contrast)
     half = half_sets(particles, generator, job.say)
     stages = _stages(job, config, generator, pixel, options, particles)
+    factor = recorded_scale(images, particles)
 
     def without_symmetry() -> Reconstruction:
         state = _reconstruct(stages, images, half, rows, options, particles)
@@ -101,7 +104,7 @@ def _run(job: Job, ready: Prepared, options: AbinitioOptions) -> None:
     def in_c1() -> Reconstruction:
         state = without_symmetry()
         if job.writes:
-            write_in_full(job, "initial_model_C1.mrc", joint_map(state), particles)
+            write_in_full(job, "initial_model_C1.mrc", joint_map(state) * factor, particles)
         return state
 
     if len(point_group(options.symmetry)) > 1:
@@ -109,8 +112,8 @@ def _run(job: Job, ready: Prepared, options: AbinitioOptions) -> None:
     else:
         state = without_symmetry()
     if job.writes:
-        scales = stages.scale_maps(joint_map(state))
-        write_results(job, particles, state, scales, options.halves, config)
+        scales = [volume * factor for volume in stages.scale_maps(joint_map(state))]
+        write_results(job, particles, scaled(state, factor), scales, options.halves, config)
         report_at_end(job, particles.as_stored())
 
 

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from cryorecon import __version__
 from cryorecon.errors import CryoreconError
-from cryorecon.io.files import replacing
+from cryorecon.io.files import remove_unfinished, replacing
 from cryorecon.ranks import ALONE, Ranks
 from cryorecon.run.stopping import Stop, StoppedError
 
 NAME = "checkpoint.pt"
-_FORMAT = 5
+_FORMAT = 6
 # Work between two checkpoints within a stage, and its least multiple of the time one takes.
 _EVERY_S = 20.0
 _TIMES_ITS_COST = 60.0
@@ -95,12 +95,20 @@ class Checkpoint:
         self._due = time.monotonic() + _EVERY_S
         self._is_team = False
         self._entries: dict[str, Entry] = {}
-        if resume:
-            for part in (path, self._of_team(1)):
-                self._entries |= _read(part) if part.exists() else {}
-        elif ranks.first:
-            self.remove()
+        # How often each part was kept: of two files that hold it, the later one counts.
+        self._counts: dict[str, int] = {}
+        for file in (path, self._of_team(1)) if resume else ():
+            self._take_later(*_read(file) if file.exists() else ({}, {}))
+        if ranks.first:
+            remove_unfinished(path)
+            if not resume:
+                self.remove()
         ranks.wait()
+
+    def _take_later(self, entries: dict[str, Entry], counts: dict[str, int]) -> None:
+        for part, entry in entries.items():
+            if part not in self._entries or counts.get(part, 0) > self._counts.get(part, 0):
+                self._entries[part], self._counts[part] = entry, counts.get(part, 0)
 
     def get(self, part: str) -> Entry | None:
         """Where a part stands; None if it has not begun."""
@@ -138,6 +146,7 @@ class Checkpoint:
         late = self.ranks.first and time.monotonic() >= self._due
         if not (force or self.stop.asked or late):
             return
+        self.stop.in_time()
         if self.ranks.first:
             self._put(part, on_cpu(pack()), hold=hold)
         if self.stop.asked:
@@ -151,7 +160,7 @@ class Checkpoint:
         """
         team = copy.copy(self)
         team.path, team.ranks, team._is_team = self._of_team(number), ranks, True
-        team._entries = dict(self._entries)
+        team._entries, team._counts = dict(self._entries), dict(self._counts)
         return team
 
     def _of_team(self, number: int) -> Path:
@@ -161,6 +170,7 @@ class Checkpoint:
         start = time.monotonic()
         _refuse_broken(part, entry)
         self._entries.pop(part, None)
+        self._counts[part] = self._counts.get(part, 0) + 1
         self._write({**self._entries, part: entry})
         if hold:
             self._entries[part] = frozen(entry)
@@ -184,7 +194,8 @@ class Checkpoint:
             self._of_team(number).unlink(missing_ok=True)
 
     def _write(self, entries: dict[str, Entry]) -> None:
-        whole = {"format": _FORMAT, "program": f"cryorecon {__version__}", "parts": entries}
+        whole = {"format": _FORMAT, "program": f"cryorecon {__version__}"}
+        whole |= {"parts": entries, "counts": self._counts}
         with replacing(self.path) as temporary:
             try:
                 torch.save(whole, temporary)
@@ -193,13 +204,13 @@ class Checkpoint:
                 raise OSError(None, f"{error}".splitlines()[0]) from error
 
 
-def _read(path: Path) -> dict[str, Entry]:
+def _read(path: Path) -> tuple[dict[str, Entry], dict[str, int]]:
     remedy = "Start anew with --overwrite"
     try:
         whole = torch.load(path, map_location="cpu", weights_only=True)
         if whole["format"] != _FORMAT:
             raise CryoreconError(f"{path} is of another version, {whole['program']}", remedy)
-        return whole["parts"]
+        return whole["parts"], whole["counts"]
     except CryoreconError:
         raise
     except Exception as error:  # Whatever reading a damaged file leads to.

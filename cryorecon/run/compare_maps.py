@@ -12,7 +12,7 @@ from torch import Tensor
 from cryorecon.errors import CryoreconError
 from cryorecon.io.mrc import Map, read_map
 from cryorecon.maps.align import Alignment, align_maps, apply_alignment
-from cryorecon.maps.fsc import fsc_curve
+from cryorecon.maps.fsc import fsc_curve, masked_fsc
 from cryorecon.physics.rotations import log_map
 from cryorecon.run.curves import FscCurve, fsc_as_dict, matrix_as_list
 
@@ -57,7 +57,7 @@ def compare_maps(
 ) -> MapComparison:
     """Measure the FSC of two maps; with `align`, the first is moved onto the second before.
 
-    The mask lies in the frame of the second map.
+    The mask lies in the frame of the second map; what it brings is taken out.
 
     Raises
     ------
@@ -78,13 +78,18 @@ def compare_maps(
     if align:
         alignment = align_maps(moving, reference, second.pixel_size_angst)
         moving = apply_alignment(moving, alignment)
+    parts = None
+    if mask is not None:
+        # The same maps give the same curve.
+        parts = masked_fsc(moving, reference, mask, torch.Generator().manual_seed(0))
     curve = FscCurve(
-        fsc_curve(moving, reference, mask),
+        fsc_curve(moving, reference) if parts is None else parts.corrected,
         box=len(reference),
         pixel_size_angst=second.pixel_size_angst,
         maps=f"{first_path.name} and {second_path.name}",
         mask=None if mask_path is None else mask_path.name,
         aligned=align,
+        parts=parts,
     )
     return MapComparison(curve, alignment, moving)
 

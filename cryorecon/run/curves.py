@@ -23,12 +23,23 @@ from cryorecon.conventions import shell_to_angst
 from cryorecon.errors import CryoreconError
 from cryorecon.io.files import replacing
 from cryorecon.io.star import numbers, read_star
-from cryorecon.maps.fsc import crossing_shell, resolution_at
+from cryorecon.maps.fsc import MaskedFsc, crossing_shell, resolution_at
 
 # RELION writes the origin of reciprocal space, whose resolution is infinite, as 999 angstrom.
 _INFINITE_ANGST = 999.0
 THRESHOLDS = (0.5, 0.143)
-_CONDITIONS = re.compile(r"# cryorecon; FSC of (.*); (?:no mask|mask (.*)), maps (not )?aligned")
+_TAKEN_OUT = " (its effect taken out)"
+_CONDITIONS = re.compile(
+    rf"# cryorecon; FSC of (.*); (?:no mask|mask (.*?)(?:{re.escape(_TAKEN_OUT)})?), "
+    r"maps (not )?aligned"
+)
+# RELION's columns of a curve inside a mask: what resolutions are read off first.
+_MASKED_LABELS = {
+    "corrected": "rlnFourierShellCorrelationCorrected",
+    "unmasked": "rlnFourierShellCorrelationUnmaskedMaps",
+    "masked": "rlnFourierShellCorrelationMaskedMaps",
+    "randomised": "rlnCorrectedFourierShellCorrelationPhaseRandomizedMaskedMaps",
+}
 
 
 @dataclass(frozen=True)
@@ -49,6 +60,8 @@ class FscCurve:
         Name of the mask that both maps were multiplied with.
     aligned : bool
         Whether one map was moved onto the other first.
+    parts : MaskedFsc, optional
+        Where `values` are without what the mask brings: what they were made of.
     """
 
     values: Tensor
@@ -57,11 +70,13 @@ class FscCurve:
     maps: str
     mask: str | None = None
     aligned: bool = False
+    parts: MaskedFsc | None = None
 
     @property
     def conditions(self) -> str:
         """Mask and alignment in words."""
         mask = f"mask {self.mask}" if self.mask else "no mask"
+        mask += _TAKEN_OUT if self.parts is not None else ""
         return f"{mask}, maps {'aligned first' if self.aligned else 'not aligned'}"
 
     def resolution_angst(self, threshold: float) -> float:
@@ -86,7 +101,8 @@ class FscCurve:
 def write_fsc_star(path: str | Path, curve: FscCurve, threshold: float = 0.143) -> None:
     """Write ``data_general`` and ``data_fsc`` with RELION's labels.
 
-    A masked curve stands under ``rlnFourierShellCorrelationMaskedMaps``, an unmasked one under
+    A curve inside a mask stands under ``rlnFourierShellCorrelationCorrected`` with its parts, or,
+    where these are not known, under ``rlnFourierShellCorrelationMaskedMaps``; an unmasked one under
     ``rlnFourierShellCorrelationUnmaskedMaps``. ``rlnFinalResolution`` is 999 when the curve is
     below the threshold from the first shell on.
 
@@ -100,15 +116,13 @@ def write_fsc_star(path: str | Path, curve: FscCurve, threshold: float = 0.143) 
     if curve.mask:
         # RELION takes a value up to the next blank, quotes or not.
         general.append(f"_rlnMaskName {curve.mask.replace(' ', '_')}")
-    labels = [
-        "rlnSpectralIndex",
-        "rlnResolution",
-        "rlnAngstromResolution",
-        f"rlnFourierShellCorrelation{'Masked' if curve.mask else 'Unmasked'}Maps",
-    ]
+    columns = _columns(curve)
+    labels = ["rlnSpectralIndex", "rlnResolution", "rlnAngstromResolution", *columns]
+    values = zip(curve.shells_angst(), *columns.values(), strict=True)
     rows = [
-        f"{shell:12d} {1 / _finite(angst):12.6f} {_finite(angst):12.6f} {float(value):12.6f}"
-        for shell, (angst, value) in enumerate(zip(curve.shells_angst(), curve.values, strict=True))
+        f"{shell:12d} {1 / _finite(angst):12.6f} {_finite(angst):12.6f} "
+        + " ".join(f"{float(value):12.6f}" for value in at_shell)
+        for shell, (angst, *at_shell) in enumerate(values)
     ]
     lines = [
         f"# cryorecon; FSC of {curve.maps}; {curve.conditions}",
@@ -120,6 +134,14 @@ def write_fsc_star(path: str | Path, curve: FscCurve, threshold: float = 0.143) 
         *rows,
     ]
     _write_text(path, "\n".join(lines) + "\n\n")
+
+
+def _columns(curve: FscCurve) -> dict[str, Tensor]:
+    """RELION's names of a curve and of what it was made of."""
+    if curve.parts is not None:
+        return {label: getattr(curve.parts, name) for name, label in _MASKED_LABELS.items()}
+    name = "masked" if curve.mask else "unmasked"
+    return {_MASKED_LABELS[name]: curve.values}  # noqa: PD011
 
 
 def read_fsc_star(path: str | Path, box: int, pixel_size_angst: float) -> FscCurve:
@@ -152,11 +174,15 @@ def read_fsc_star(path: str | Path, box: int, pixel_size_angst: float) -> FscCur
             "Keep one job's files in a directory: this one is of another box",
         )
     values = torch.from_numpy(numbers(path, table, columns[0]))
+    parts = None
+    if set(_MASKED_LABELS.values()) <= set(table):
+        found = {k: torch.from_numpy(numbers(path, table, v)) for k, v in _MASKED_LABELS.items()}
+        values, parts = found["corrected"], MaskedFsc(**found)
     with Path(path).open(encoding="utf-8") as file:
         told = _CONDITIONS.match(next(file))
     if told is None:
-        return FscCurve(values, box, pixel_size_angst, f"maps of {Path(path).name}")
-    return FscCurve(values, box, pixel_size_angst, told[1], told[2], told[3] is None)
+        return FscCurve(values, box, pixel_size_angst, f"maps of {Path(path).name}", parts=parts)
+    return FscCurve(values, box, pixel_size_angst, told[1], told[2], told[3] is None, parts)
 
 
 def _as_wide(path: str | Path, table: pd.DataFrame, side_angst: float) -> bool:
@@ -193,12 +219,19 @@ def fsc_as_dict(curve: FscCurve) -> dict[str, object]:
             for threshold in THRESHOLDS
         },
         "shells": [
-            {"shell": shell, "resolution_angst": _or_none(angst), "fsc": float(value)}
-            for shell, (angst, value) in enumerate(
-                zip(curve.shells_angst(), curve.values, strict=True)
-            )
+            {"shell": shell, "resolution_angst": _or_none(angst), **_at_shell(curve, shell)}
+            for shell, angst in enumerate(curve.shells_angst())
         ],
     }
+
+
+def _at_shell(curve: FscCurve, shell: int) -> dict[str, float]:
+    """The curve at a shell, and what it was made of there."""
+    found = {"fsc": float(curve.values[shell])}  # noqa: PD011
+    if curve.parts is not None:
+        names = ("unmasked", "masked", "randomised")
+        found |= {name: float(getattr(curve.parts, name)[shell]) for name in names}
+    return found
 
 
 def write_json(path: str | Path, data: Mapping[str, object]) -> None:

@@ -19,7 +19,11 @@ from cryorecon.io.particles import Particles
 from cryorecon.io.read_ahead import ReadAhead
 from cryorecon.physics.ctf import CtfParameters, ctf
 from cryorecon.physics.fourier import HalfPlane, half_plane, to_coefficients
-from cryorecon.physics.imaging import noise_power_outside
+from cryorecon.physics.imaging import (
+    coefficients_by_shell,
+    noise_power_outside,
+    pooled_spectra,
+)
 from cryorecon.physics.masks import soft_ball
 from cryorecon.physics.resampling import downsample_images
 from cryorecon.ranks import ALONE, Ranks
@@ -43,15 +47,21 @@ _NOISE_IMAGES = 20_000
 
 def normalised(images: Tensor, outside: Tensor) -> Tensor:
     """Images with zero mean and unit standard deviation outside the particle."""
+    return _normalised(images, outside)[0]
+
+
+def _normalised(images: Tensor, outside: Tensor) -> tuple[Tensor, Tensor]:
+    """The same, and what each was divided by, shape (b,)."""
     weight = outside.flatten() / outside.sum()
-    found = torch.empty_like(images)
+    found, spreads = torch.empty_like(images), images.new_empty(len(images))
     # Some megabyte at a time: it is gone through six times.
     step = _images_at_once(images.shape[-1], images.device)
-    for raw, target in zip(images.split(step), found.split(step), strict=True):
+    parts = zip(images.split(step), found.split(step), spreads.split(step), strict=True)
+    for raw, target, spread in parts:
         values = _take_level_out(raw.flatten(1), weight, target.view(len(raw), -1))
-        spread = (values.square() @ weight).sqrt_()
-        values.div_(spread.clamp_(min=1e-20)[:, None])
-    return found
+        torch.sqrt(values.square() @ weight, out=spread).clamp_(min=1e-20)
+        values.div_(spread[:, None])
+    return found, spreads
 
 
 def levelled(images: Tensor, outside: Tensor) -> Tensor:
@@ -102,10 +112,13 @@ class _FromDisk:
             gain[some] = self.ctf(rows[some], count)
         return coefficients, gain
 
-    def images(self, rows: Tensor, following: Tensor) -> Tensor:
-        """Normalised images of some rows, shape (b, N, N), while the following ones are read."""
+    def images(self, rows: Tensor, following: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised images of some rows, shape (b, N, N), while the following ones are read.
+
+        And what they were divided by, shape (b,).
+        """
         self.expect(following)
-        return normalised(self._taken(self._raw(rows)), self.outside)
+        return _normalised(self._taken(self._raw(rows)), self.outside)
 
     def _taken(self, raw: Tensor) -> Tensor:
         """Images from disk on the device, in the box that is worked in."""
@@ -222,7 +235,8 @@ def load_observations(
     """Read all images in file order and measure their noise; keep what fits into memory.
 
     Each image gets zero mean and unit variance outside the particle; the noise spectrum of each
-    optics group is the mean power out there, over about 20,000 images spread over the stack.
+    optics group is the mean power out there, over about 20,000 images spread over the stack; that
+    of a small group mostly all groups' (see :func:`pooled_spectra`).
 
     Parameters
     ----------
@@ -255,7 +269,7 @@ def load_observations(
     group = torch.from_numpy(particles.optics_index()).int()
     heard = _spread(group)
     power = torch.zeros(int(group.max()) + 1, plane.n_shells, device=device)
-    done = 0
+    done, spread = 0, torch.zeros(1, dtype=torch.float64, device=device)
     for rows, following in with_next(_mine(particles, first, end)):
         done += len(rows)
         if progress is not None:
@@ -263,20 +277,24 @@ def load_observations(
         rows, following = (r if store else r[heard[r]] for r in (rows, following))
         if len(rows) == 0:
             continue
-        images = disk.images(rows, following)
+        images, spreads = disk.images(rows, following)
         if store:
             store.put(rows, images)
         useful = torch.nonzero(heard[rows])[:, 0]
+        spread += rows_of(spreads, useful).double().sum()
         for number in group[rows[useful]].unique().tolist():
             of_group = rows_of(images, useful[group[rows[useful]] == number])
             power[number] += noise_power_outside(of_group, radius_px, plane) * len(of_group)
-    ranks.add_up(power)
-    counts = torch.bincount(group[heard], minlength=len(power)).clamp(min=1).to(device)
+    ranks.add_up(power, spread)
+    counts = torch.bincount(group[heard], minlength=len(power)).to(device)
+    heard_of = counts[:, None] * coefficients_by_shell(plane)
+    noise = pooled_spectra(power * coefficients_by_shell(plane), heard_of)
     source: Source = store or disk
-    rows, noise = torch.arange(n, dtype=torch.int32), power / counts[:, None]
+    rows = torch.arange(n, dtype=torch.int32)
     # Batches of images in memory are not limited by what they are on disk.
     apart = ranks, n, _place(particles), None if store else particles.stored_box
-    return ImageSet(plane, source, noise, group, torch.ones(n), rows, *apart)
+    spread_of_one = float(spread) / int(heard.sum())
+    return ImageSet(plane, source, noise, group, torch.ones(n), rows, *apart, spread_of_one)
 
 
 def place_to_hold(
@@ -317,10 +335,10 @@ def _place(particles: Particles) -> Tensor | None:
 def _spread(group: Tensor) -> Tensor:
     """Which images noise is measured on: every k-th of each optics group; shape (n,), bool."""
     heard = torch.zeros(len(group), dtype=torch.bool)
-    n_groups = int(group.max()) + 1
-    for number in range(n_groups):
+    numbers = group.unique()
+    for number in numbers:
         rows = torch.nonzero(group == number)[:, 0]
-        heard[rows[:: max(1, -(-len(rows) * n_groups // _NOISE_IMAGES))]] = True
+        heard[rows[:: max(1, -(-len(rows) * len(numbers) // _NOISE_IMAGES))]] = True
     return heard
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from cryorecon.conventions import matrix_to_euler
+from cryorecon.engines.observations import ImageSet
 from cryorecon.engines.reconstruction import Reconstruction, RefineConfig
 from cryorecon.io.mrc import write_map
 from cryorecon.io.particles import Particles
-from cryorecon.maps.fsc import crossing_shell
+from cryorecon.maps.fsc import MaskedFsc, crossing_shell, masked_fsc, without_mask_effect
 from cryorecon.physics.fourier import max_band
 from cryorecon.physics.masks import solvent_mask
 from cryorecon.physics.resampling import resample_volume
@@ -40,6 +43,21 @@ def size_text(particles: Particles) -> str:
         return stored
     pixel = particles.pixel_size_angst
     return f"{stored}, Fourier cropped to {particles.box} px at {pixel:g} A (see --box)"
+
+
+def recorded_scale(images: ImageSet, particles: Particles) -> float:
+    """Factor that brings maps onto the scale of the images on disk, in whose box they are written.
+
+    Their projections, with CTF, are then what the images show: images were divided by their noise
+    when they were normalised, and a finer grid has more voxels along each line.
+    """
+    return images.spread * particles.box / particles.stored_box
+
+
+def scaled(state: Reconstruction, factor: float) -> Reconstruction:
+    """The same with all its maps times a factor."""
+    maps, halves = ([volume * factor for volume in some] for some in (state.maps, state.halves))
+    return replace(state, maps=maps, halves=halves)
 
 
 def in_full(volume: Tensor, particles: Particles) -> Tensor:
@@ -168,15 +186,25 @@ def write_results(
         job.say(f"{job.path(name)}")
 
 
+def _masked_parts(state: Reconstruction) -> MaskedFsc:
+    """The half maps' FSC, without what the sphere brings, nor what aligning noise would."""
+    worn = state.support.on(state.halves[0].shape[-1], device=state.halves[0].device)
+    one, other = state.halves
+    found = masked_fsc(one, other, worn, torch.Generator().manual_seed(0))
+    found = MaskedFsc(**{name: curve.cpu() for name, curve in vars(found).items()})
+    corrected = without_mask_effect(state.fsc.to(found.masked), found.randomised)
+    return replace(found, corrected=corrected, masked=state.fsc)
+
+
 def _write_halves(job: Job, state: Reconstruction, particles: Particles, label: str) -> None:
     box, pixel = particles.box, particles.pixel_size_angst
     for number, volume in enumerate(state.halves, 1):
         write_in_full(job, f"run_half{number}_class001_unfil.mrc", volume, particles)
-    aligned = label == _HALVES_LABEL["independent"]
+    aligned, parts = label == _HALVES_LABEL["independent"], _masked_parts(state)
     mask = "soft sphere of the diameter"
     if state.support.mask is not None:
         mask += " times --mask"
-    curve = FscCurve(state.fsc, box, pixel, label, mask, aligned)
+    curve = FscCurve(parts.corrected, box, pixel, label, mask, aligned, parts)
     write_fsc_star(job.path("fsc.star"), curve)
     write_fsc_xml(job.path("fsc.xml"), curve)
     save_figure(fsc_figure({label: curve}), job.path("fsc.png"))

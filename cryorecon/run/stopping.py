@@ -67,6 +67,11 @@ class Stop:
         if self._grace_s is not None:
             signal.setitimer(signal.ITIMER_REAL, self._grace_s)
 
+    def in_time(self) -> None:
+        """A point worth keeping was reached: take as long as writing it needs."""
+        if self.asked and threading.current_thread() is threading.main_thread():
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
     def poll(self) -> None:
         """Look for RELION's file, at most once a second."""
         if self._file is None or self.asked or time.monotonic() - self._polled < _POLL_S:
