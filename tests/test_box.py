@@ -17,7 +17,7 @@ from cryorecon.io.read_ahead import ReadAhead
 from cryorecon.io.relion_dialects import relion30
 from cryorecon.io.star import read_star, write_star
 from cryorecon.maps.agreement import map_agreement
-from cryorecon.physics.fourier import crop_or_pad_centred, fft_centred
+from cryorecon.physics.fourier import crop_or_pad_centred, fft_centred, radius_grid
 from cryorecon.physics.masks import soft_ball
 from cryorecon.physics.resampling import downsample_images, resample_volume
 from cryorecon.run import abinitio_input as job
@@ -134,6 +134,8 @@ def test_a_job_finds_what_it_finds_in_a_stack_that_was_cropped_before(
     ours = read_particles(tmp_path / "here" / "run_data.star", few.parent)
     theirs = read_particles(tmp_path / "there" / "run_data.star", cropped_before.parent)
     np.testing.assert_allclose(ours.euler_deg(), theirs.euler_deg(), atol=0.1)
+    assert np.abs(ours.origins_angst()).max() > 1
+    np.testing.assert_allclose(ours.origins_angst(), theirs.origins_angst(), atol=0.05)
     mask = read_map(tmp_path / "here" / "initial_model_mask.mrc").data
     assert mask.shape == (BOX,) * 3
     assert 0 == mask.min() < mask.max() <= 1
@@ -143,9 +145,35 @@ def test_a_job_finds_what_it_finds_in_a_stack_that_was_cropped_before(
         found, wanted = (read_map(tmp_path / n / f"{name}.mrc") for n in ("here", "there"))
         assert found.data.shape == (BOX,) * 3
         assert found.pixel_size_angst == pytest.approx(PIXEL)
-        values = resample_volume(torch.from_numpy(found.data), SMALL)
+        # A line of sight has more voxels in a finer grid.
+        values = resample_volume(torch.from_numpy(found.data), SMALL) * (BOX / SMALL)
         high = float(np.abs(wanted.data).max())
         torch.testing.assert_close(values, torch.from_numpy(wanted.data), atol=0.03 * high, rtol=0)
+
+
+@pytest.mark.parametrize("box", [BOX, SMALL])
+@pytest.mark.parametrize("unit", [1.0, 37.0])
+def test_maps_are_on_the_scale_of_the_images_on_disk(few, tmp_path, box, unit):
+    """Whatever they were normalised by, and whatever box they were worked on in."""
+    images = unit * np.array(open_stack(few.parent / "particles.mrcs"))
+    with stack_writer(tmp_path / "particles.mrcs", BOX, PIXEL) as stack:
+        stack.append(images)
+    tables = read_star(few)
+    numbers = tables["particles"]["rlnImageName"].str.partition("@")[0]
+    tables["particles"]["rlnImageName"] = numbers + f"@{tmp_path}/particles.mrcs"
+    write_star(tmp_path / "particles.star", tables)
+    words = ["-o", tmp_path / "job", "--box", box, "--diameter", 60, "--threads", 1, *QUICK]
+    done = run("abinitio", tmp_path / "particles.star", *words)
+    assert done.returncode == 0, done.stderr
+    found = read_map(tmp_path / "job" / "initial_model.mrc").data
+    truth = read_map(few.parent / "map.mrc").data * unit
+    # Power does not depend on the orientation.
+    shells = radius_grid(BOX, 3) + 0.5
+    coarse = (shells >= 1) & (shells < 4)
+    power = [
+        fft_centred(torch.from_numpy(v), 3)[coarse].abs().square().sum() for v in (found, truth)
+    ]
+    assert float((power[0] / power[1]).sqrt()) == pytest.approx(1, abs=0.25)
 
 
 def test_maps_that_are_given_have_the_box_of_the_particles(few, tmp_path):

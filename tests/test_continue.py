@@ -28,6 +28,7 @@ from cryorecon.engines.rmfn import RmfnConfig
 from cryorecon.engines.rmfn_paper import PaperConfig
 from cryorecon.errors import CryoreconError
 from cryorecon.io.mrc import read_map
+from cryorecon.ranks import ALONE
 from cryorecon.run import amortized_stages, checkpoint, refining, stages, stopping
 from cryorecon.run import job as job_module
 from cryorecon.run.abinitio import abinitio
@@ -364,6 +365,49 @@ def test_a_broken_state_is_never_written(tmp_path):
     anew = checkpoint.Checkpoint(tmp_path / "c.pt", stopping.Stop())
     assert anew.get("map") is None
     assert not (tmp_path / "c.pt").exists()
+
+
+def test_what_each_team_did_last_counts(tmp_path):
+    """Both teams' files hold both half sets; an older copy of one must not come back."""
+
+    def teams(*, resume):
+        whole = checkpoint.Checkpoint(tmp_path / "c.pt", stopping.Stop(), resume=resume)
+        return whole, *(whole.for_team(number, ALONE) for number in (0, 1))
+
+    _, one, two = teams(resume=False)
+    one.put("half 1", lambda: {"n": 1}, force=True)
+    two.put("half 2", lambda: {"n": 1}, force=True)
+    _, one, two = teams(resume=True)
+    two.put("half 2", lambda: {"n": 2}, force=True)
+    one.put("half 1", lambda: {"n": 99}, force=True)
+    whole, *_ = teams(resume=True)
+    assert (whole.get("half 1"), whole.get("half 2")) == ({"n": 99}, {"n": 2})
+
+
+def test_a_state_that_is_being_written_is_written_to_its_end(tmp_path, monkeypatch):
+    """However long the disk takes: the job was asked to stop and had come to a good point."""
+    save = torch.save
+
+    def slowly(whole, path):
+        time.sleep(0.6)
+        save(whole, path)
+
+    monkeypatch.setattr(torch, "save", slowly)
+    with stopping.listening(tmp_path, grace_s=0.3) as stop:
+        kept = checkpoint.Checkpoint(tmp_path / "c.pt", stop)
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(stopping.StoppedError, match="on disk"):
+            kept.put("map", lambda: {"n": 1})
+    again = checkpoint.Checkpoint(tmp_path / "c.pt", stopping.Stop(), resume=True)
+    assert again.get("map") == {"n": 1}
+
+
+def test_what_a_killed_process_was_writing_is_removed(tmp_path):
+    checkpoint.Checkpoint(tmp_path / "c.pt", stopping.Stop()).put("map", dict, force=True)
+    for name in (".c.pt.12345.tmp", ".c2.pt.12346.tmp"):
+        (tmp_path / name).write_bytes(b"half of a state")
+    checkpoint.Checkpoint(tmp_path / "c.pt", stopping.Stop(), resume=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["c.pt"]
 
 
 def test_copies_keep_their_strides(tmp_path):

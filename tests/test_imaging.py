@@ -106,3 +106,27 @@ def test_noise_outside_a_circle_is_unmixed_to_the_whole_image_s_spectrum(box, ge
     assert (found[1:] / wanted - 1).abs().max() < 0.03
     assert (smoothed[1:] / wanted - 1).abs().max() > 0.1
     assert found[0] == found[1]
+
+
+def test_small_optics_groups_have_all_images_spectrum_at_their_level(generator):
+    """Of 1, 10 and 10,000 images of 50 coefficients a shell, the last twice as noisy and bent."""
+    n = torch.tensor([1.0, 10.0, 1e4, 0.0])[:, None]
+    count = (50 * n).expand(4, 40)
+    bend = torch.linspace(1, 3, 40)
+    true = torch.stack([torch.ones(40), torch.ones(40), 2 * bend, torch.ones(40)])
+    draws = 1 + torch.randn(4, 40, generator=generator) / count.clamp(min=1).sqrt()
+    power = count * true * draws.clamp(min=0.01)
+    found = imaging.pooled_spectra(power, count)
+    everyone = power.sum(0) / count.sum(0)
+    torch.testing.assert_close(found[2], power[2] / count[2], rtol=0.01, atol=0)
+    shape = found[:2] / everyone
+    assert float(shape.std(1).max() / shape.mean()) < 0.1
+    # Of 10 images a third of each shell is their own, and two thirds of their level.
+    own = (power[:2] / everyone).sum(1) / count[:2].sum(1)
+    total, shell = count[:2].sum(1), count[:2, 0]
+    level = 1 + total / (total + 10_000) * (own - 1)
+    wanted = level + shell / (shell + 1000) * (own - level)
+    torch.testing.assert_close(shape.mean(1), wanted, rtol=1e-4, atol=0)
+    torch.testing.assert_close(found[3], everyone)
+    alone = imaging.pooled_spectra(power[2:], count[2:])
+    torch.testing.assert_close(alone, (power[2] / count[2]).expand(2, 40))

@@ -280,3 +280,11 @@ def test_rows_in_file_order(generator):
     assert (place[found].diff() > 0).all()
     some = images.apart(found)
     assert torch.equal(some.in_file_order(torch.arange(len(rows))), torch.arange(len(rows)))
+
+
+def test_noise_is_measured_on_as_many_images_whatever_groups_the_table_keeps():
+    """An optics table may list groups that no particle is of."""
+    some = load._spread(torch.full((50_000,), 999))
+    assert 15_000 < int(some.sum()) <= 20_000
+    two = load._spread(torch.tensor([3, 400]).repeat(50_000))
+    assert 15_000 < int(two.sum()) <= 20_000
