@@ -96,16 +96,6 @@ def matrix_to_euler(rotations: Tensor) -> Tensor:
     return torch.stack([rot, tilt, psi], -1) * (180.0 / math.pi)
 
 
-def angst_to_px(length_angst: Tensor, pixel_size_angst: float) -> Tensor:
-    """Lengths in angstrom as pixels."""
-    return length_angst / pixel_size_angst
-
-
-def px_to_angst(length_px: Tensor, pixel_size_angst: float) -> Tensor:
-    """Lengths in pixels as angstrom."""
-    return length_px * pixel_size_angst
-
-
 def shell_to_angst(shell: float, box: int, pixel_size_angst: float) -> float:
     """Resolution in angstrom of Fourier shell `shell` (cycles per box); infinite at 0."""
     return math.inf if shell == 0 else box * pixel_size_angst / shell

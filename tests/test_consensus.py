@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import MODEL
@@ -33,6 +35,8 @@ from cryorecon.physics.fourier import lowpass, radius_grid
 from cryorecon.physics.masks import Support
 from cryorecon.physics.rotations import exp_map, geodesic_distance_deg, random_rotations
 from cryorecon.physics.symmetry import symmetry_group
+from cryorecon.run.compare_poses import read_pose_table
+from cryorecon.run.consensus import agreed
 from cryorecon.run.consensus.compare import ConsensusOptions, consensus
 from cryorecon.run.curves import FscCurve, write_fsc_star
 from cryorecon.run.simulate import simulate
@@ -334,3 +338,21 @@ def test_one_map_and_failed_jobs_make_no_majority(tmp_path, stack, truth):
     kept = read_map(tmp_path / "out" / "initial_model.mrc").data
     np.testing.assert_array_equal(kept, read_map(job / "initial_model.mrc").data)
     assert "NO AGREEMENT" in (tmp_path / "out" / "run.log").read_text()
+
+
+def test_an_agreed_table_has_origins_in_one_unit(tmp_path):
+    """Of a 3.1 table that has them in pixels, too, and says of poses what is not true of others."""
+    names = ("rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi", "rlnOriginX", "rlnOriginY")
+    stale = {**dict.fromkeys(names, "7"), "rlnOriginXAngst": "1", "rlnOriginYAngst": "1"}
+    table = {"rlnImageName": ["1@a.mrcs", "2@a.mrcs"], "rlnOpticsGroup": "1", **stale}
+    optics = pd.DataFrame({"rlnOpticsGroup": ["1"], "rlnImagePixelSize": ["2.0"]})
+    particles = pd.DataFrame({**table, "rlnLogLikeliContribution": "50"})
+    write_star(tmp_path / "run_data.star", {"optics": optics, "particles": particles})
+    base = SimpleNamespace(path=tmp_path, pixel_size_angst=2.0)
+    job = SimpleNamespace(path=lambda name: tmp_path / f"agreed_{name}")
+    poses = torch.eye(3, dtype=torch.float64).expand(2, 3, 3)
+    agreed._write_table(job, base, poses, torch.full((2, 2), 5.0), {})
+    found = read_star(tmp_path / "agreed_run_data.star")["particles"]
+    assert not {"rlnOriginX", "rlnOriginY", "rlnLogLikeliContribution"} & set(found)
+    read = read_pose_table(tmp_path / "agreed_run_data.star")
+    torch.testing.assert_close(read.origins_angst, torch.full((2, 2), 5.0).double())

@@ -104,9 +104,7 @@ def test_maps_have_voxel_size_origin_0_and_nstart_0(tmp_path):
     assert mrcfile.validate(tmp_path / "m.mrc")
 
 
-def test_names_of_lengths_convert_by_the_pixel_size():
-    assert float(law.angst_to_px(torch.tensor(6.0), 1.5)) == 4
-    assert float(law.px_to_angst(torch.tensor(4.0), 1.5)) == 6
+def test_shells_and_resolutions():
     assert law.shell_to_angst(16, 64, 1.2) == pytest.approx(4.8)
     assert law.angst_to_shell(4.8, 64, 1.2) == pytest.approx(16)
     assert law.shell_to_angst(0, 64, 1.2) == math.inf

@@ -130,3 +130,19 @@ def test_a_diameter_in_the_settings_is_kept_even_if_it_is_the_default(
         told = run("abinitio", wide, "-o", tmp_path / "no", *words).stdout
         assert "particle diameter 111 A" in told
         assert "as the images tell" not in told
+
+
+def test_columns_that_nobody_listens_to_are_named(wide, monkeypatch):
+    """In either table, unless they change nothing."""
+    monkeypatch.chdir(wide.parent)
+    tables = read_star(wide)
+    tables["optics"] = tables["optics"].assign(rlnMagMat00="1.0", rlnMagMat01="0.012")
+    tables["particles"] = tables["particles"].assign(rlnCtfScalefactor="1.000000")
+    write_star(wide.parent / "stretched.star", tables)
+    told = run("abinitio", "stretched.star", "-o", "no", "--dry-run", "--diameter", 75)
+    assert told.returncode == 0, told.stderr
+    assert "rlnMagMat01 of stretched.star are not modelled" in " ".join(told.stdout.split())
+    assert (
+        "not modelled"
+        not in run("abinitio", wide, "-o", "no", "--dry-run", "--diameter", 75).stdout
+    )

@@ -154,6 +154,26 @@ def test_what_was_said_of_poses_goes_with_them(folder):
     assert np.allclose(own["rlnLogLikeliContribution"].astype(float), told)
 
 
+def test_priors_and_origins_in_another_unit_go_with_the_poses_they_were_of(folder):
+    """A 3.1 file may hold origins in pixels; both readers and RELION would prefer one of two."""
+    tables = read_star(star(folder))
+    given = {"rlnOriginX": "7", "rlnOriginY": "7", "rlnAngleTiltPrior": "3", "rlnOriginXPrior": "1"}
+    tables["particles"] = tables["particles"].assign(**given)
+    tables["particles"] = tables["particles"].drop(
+        columns=["rlnOriginXAngst", "rlnOriginYAngst"], errors="ignore"
+    )
+    write_star(folder / "both.star", tables)
+    particles = read_particles(folder / "both.star")
+    assert np.allclose(particles.origins_angst(), 7 * particles.stored_pixel_size_angst)
+    particles.write(
+        folder / "new.star", euler_deg=np.ones((3, 3)), origins_angst=np.full((3, 2), 2.0)
+    )
+    assert not set(given) & set(read_star(folder / "new.star")["particles"])
+    assert np.allclose(read_particles(folder / "new.star").origins_angst(), 2.0)
+    particles.write(folder / "turned.star", euler_deg=np.ones((3, 3)))
+    assert {"rlnOriginX", "rlnOriginXPrior"} <= set(read_star(folder / "turned.star")["particles"])
+
+
 @pytest.mark.parametrize("dialect", ["relion30", "relion31"])
 def test_the_dialect_is_kept(tmp_path, dialect):
     particles = read_particles(GOLDEN / f"{dialect}_32.star")

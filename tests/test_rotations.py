@@ -85,14 +85,6 @@ def test_grid_covers_so3(generator):
     assert distances.amin(1).min() > 0.6 * step
 
 
-def test_local_grid_starts_at_the_identity():
-    grid = rot.local_grid(2.0, 2)
-    assert torch.allclose(grid[0], torch.eye(3, dtype=torch.float64))
-    angles = rot.geodesic_distance_deg(grid, grid[0])
-    assert angles.max() == pytest.approx(4.0, abs=1e-6)
-    assert len(grid) == 33
-
-
 def test_views_of_a_cluster_concentrate(generator):
     uniform = rot.sample_views(20_000, 1, 0.0, generator)
     assert uniform.mean(0).norm() < 0.03

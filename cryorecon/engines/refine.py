@@ -20,6 +20,9 @@ from cryorecon.physics.rotations import exp_map
 
 _LARGEST_TURN_RAD = 0.15
 _LARGEST_SHIFT_PX = 2.0
+# Standard deviation of an offset's Gaussian prior, as a share of the box: half again what is
+# searched through by default.
+_OFFSET_SPREAD = 0.15
 # Steps that would gain less log-likelihood are not taken: they move a pose by less than a fifth of
 # its standard deviation, sqrt(2 x 0.02).
 LEAST_GAIN = 0.02
@@ -53,15 +56,13 @@ class PoseObjective:
     derivatives are taken about the map's axes, then turned, five numbers an image.
     """
 
-    def __init__(
-        self, observations: Observations, model: Derivatives, offset_sigma_px: float = 10.0
-    ) -> None:
+    def __init__(self, observations: Observations, model: Derivatives) -> None:
         root = observations.precision().sqrt()
         self.plane, self.model = observations.plane, model
         self.target = observations.coefficients * root
         self.power = self.target.abs().square().sum(-1)
         self.gain = observations.ctf * root
-        self.offset_precision = 1 / offset_sigma_px**2
+        self.offset_precision = (_OFFSET_SPREAD * self.plane.box) ** -2
         self.prior = torch.zeros(5, dtype=root.dtype, device=root.device)
         self.prior[3:] = self.offset_precision
 
@@ -108,7 +109,6 @@ def refine_poses(
     rotations: Tensor,
     offsets_px: Tensor,
     n_steps: int = 6,
-    offset_sigma_px: float = 10.0,
 ) -> Poses:
     """Levenberg-Marquardt steps of each image's rotation and offset on its log-likelihood.
 
@@ -120,8 +120,6 @@ def refine_poses(
     offsets_px : Tensor, shape (n, 2)
     n_steps : int
         At most.
-    offset_sigma_px : float
-        Width of the Gaussian prior of the offsets.
 
     Returns
     -------
@@ -129,7 +127,7 @@ def refine_poses(
         Never less likely than what came in. An image whose next step would gain less than 0.02 of
         log-likelihood is not looked at again.
     """
-    objective = PoseObjective(observations, model, offset_sigma_px)
+    objective = PoseObjective(observations, model)
     return refined(objective, rotations, offsets_px, n_steps)
 
 

@@ -24,7 +24,12 @@ from cryorecon.physics.resampling import downsample_images
 _LARGEST_SUM_OF_SQUARES = 1e30
 _ROWS_AT_ONCE = 1_000_000
 _ANGLES = ["rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi"]
-_SAID_OF_POSES = ("rlnMaxValueProbDistribution", "rlnLogLikeliContribution")
+_SHARE, _LIKELIHOOD = "rlnMaxValueProbDistribution", "rlnLogLikeliContribution"
+# What programs say of poses, which is not true of others: priors too, and origins in either unit.
+SAID_OF_ANGLES = {_SHARE, _LIKELIHOOD, *(f"{name}Prior" for name in _ANGLES)}
+SAID_OF_ORIGINS = {
+    f"rlnOrigin{axis}{kind}" for axis in "XY" for kind in ("", "Angst", "Prior", "PriorAngst")
+}
 _PER_PARTICLE_CTF = {
     "defocus_u_angst": "rlnDefocusU",
     "defocus_v_angst": "rlnDefocusV",
@@ -335,10 +340,12 @@ class Particles:
             new["rlnClassNumber"] = np.full(len(self), class_number)
         if random_subsets is not None:
             new["rlnRandomSubset"] = np.asarray(random_subsets)
-        said = dict(zip(_SAID_OF_POSES, (pose_share, log_likelihood), strict=True))
+        said = {_SHARE: pose_share, _LIKELIHOOD: log_likelihood}
         new |= {name: np.asarray(v, np.float64) for name, v in said.items() if v is not None}
-        stale = set(said) - set(new) if euler_deg is not None else set()
-        write_star(path, {**self.blocks, self.block_name: self.table.frames(new, stale)})
+        stale = SAID_OF_ANGLES if euler_deg is not None else set()
+        stale = stale | SAID_OF_ORIGINS if origins_angst is not None else stale
+        rows = self.table.frames(new, stale - set(new))
+        write_star(path, {**self.blocks, self.block_name: rows})
 
 
 def read_particles(

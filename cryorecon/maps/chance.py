@@ -19,16 +19,6 @@ _MOST = 0.9
 _CERTAIN = 0.999
 
 
-def noise_like(volume: Tensor, generator: torch.Generator) -> Tensor:
-    """Gaussian noise with a map's power in every shell, on the map's device.
-
-    Parameters
-    ----------
-    volume : Tensor, shape (N, N, N), real
-    """
-    return _coloured(torch.randn(volume.shape, generator=generator, dtype=volume.dtype), volume)
-
-
 def _coloured(noise: Tensor, volume: Tensor) -> Tensor:
     """Noise, given a map's power in every shell."""
     wanted, found = (fft_centred(v, 3) for v in (volume, noise.to(volume)))

@@ -135,28 +135,6 @@ def grid_step_deg(nside: int) -> float:
     return 60.0 / nside
 
 
-def local_grid(step_deg: float, radius_steps: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Small rotations around the identity on a cubic lattice within a ball.
-
-    Parameters
-    ----------
-    step_deg : float
-        Lattice step of the rotation vector.
-    radius_steps : int
-        Radius of the ball in steps.
-
-    Returns
-    -------
-    Tensor, shape (g, 3, 3)
-        The identity comes first.
-    """
-    axis = torch.arange(-radius_steps, radius_steps + 1, dtype=dtype)
-    lattice = torch.cartesian_prod(axis, axis, axis)
-    lattice = lattice[lattice.norm(dim=-1) <= radius_steps + 0.01]
-    lattice = lattice[torch.sort(lattice.norm(dim=-1), stable=True).indices]
-    return exp_map(torch.deg2rad(lattice * step_deg))
-
-
 def sample_views(
     n: int, n_clusters: int, concentration: float, generator: torch.Generator
 ) -> Tensor:

@@ -78,22 +78,6 @@ def lebedev(degree: int) -> SphereRule:
     return SphereRule(directions, total, found)
 
 
-def product_rule(degree: int) -> SphereRule:
-    """Gauss-Legendre in the cosine times equal steps of azimuth; symmetric, any degree.
-
-    ``(degree + 1)^2 / 2`` points, rounded up.
-    """
-    n_rings = degree // 2 + 1
-    cosine, ring = np.polynomial.legendre.leggauss(n_rings)
-    n_around = degree + 1 + (degree + 1) % 2
-    azimuth = torch.arange(n_around).double() * (2 * torch.pi / n_around)
-    z = torch.from_numpy(cosine)[:, None].expand(-1, n_around)
-    radius = (1 - z**2).sqrt()
-    directions = torch.stack([radius * torch.cos(azimuth), radius * torch.sin(azimuth), z], -1)
-    weights = torch.from_numpy(ring / 2)[:, None].expand(-1, n_around) / n_around
-    return SphereRule(directions.flatten(0, 1), weights.flatten(), degree)
-
-
 def spherical_design(degree: int) -> SphereRule:
     """A symmetric spherical design: equal weights, found by Gauss-Newton from a spiral.
 

@@ -20,6 +20,7 @@ from cryorecon.physics.symmetry import symmetry_group
 from cryorecon.ranks import ALONE, Ranks
 from cryorecon.run.device import usable_device
 from cryorecon.run.extent import particle_extent
+from cryorecon.run.image_checks import not_modelled
 from cryorecon.run.load import Keep, map_like
 
 Halves = Literal["independent", "shared", "none"]
@@ -186,7 +187,7 @@ class Prepared(NamedTuple):
 
     @property
     def doubts(self) -> list[str]:
-        """What is odd about a diameter that was given, or about the CTF."""
+        """What is odd about a diameter that was given, or about the CTF, and what is left out."""
         odd, seen, used = [], self.extent, self.config.diameter
         if seen is not None and not self.told and used <= _CUTS * seen:
             seen_angst = seen * self.particles.box * self.particles.pixel_size_angst
@@ -199,6 +200,9 @@ class Prepared(NamedTuple):
                 f"the median defocus is {self.defocus_angst:.4g} A: if it is in micrometres, "
                 "write it in angstrom"
             )
+        unheard = not_modelled(self.particles)
+        if unheard:
+            odd.append(f"{', '.join(unheard)} of {self.particles.path} are not modelled")
         return odd
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -10,6 +12,32 @@ from cryorecon.io.particles import Particles
 
 # Pixels along an edge of the corners that tell a masked image.
 _CORNER = 3
+
+# What changes an image and is not modelled, with the value that changes nothing.
+_NOT_MODELLED = {
+    "rlnMagMat00": 1.0,
+    "rlnMagMat01": 0.0,
+    "rlnMagMat10": 0.0,
+    "rlnMagMat11": 1.0,
+    "rlnCtfScalefactor": 1.0,
+    "rlnBeamTiltX": 0.0,
+    "rlnBeamTiltY": 0.0,
+}
+
+
+def not_modelled(particles: Particles) -> list[str]:
+    """Columns of the table, or of its optics groups, that say something which nobody listens to."""
+    optics = particles.blocks.get("optics")
+    found = []
+    for name, neutral in _NOT_MODELLED.items():
+        values = [
+            pd.to_numeric(table[name], errors="coerce").to_numpy()
+            for table in (particles.table, optics)
+            if table is not None and name in table
+        ]
+        if any(bool((np.abs(of_table - neutral) > 1e-6).any()) for of_table in values):
+            found.append(name)
+    return found
 
 
 def refuse_unfit(particles: Particles, rows: Tensor, images: Tensor) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cryorecon.conventions import matrix_to_euler
 from cryorecon.engines.reconstruction import RefineConfig
+from cryorecon.io.particles import SAID_OF_ANGLES, SAID_OF_ORIGINS
 from cryorecon.io.star import read_star, write_star
 from cryorecon.maps.agreement import (
     mean_map,
@@ -142,8 +143,10 @@ def _write_table(
     angles = ("rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi")
     new |= zip(angles, matrix_to_euler(rotations).numpy().T, strict=True)
     # RELION 3.0 has origins in pixels.
-    unit, scale = ("", base.pixel_size_angst) if "rlnOriginX" in tables[name] else ("Angst", 1.0)
+    in_angst = "optics" in tables or "rlnOriginXAngst" in tables[name]
+    unit, scale = ("Angst", 1.0) if in_angst else ("", base.pixel_size_angst)
     for axis, values in zip("XY", origins.numpy().T, strict=True):
         new[f"rlnOrigin{axis}{unit}"] = values / scale
-    tables[name] = tables[name].assign(**new, **columns)
+    stale = (SAID_OF_ANGLES | SAID_OF_ORIGINS) - set(new)
+    tables[name] = tables[name].drop(columns=stale, errors="ignore").assign(**new, **columns)
     write_star(job.path(POSES), tables)

@@ -16,7 +16,8 @@ from cryorecon.conventions import euler_to_matrix
 from cryorecon.errors import CryoreconError
 from cryorecon.io.mrc import Map, read_map
 from cryorecon.io.particles import Particles, read_particles
-from cryorecon.io.star import numbers, read_star
+from cryorecon.io.star import numbers, read_star, star_blocks
+from cryorecon.io.text_table import TextTable
 from cryorecon.run.abinitio_input import worked_box
 from cryorecon.run.curves import FscCurve, read_fsc_star
 
@@ -247,8 +248,9 @@ def _settings(path: Path, text: str) -> dict[str, Any]:
 
 
 def _poses(path: Path) -> Poses:
-    tables = read_star(path)
-    table = next((t for t in tables.values() if set(_ANGLES) <= set(t)), None)
+    # Millions of rows are kept as compressed text: a report needs few of the columns.
+    tables = (TextTable.gather(pieces) for _, pieces in star_blocks(path))
+    table = next((found for found in tables if set(_ANGLES) <= set(found)), None)
     if table is None or len(table) == 0:
         raise CryoreconError(
             f"{path} has no poses ({', '.join(_ANGLES)})", "Give the directory of an abinitio job"
@@ -269,7 +271,7 @@ def _poses(path: Path) -> Poses:
     return Poses(path, rotations, torch.from_numpy(origins), names, *told)
 
 
-def _old_pixel_size(path: Path, table: pd.DataFrame) -> float:
+def _old_pixel_size(path: Path, table: TextTable) -> float:
     if {"rlnDetectorPixelSize", "rlnMagnification"} <= set(table):
         sizes = [numbers(path, table, f"rln{n}") for n in ("DetectorPixelSize", "Magnification")]
         return float(sizes[0][0] * 1e4 / sizes[1][0])

@@ -15,10 +15,7 @@ from cryorecon.io.particles import Particles
 from cryorecon.physics.ctf import ctf
 from cryorecon.physics.fourier import (
     HalfPlane,
-    crop_or_pad_centred,
-    fft_centred,
     half_plane,
-    ifft_centred,
     max_band,
     to_coefficients,
     to_images,
@@ -26,7 +23,7 @@ from cryorecon.physics.fourier import (
 from cryorecon.physics.imaging import predict
 from cryorecon.physics.masks import soft_ball
 from cryorecon.physics.projection import padded_transform
-from cryorecon.physics.resampling import resample_sums
+from cryorecon.physics.resampling import downsample_images, resample_sums
 from cryorecon.run.load import normalised
 from cryorecon.run.report.inputs import ReportInputs
 
@@ -92,7 +89,7 @@ def example_particles(inputs: ReportInputs, count: int = 4) -> Examples | None:
     plane = half_plane(small)
     band = min(_CYCLES / diameter, max_band(small))
     gain = ((band + 1 - plane.radius) / 2).clamp(0, 1)
-    images = ifft_centred(crop_or_pad_centred(fft_centred(images, 2), small, 2), 2).real
+    images = downsample_images(images, small)
     optics = inputs.particles.ctf_parameters()[torch.from_numpy(rows)]
     transfer = ctf(plane.frequencies, optics, small, pixel_angst).float()
     model = padded_transform(resample_sums(torch.from_numpy(inputs.map.data).float(), small))
