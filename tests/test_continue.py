@@ -6,6 +6,7 @@ import dataclasses
 import re
 import resource
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,7 +28,8 @@ from cryorecon.engines.moments.config import MomentFitConfig
 from cryorecon.engines.rmfn import RmfnConfig
 from cryorecon.engines.rmfn_paper import PaperConfig
 from cryorecon.errors import CryoreconError
-from cryorecon.io.mrc import read_map
+from cryorecon.io.mrc import open_stack, read_map, stack_writer, write_map
+from cryorecon.io.star import read_star, write_star
 from cryorecon.ranks import ALONE
 from cryorecon.run import amortized_stages, checkpoint, refining, stages, stopping
 from cryorecon.run import job as job_module
@@ -573,3 +575,52 @@ def test_jobs_killed_at_random_moments_end_alike(tmp_path):
     ends = [row[-1] for row in rows if row[1] == "end"]
     assert len(ends) >= 4
     assert set(ends) == {"EQUAL"}
+
+
+def stopped_early(few, folder, monkeypatch):
+    """A project with images of its own and a job there that was stopped."""
+    folder.mkdir()
+    for name in ("particles.star", "particles.mrcs"):
+        shutil.copy(few.parent / name, folder / name)
+    tables = read_star(folder / "particles.star")
+    numbers = tables["particles"]["rlnImageName"].str.partition("@")[0]
+    tables["particles"]["rlnImageName"] = numbers + "@particles.mrcs"
+    write_star(folder / "particles.star", tables)
+    write_map(folder / "mask.mrc", np.ones((24, 24, 24), np.float32), 3.2)
+    options = AbinitioOptions(diameter_angst=60.0, mask=Path("mask.mrc"), engine=TINY)
+    monkeypatch.setattr(stages.Stages, "go_through", stops)
+    with monkeypatch.context() as there, pytest.raises(StoppedError):
+        there.chdir(folder)
+        abinitio("particles.star", "job", options, QUIET)
+
+
+def stops(*_, **__):
+    raise StoppedError("the state is on disk")
+
+
+@pytest.mark.parametrize("changed", ["images", "mask"])
+def test_images_and_masks_that_changed_are_not_gone_on_with(few, tmp_path, monkeypatch, changed):
+    folder = tmp_path / "project"
+    stopped_early(few, folder, monkeypatch)
+    file = folder / ("particles.mrcs" if changed == "images" else "mask.mrc")
+    before = file.read_bytes()
+    if changed == "images":
+        with stack_writer(file, 24, 3.2) as stack:
+            stack.append(np.roll(open_stack(few.parent / "particles.mrcs"), 7, axis=0))
+    else:
+        write_map(file, np.full((24, 24, 24), 0.5, np.float32), 3.2)
+    with pytest.raises(CryoreconError, match=f"The {changed} changed since the job"):
+        continue_job(folder / "job", QUIET)
+    file.write_bytes(before)
+    with pytest.raises(StoppedError):
+        continue_job(folder / "job", QUIET)
+
+
+def test_a_project_that_was_moved_goes_on_from_where_it_is_now(few, tmp_path, monkeypatch):
+    stopped_early(few, tmp_path / "before", monkeypatch)
+    (tmp_path / "before").rename(tmp_path / "after")
+    with pytest.raises(CryoreconError, match="if the project was moved, go on from the folder"):
+        continue_job(tmp_path / "after" / "job", QUIET)
+    monkeypatch.chdir(tmp_path / "after")
+    with pytest.raises(StoppedError):
+        continue_job(Path("job"), QUIET)

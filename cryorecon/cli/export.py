@@ -116,11 +116,13 @@ def _export_map(
     source: Source, output: Path, edits: MapEdits, project: Path | None
 ) -> tuple[list[str], dict[str, Any]]:
     """The map and half maps, and for the other hand the poses that belong to it."""
+    from cryorecon.io.files import refuse_to_replace
     from cryorecon.io.particles import read_particles
     from cryorecon.run import export
 
     star = output.with_suffix(".star")
     # Before anything is written: poses that cannot be read must not leave a lone map.
+    refuse_to_replace([star] if edits.flip else [], [source.table])
     particles = read_particles(source.table, project) if edits.flip and source.table else None
     written = export.to_mrc(source, output, edits)
     lines = [str(path) for path in written]

@@ -65,6 +65,7 @@ def fsc(
     Without --align the maps are compared where they lie.
     """
     # torch takes seconds to load: only when the command runs.
+    from cryorecon.io.files import refuse_to_replace
     from cryorecon.io.mrc import write_map
     from cryorecon.run.compare_maps import compare_maps, comparison_as_dict
     from cryorecon.run.curves import write_fsc_star, write_fsc_xml, write_json
@@ -74,6 +75,7 @@ def fsc(
         from cryorecon.run.plots import fsc_figure, picture_kind, save_figure
 
         picture_kind(plot)  # Before the work: an ending that cannot be drawn is refused.
+    refuse_to_replace([aligned_map, star, xml, json_file, plot], [map1, map2, mask])
     result = compare_maps(map1, map2, mask, align=align or aligned_map is not None)
     # Files first: whoever reads the output may stop reading early.
     if aligned_map is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import shlex
 import sys
@@ -164,6 +165,10 @@ def main() -> None:
     # Threads of torch's OpenMP spin between loops: two jobs on one machine would hold each other
     # up for many times their own length. torch is not loaded before a command runs.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    for stream in (sys.stdout, sys.stderr):
+        # A path that the terminal's encoding lacks is no reason to fail.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     status = _run(sys.argv[1:])
     _tell_relion(sys.argv[1:], status)
     if status == 0 and "torch.distributed" in sys.modules and _in_several():

@@ -30,6 +30,8 @@ from cryorecon.cli.options import (
     option,
     output,
 )
+from cryorecon.errors import CryoreconError
+from cryorecon.io.files import refuse_to_replace
 
 EXAMPLES = examples(
     ("a map from refined poses", "cryorecon reconstruct Refine3D/job020/run_data.star -o map.mrc"),
@@ -93,6 +95,8 @@ def reconstruct_command(
     settings["device"] = usable_device(device)
     if not output.suffix:
         prepare_folder(output, overwrite)
+    else:
+        _refuse_existing(output, half_maps, overwrite, [particles, ctf, poses, *source.stacks])
     if output.suffix:
         figures = _reconstruct(source, output, settings, seed, told)
     else:
@@ -102,6 +106,20 @@ def reconstruct_command(
             write_output_nodes(output, {"reconstruction.mrc": 6})
     if json:
         print_json(figures)
+
+
+def _half_names(output: Path) -> list[Path]:
+    return [output.with_name(f"{output.stem}_half{number}_unfil.mrc") for number in (1, 2)]
+
+
+def _refuse_existing(
+    output: Path, half_maps: bool, overwrite: bool, inputs: list[Path | None]
+) -> None:
+    outputs = [output, *(_half_names(output) if half_maps else [])]
+    refuse_to_replace(outputs, inputs)
+    there = [path for path in outputs if path.is_file()]
+    if there and not overwrite:
+        raise CryoreconError(f"{there[0]} exists", "Choose another name or add --overwrite")
 
 
 def _reconstruct(
@@ -133,7 +151,7 @@ def _reconstruct(
     }
     if result.halves is None:
         return figures
-    names = [output.with_name(f"{output.stem}_half{number}_unfil.mrc") for number in (1, 2)]
+    names = _half_names(output)
     for name, volume in zip(names, result.halves, strict=True):
         write_map(name, volume.numpy(), pixel)
         told.print(str(name))

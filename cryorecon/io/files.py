@@ -6,7 +6,7 @@ import errno
 import fcntl
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
@@ -98,6 +98,24 @@ def replacing(path: str | Path) -> Iterator[Path]:
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def refuse_to_replace(outputs: Iterable[Path | None], inputs: Iterable[Path | None]) -> None:
+    """Stop a command before it writes over what it reads, whatever the two are called.
+
+    Raises
+    ------
+    CryoreconError
+    """
+    read = [path for path in inputs if path is not None and path.exists()]
+    for output in outputs:
+        if output is None or not output.exists():
+            continue
+        if any(output.samefile(path) for path in read):
+            raise CryoreconError(
+                f"{output} is what this command reads, and would be written over",
+                "Choose another name",
+            )
 
 
 def _on_disk(path: Path) -> None:

@@ -104,6 +104,11 @@ class Particles:
         """The same particles with images as they are on disk."""
         return replace(self, crop_box=None)
 
+    @property
+    def stacks(self) -> tuple[Path, ...]:
+        """Files of the images."""
+        return self._stacks
+
     def __len__(self) -> int:
         return len(self.table)
 

@@ -27,6 +27,7 @@ from cryorecon.run.abinitio_input import (
 from cryorecon.run.amortized_stages import AmortizedStages
 from cryorecon.run.device import device_text, own_device
 from cryorecon.run.half_sets import half_sets
+from cryorecon.run.image_checks import checksums
 from cryorecon.run.job import Job, Task, open_job
 from cryorecon.run.load import load_observations
 from cryorecon.run.report.page import report_at_end
@@ -71,7 +72,9 @@ def abinitio(
         For input or options that cannot be used, or with fewer than 20 particles.
     """
     ready = prepared(star, options, ranks)
-    task = Task("abinitio", Path(star), len(ready.particles), ready.config, options, options.seed)
+    also = checksums(ready.particles, mask=options.mask, init_map=options.init_map)
+    known = ready.config, options, options.seed, also
+    task = Task("abinitio", Path(star), len(ready.particles), *known)
     with open_job(Path(output), console, task, resume=resume, ranks=ranks) as job:
         _run(job, ready, options)
 

@@ -31,6 +31,8 @@ Assign = Literal["none", "read", "refine"]
 _LARGEST_BOX = 128
 # What images tell of a width, and a margin; a given one that is so much smaller cuts particles.
 _MARGIN, _WIDEST, _CUTS = 1.05, 0.95, 0.85
+# Of a particle's width: less shows nothing.
+_LEAST_PIXELS = 4
 # Hardly anybody records so near to focus; 1.5 is a defocus in micrometres.
 _LEAST_DEFOCUS_ANGST = 1000.0
 
@@ -107,7 +109,14 @@ def _resolved(options: AbinitioOptions, particles: Particles) -> RmfnConfig | Am
     side_angst = particles.box * particles.pixel_size_angst
     config = options.engine
     if options.diameter_angst is not None:
-        if not 0 < options.diameter_angst <= 0.95 * side_angst:
+        least = _LEAST_PIXELS * particles.pixel_size_angst
+        if options.diameter_angst < least:
+            raise CryoreconError(
+                f"A particle of {options.diameter_angst:g} A is no wider than "
+                f"{_LEAST_PIXELS} pixels of {particles.path}",
+                f"Give --diameter in angstrom, at least {least:.3g}",
+            )
+        if options.diameter_angst > 0.95 * side_angst:
             raise CryoreconError(
                 f"A particle of {options.diameter_angst:g} A does not fit the images of "
                 f"{options.project or particles.path}, {side_angst:.0f} A wide",

@@ -82,7 +82,7 @@ def continue_job(folder: Path, console: Console, ranks: Ranks = ALONE) -> None:
     if finished(folder):
         _tell(console, f"{folder} is finished: nothing to do")
         return
-    base = Path(record["directory"])
+    base = _base_of(record)
     inputs = _found(record["input"], base)
     if sha256_of(inputs) != record["input_sha256"]:
         raise CryoreconError(
@@ -137,8 +137,19 @@ def _found(path: str, base: Path) -> Path:
     given = Path(path)
     here = given if given.is_absolute() or base == Path.cwd() else base / given
     if not here.is_file():
-        raise CryoreconError(f"The job's input {here} is gone", "Bring it back")
+        raise CryoreconError(
+            f"The job's input {here} is gone",
+            "Bring it back; if the project was moved, go on from the folder that stands for "
+            f"{base} now",
+        )
     return here
+
+
+def _base_of(record: dict[str, Any]) -> Path:
+    """Where the job was begun; the current directory if the project was moved there."""
+    base, given = Path(record["directory"]), Path(record["input"])
+    moved = not given.is_absolute() and not (base / given).is_file() and given.is_file()
+    return Path.cwd() if moved else base
 
 
 def _at_home(options: Options, base: Path) -> Options:

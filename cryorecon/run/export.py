@@ -13,7 +13,7 @@ from cryorecon.conventions import angst_to_shell, euler_to_matrix, matrix_to_eul
 from cryorecon.errors import CryoreconError, require_file
 from cryorecon.io.cryodrgn import write_ctf, write_poses
 from cryorecon.io.cryosparc_export import write_cryosparc
-from cryorecon.io.files import make_folder, replacing
+from cryorecon.io.files import make_folder, refuse_to_replace, replacing
 from cryorecon.io.mrc import read_map, write_map
 from cryorecon.io.particles import Particles
 from cryorecon.io.relion_dialects import Columns, relion30, relion31
@@ -123,6 +123,7 @@ def poses_of(particles: Particles, flip: bool) -> Tensor | None:
 
 def to_relion(particles: Particles, output: Path, *, flip: bool, old: bool) -> None:
     """Write a RELION 3.1 STAR file, or 3.0 if `old`: every row, in order, every column."""
+    refuse_to_replace([output], [particles.path])
     new: Columns = {}
     if flip:
         rotations = poses_of(particles, flip)
@@ -133,6 +134,7 @@ def to_relion(particles: Particles, output: Path, *, flip: bool, old: bool) -> N
 
 def to_cryosparc(particles: Particles, output: Path, *, flip: bool) -> None:
     """Write a cryoSPARC ``.cs`` file."""
+    refuse_to_replace([output], [particles.path])
     write_cryosparc(output, particles, poses_of(particles, flip))
 
 
@@ -230,14 +232,16 @@ def to_mrc(source: Source, output: Path, edits: MapEdits) -> list[Path]:
     """
     names = [output, *(output.with_name(f"{output.stem}_half{k}_unfil.mrc") for k in (1, 2))]
     pairs = list(zip((source.need_volume(), *source.halves), names, strict=False))
+    mask = output.with_name(f"{output.stem}_mask.mrc")
+    refuse_to_replace([*names, mask], [source.volume, *source.halves, source.mask])
     for path, name in pairs:
         result, pixel = _edited_file(path, edits)
         write_map(name, result.numpy(), pixel)
     if source.mask is not None:
         geometry = replace(edits, invert=False, lowpass_angst=None)
         result, pixel = _edited_file(source.mask, geometry)
-        pairs.append((source.mask, output.with_name(f"{output.stem}_mask.mrc")))
-        write_map(pairs[-1][1], result.clamp(0, 1).numpy(), pixel)
+        pairs.append((source.mask, mask))
+        write_map(mask, result.clamp(0, 1).numpy(), pixel)
     return [name for _, name in pairs]
 
 

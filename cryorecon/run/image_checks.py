@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
 from cryorecon.errors import CryoreconError
+from cryorecon.io.files import sha256_of
+from cryorecon.io.mrc import StackReader
 from cryorecon.io.particles import Particles
 
 # Pixels along an edge of the corners that tell a masked image.
 _CORNER = 3
+# Images that tell whether stacks are the same.
+_COMPARED = 16
 
 # What changes an image and is not modelled, with the value that changes nothing.
 _NOT_MODELLED = {
@@ -38,6 +45,18 @@ def not_modelled(particles: Particles) -> list[str]:
         if any(bool((np.abs(of_table - neutral) > 1e-6).any()) for of_table in values):
             found.append(name)
     return found
+
+
+def checksums(particles: Particles, **files: Path | None) -> dict[str, str]:
+    """What tells a continued job that images, or files such as a mask, are no longer the same.
+
+    Of images some that are spread over the stacks: reading all would take as long as a part of the
+    job.
+    """
+    rows = np.unique(np.linspace(0, len(particles) - 1, _COMPARED).round().astype(np.int64))
+    some = particles.read(rows, StackReader())
+    found = {"images": hashlib.sha256(some.tobytes()).hexdigest()}
+    return found | {name: sha256_of(path) for name, path in files.items() if path is not None}
 
 
 def refuse_unfit(particles: Particles, rows: Tensor, images: Tensor) -> None:

@@ -165,6 +165,8 @@ class Task:
     options : dataclass, or dict of them
         What the user chose: a continued job is run with these.
     seed : int
+    also_read : dict of str to str
+        Checksums of what else is read, which must be the same when the job goes on.
     """
 
     kind: str
@@ -173,6 +175,7 @@ class Task:
     config: Any
     options: Any
     seed: int
+    also_read: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def _describe(task: Task, ranks: Ranks) -> dict[str, Any]:
@@ -185,6 +188,7 @@ def _describe(task: Task, ranks: Ranks) -> dict[str, Any]:
         "input": str(task.inputs),
         "input_sha256": sha256_of(task.inputs),
         "input_rows": task.n_rows,
+        "also_read": task.also_read,
         "seed": task.seed,
         "torch": str(torch.__version__),
         "cuda": torch.version.cuda,
@@ -274,11 +278,23 @@ def _marked(folder: Path, ranks: Ranks) -> Iterator[None]:
 
 def _begin(folder: Path, task: Task, ranks: Ranks, *, resume: bool) -> None:
     """Remove what an earlier job wrote, and write ``job.yaml``."""
+    if resume:
+        _refuse_changed(folder / "job.yaml", task.also_read)
     clear(folder, outputs=not resume)
     if not resume:
         with replacing(folder / "job.yaml") as temporary:
             text = yaml.safe_dump(_describe(task, ranks), sort_keys=False)
             temporary.write_text(text, "utf-8")
+
+
+def _refuse_changed(record: Path, also_read: dict[str, str]) -> None:
+    before = yaml.safe_load(record.read_text("utf-8")).get("also_read") or {}
+    for name, checksum in also_read.items():
+        if before.get(name, checksum) != checksum:
+            raise CryoreconError(
+                f"The {name.replace('_', ' ')} changed since the job in {record.parent} was begun",
+                "Bring the old files back, or start anew with --overwrite",
+            )
 
 
 def _log(folder: Path, ranks: Ranks, *, resume: bool) -> TextIO:

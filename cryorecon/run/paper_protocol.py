@@ -18,6 +18,7 @@ from cryorecon.io.mrc import write_map
 from cryorecon.io.particles import Particles, read_particles
 from cryorecon.maps.poses import compare_pose_sets
 from cryorecon.run.checkpoint import Entry, broken
+from cryorecon.run.image_checks import checksums
 from cryorecon.run.job import Job, Task, open_job, write_output_nodes
 from cryorecon.run.load import load_observations
 from cryorecon.run.plots import map_figure, pose_error_figure, save_figure
@@ -67,7 +68,9 @@ def abinitio_perturbed(
     if options.diameter_angst is not None:
         config = dataclasses.replace(config, diameter=options.diameter_angst / side_angst)
     given = euler_to_matrix(torch.from_numpy(particles.euler_deg())).float()
-    task = Task("perturbed", Path(star), len(particles), config, options, options.seed)
+    task = Task(
+        "perturbed", Path(star), len(particles), config, options, options.seed, checksums(particles)
+    )
     with open_job(Path(output), console, task, resume=resume) as job:
         job.say(f"poses start {LEAST_DEG:g} to {MOST_DEG:g} degrees FROM THOSE IN {star}")
         with job.bar("Reading", len(particles)) as bar:

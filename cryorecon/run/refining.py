@@ -8,7 +8,6 @@ from cryorecon.conventions import shell_to_angst
 from cryorecon.engines.new_search import reassign
 from cryorecon.engines.observations import ImageSet
 from cryorecon.engines.reconstruction import Reconstruction
-from cryorecon.engines.rivals import SURE
 from cryorecon.engines.rounds import RoundReport, refine_round
 from cryorecon.image_table import kept
 from cryorecon.maps.fsc import fsc_curve
@@ -78,10 +77,9 @@ class Refining(Parts):
         """Every image against the better map; the share that found a better pose."""
         with self.job.bar("Searching again", len(images)) as bar:
             share = reassign(state, images, self.config, self.generator, bar)
-        doubtful = float((state.rivals.own_share() < SURE).float().mean())
         self.job.say(
             f"searched again: {100 * share:.1f} % of the images found a better pose, "
-            f"{100 * doubtful:.0f} % may have another"
+            f"{100 * state.rivals.in_doubt():.0f} % may have another"
         )
         return share
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import replace
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from cryorecon.conventions import matrix_to_euler
 from cryorecon.engines.observations import ImageSet
 from cryorecon.engines.reconstruction import Reconstruction, RefineConfig
+from cryorecon.engines.rivals import MOST_IN_DOUBT
 from cryorecon.io.mrc import write_map
 from cryorecon.io.particles import Particles
 from cryorecon.maps.fsc import MaskedFsc, crossing_shell, masked_fsc, without_mask_effect
@@ -56,8 +58,10 @@ def recorded_scale(images: ImageSet, particles: Particles) -> float:
 
 def scaled(state: Reconstruction, factor: float) -> Reconstruction:
     """The same with all its maps times a factor."""
-    maps, halves = ([volume * factor for volume in some] for some in (state.maps, state.halves))
-    return replace(state, maps=maps, halves=halves)
+    found = copy(state)
+    found.maps = [volume * factor for volume in state.maps]
+    found.halves = [volume * factor for volume in state.halves]
+    return found
 
 
 def in_full(volume: Tensor, particles: Particles) -> Tensor:
@@ -204,11 +208,19 @@ def _write_halves(job: Job, state: Reconstruction, particles: Particles, label: 
     mask = "soft sphere of the diameter"
     if state.support.mask is not None:
         mask += " times --mask"
+    doubt = state.rivals.in_doubt()
+    unsure = not aligned and doubt > MOST_IN_DOUBT
+    label += ", poses unsure" if unsure else ""
     curve = FscCurve(parts.corrected, box, pixel, label, mask, aligned, parts)
     write_fsc_star(job.path("fsc.star"), curve)
     write_fsc_xml(job.path("fsc.xml"), curve)
     save_figure(fsc_figure({label: curve}), job.path("fsc.png"))
     job.say(f"{label}: {curve.resolution_text(0.143)} ({curve.conditions})")
+    if unsure:
+        job.say(
+            f"WARNING: {100 * doubt:.0f} % of the images may have another pose: half maps of a "
+            "shared search then agree further than they are right; see the report"
+        )
     if particles.crop_box and crossing_shell(curve.values, 0.143) > max_band(box) - 1:
         job.say(
             f"they agree as far as images of {box} px go, which these were cropped to: a larger "

@@ -41,6 +41,8 @@ from cryorecon.run.stopping import Stop, StoppedError, listening
 
 _BLOCK = 128
 _DEFAULT_RADIUS = 16
+# Of a particle's width: less shows nothing.
+_LEAST_PIXELS = 4
 _DEFAULT_THIRD = 6
 # Beyond this radius the moments take seconds to solve for once all images are summed.
 _LONG_FINISH = 32
@@ -100,10 +102,12 @@ def resolve_geometry(options: MomentsOptions, box: int, pixel_size_angst: float)
     """
     image_side = box * pixel_size_angst
     diameter = 0.8 * image_side if options.diameter_angst is None else options.diameter_angst
-    if not 0 < diameter <= 0.95 * image_side:
+    least = _LEAST_PIXELS * pixel_size_angst
+    if not least <= diameter <= 0.95 * image_side:
         raise CryoreconError(
-            f"A particle of {diameter:g} A does not fit images {image_side:.0f} A wide",
-            "Give --diameter in angstrom, at most 0.95 of the box",
+            f"A particle of {diameter:g} A does not fit images {image_side:.0f} A wide, of "
+            f"{pixel_size_angst:g} A a pixel",
+            f"Give --diameter in angstrom, from {least:.3g} to 0.95 of the box",
         )
     steerable = options.form == "steerable"
     side = min(BOX_OVER_DIAMETER * diameter, image_side) if steerable else image_side

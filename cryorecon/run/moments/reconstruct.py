@@ -29,6 +29,7 @@ from cryorecon.physics.fourier import lowpass
 from cryorecon.ranks import ALONE, Ranks
 from cryorecon.run.curves import FscCurve, write_fsc_star
 from cryorecon.run.device import own_device
+from cryorecon.run.image_checks import checksums
 from cryorecon.run.job import Job, Task, open_job, write_output_nodes
 from cryorecon.run.load import map_like
 from cryorecon.run.moments.estimate import MomentsOptions, moments_of, resolve_geometry, state_path
@@ -140,7 +141,7 @@ def abinitio_moments(
     particles = read_particles(star, wanted.project)
     resolve_geometry(wanted, particles.box, particles.pixel_size_angst)
     both = {"moments": wanted, "fit": options}
-    task = Task("moments", star, len(particles), both, both, options.seed)
+    task = Task("moments", star, len(particles), both, both, options.seed, checksums(particles))
     with open_job(output, console, task, resume=resume, ranks=ranks) as job:
         path = job.path("moments.h5")
         found = finished_moments(path, star) if resume else None

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cryorecon.engines.rivals import MOST_IN_DOUBT, SURE
 from cryorecon.maps.failures import (
     hollowness,
     mass_at_rim,
@@ -181,6 +182,28 @@ def empty_images(log_likelihood: Tensor) -> Finding:
     )
 
 
+def unsure_poses(share: Tensor) -> Finding:
+    """Images that may as well have another pose.
+
+    Parameters
+    ----------
+    share : Tensor, shape (n,)
+        How much of each image belongs to its pose.
+    """
+    return Finding(
+        "Unsure poses",
+        float((share < SURE).double().mean()),
+        MOST_IN_DOUBT,
+        "above",
+        "share of images that may have another pose",
+        "Most images may have another pose: the map is wrong, or they hardly tell theirs. Half "
+        "maps of a shared search then follow each other's noise, and agree further than they are "
+        "right.",
+        "Run again with another --seed or more --starts, and with --halves independent, whose "
+        "agreement means what it says; or take more images, or ones of more contrast.",
+    )
+
+
 def poor_agreement(curve: Tensor, threshold: float, diameter: float) -> Finding:
     """Half maps that agree on no more than an outline.
 
@@ -241,6 +264,8 @@ def findings(inputs: ReportInputs) -> list[Finding]:
             found.append(offsets_at_limit(lengths, limit, inputs.worked_pixel_angst))
         if inputs.log_likelihood is not None:
             found.append(empty_images(inputs.log_likelihood))
+        if inputs.share is not None:
+            found.append(unsure_poses(inputs.share))
     elif inputs.view_density is not None:
         found.append(collapsed_views(*views_of_density(inputs)))
     if inputs.fsc is not None and inputs.diameter is not None:

@@ -120,9 +120,16 @@ class ReportInputs:
     @property
     def log_likelihood(self) -> Tensor | None:
         """Of each image, against an empty one; other programs' column of the name means less."""
-        if self.poses is None or "program" not in self.settings:
-            return None
-        return self.poses.log_likelihood
+        return None if self._own_poses is None else self._own_poses.log_likelihood
+
+    @property
+    def share(self) -> Tensor | None:
+        """How much of each image belongs to its pose; another program's column means less."""
+        return None if self._own_poses is None else self._own_poses.share
+
+    @property
+    def _own_poses(self) -> Poses | None:
+        return self.poses if "program" in self.settings else None
 
     @property
     def worked_pixel_angst(self) -> float:
