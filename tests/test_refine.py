@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -100,3 +101,35 @@ def test_an_image_without_numbers_does_not_stop_the_others(case):
     assert found.log_likelihood.isfinite().sum() == N - 1
     assert not found.log_likelihood[5].isfinite()
     assert found.rotations.isfinite().all()
+
+
+def test_gradients_are_those_of_the_value_also_far_off_centre(case):
+    """The prior of offsets counts there."""
+    images, model, rotations, offsets = case
+    objective = refine.PoseObjective(images, model)
+    far = offsets + 6.0
+    _, gradient, curvature = objective(rotations, far)
+    step = 0.05
+    for axis in range(2):
+        way = torch.zeros(2)
+        way[axis] = step
+        up, down = (objective.value(rotations, far + sign * way) for sign in (1, -1))
+        slopes = (up - down) / (2 * step)
+        assert float((gradient[:, 3 + axis] - slopes).norm() / slopes.norm()) < 0.02
+    nothing = replace(images, coefficients=0 * images.coefficients, ctf=0 * images.ctf)
+    value, gradient, curvature = refine.PoseObjective(nothing, model)(rotations, far)
+    precision = (0.15 * 24) ** -2
+    torch.testing.assert_close(value, -far.square().sum(-1) * precision / 2)
+    torch.testing.assert_close(gradient[:, 3:], -far * precision)
+    torch.testing.assert_close(curvature[0, 3:, 3:], precision * torch.eye(2))
+
+
+def test_scales_are_the_likeliest_with_their_prior(case):
+    images, model, rotations, offsets = case
+    poses = refine.Poses(rotations, offsets, offsets)
+    predicted = refine.predictions(images, model, poses)
+    found = refine.image_scales(images, predicted, spread=0.1)
+    tried = torch.linspace(0.25, 2.0, 1751)[:, None]
+    left = torch.stack([(images.coefficients - s * predicted).abs().square() for s in tried[::1]])
+    cost = (left * images.precision()).sum(-1) + (tried - 1) ** 2 / (2 * 0.1**2)
+    torch.testing.assert_close(found, tried[cost.argmin(0), 0], atol=2e-3, rtol=0)

@@ -58,6 +58,17 @@ def symmetric_map(group, box, generator):
     return torch.einsum("px,py,pz->zyx", *waves).float()
 
 
+def test_along_a_single_axis_the_mass_is_centred(generator):
+    box, group = 40, symmetry_group("C3")
+    clean = symmetric_map(group, box, generator)
+    moved = rotate_map(clean, random_rotations(1, generator)[0], torch.tensor([0.5, -3.0, 2.5]))
+    fit = find_symmetry(moved, group, 10.0)
+    back = rotate_map(moved, fit.rotation, fit.shift_px)
+    along_z = back.sum((1, 2)).double()
+    axis = torch.arange(box, dtype=torch.float64) - box // 2
+    assert abs(float((along_z * axis).sum() / along_z.sum())) < 0.3
+
+
 @pytest.mark.parametrize("name", ["C2", "C5", "D3", "T", "O", "I"])
 def test_axes_and_centre_are_found_in_noise(name, generator):
     """Wherever the map was turned and shifted to, it comes back onto its axes."""
