@@ -126,7 +126,7 @@ def refused(folder: Path, words: str, *arguments: object) -> Result:
 
 def reconstruct(folder: Path, words: str = "") -> None:
     """Refused with these words, or not at all."""
-    arguments = ("reconstruct", "p.star", "-o", "out/m.mrc", "--half-maps")
+    arguments = ("reconstruct", "p.star", "-o", "out/m.mrc", "--half-maps", "--overwrite")
     if words:
         refused(folder, words, *arguments)
     else:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
 
+import pytest
 from conftest import GOLDEN, MODEL, cryorecon
 
 from cryorecon.io.mrc import read_map
@@ -177,3 +180,79 @@ def test_an_interrupted_job_says_so_and_leaves_no_older_result(tmp_path):
     assert "Traceback" not in rest
     assert (job / "RELION_JOB_EXIT_ABORTED").exists()
     assert not (job / "initial_model.mrc").exists()
+
+
+@pytest.fixture
+def project(few, tmp_path):
+    """A folder with particles of its own, two maps and a mask."""
+    for name in ("particles.mrcs", "map.mrc"):
+        shutil.copy(few.parent / name, tmp_path / name)
+    tables = read_star(few)
+    numbers = tables["particles"]["rlnImageName"].str.partition("@")[0]
+    tables["particles"]["rlnImageName"] = numbers + "@particles.mrcs"
+    write_star(tmp_path / "p.star", tables)
+    shutil.copy(tmp_path / "map.mrc", tmp_path / "other.mrc")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "reconstruct p.star -o particles.mrcs --overwrite",
+        "reconstruct p.star -o ./p.star --overwrite",
+        "fsc map.mrc other.mrc --star map.mrc",
+        "fsc map.mrc other.mrc --xml other.mrc",
+        "fsc map.mrc other.mrc --aligned-map linked.mrc",
+        "export p.star -o p.star --to relion --flip",
+        "export map.mrc -o map.mrc --to mrc --flip",
+    ],
+)
+def test_no_command_writes_over_what_it_reads(project, words):
+    (project / "linked.mrc").symlink_to("map.mrc")
+    before = {path.name: path.read_bytes() for path in project.iterdir()}
+    done = cryorecon(*words.split(), cwd=project)
+    assert done.returncode == 1, done.stdout
+    assert "is what this command reads" in done.stderr
+    assert {path.name: path.read_bytes() for path in project.iterdir()} == before
+
+
+def test_a_map_that_is_there_is_kept_unless_told(project):
+    (project / "m.mrc").write_text("mine")
+    done = cryorecon("reconstruct", "p.star", "-o", "m.mrc", cwd=project)
+    assert done.returncode == 1
+    assert "m.mrc exists" in done.stderr
+    (project / "m.mrc").rename(project / "n_half2_unfil.mrc")
+    done = cryorecon("reconstruct", "p.star", "-o", "n.mrc", "--half-maps", cwd=project)
+    assert "n_half2_unfil.mrc exists" in done.stderr
+    assert not (project / "n.mrc").exists()
+    done = cryorecon(
+        "reconstruct", "p.star", "-o", "n.mrc", "--half-maps", "--overwrite", cwd=project
+    )
+    assert done.returncode == 0, done.stderr
+    assert read_map(project / "n_half2_unfil.mrc").data.shape == (24, 24, 24)
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["abinitio p.star -o j", "moments estimate p.star -o m.h5", "abinitio p.star -o j --dry-run"],
+)
+@pytest.mark.parametrize("diameter", [0.5, 1, 12])
+def test_a_particle_of_hardly_a_pixel_is_refused(project, words, diameter):
+    """Nanometres, or a share of the box."""
+    done = cryorecon(*words.split(), "--diameter", diameter, cwd=project)
+    assert done.returncode == 1
+    assert "--diameter in angstrom" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_terminal_without_the_letters_of_a_path_is_no_reason_to_fail(project):
+    folder = project / "ünï"
+    folder.mkdir()
+    words = ["-m", "cryorecon", "reconstruct", "p.star", "-o", "ünï/m.mrc"]
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(
+        [sys.executable, *words], cwd=project, env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "m.mrc" in done.stdout
+    assert (folder / "m.mrc").exists()

@@ -91,10 +91,11 @@ def test_fsc_names_its_mask(tmp_path: Path, maps: tuple[Path, Path, Tensor, Tens
     write_map(tmp_path / "ball.mrc", mask.numpy(), PIXEL_SIZE)
     result = run(fsc, a, b, "--mask", tmp_path / "ball.mrc", "--json", tmp_path / "out.json")
     assert result.exit_code == 0, result.output
-    assert "mask ball.mrc, maps not aligned" in result.output
+    assert "mask ball.mrc (its effect taken out), maps not aligned" in result.output
     data = json.loads((tmp_path / "out.json").read_text())
     expected = fsc_curve(first.float(), second.float(), mask)
-    np.testing.assert_allclose([row["fsc"] for row in data["shells"]], expected, atol=1e-6)
+    np.testing.assert_allclose([row["masked"] for row in data["shells"]], expected, atol=1e-6)
+    assert all(row["fsc"] <= row["masked"] for row in data["shells"])
 
 
 def test_fsc_aligns_the_first_map_to_the_second(tmp_path: Path) -> None:

@@ -184,8 +184,8 @@ def test_slice_gradients_are_those_of_the_transform(scene):
 def test_refinement_follows_the_gradient_of_the_image_model(scene):
     """Gradient and value against finite differences of the log-likelihood itself."""
     observations, volume, rotations, offsets = scene
-    model, sigma = derivatives(volume, 4, 15), 10.0
-    objective = refine.PoseObjective(observations, model, sigma)
+    model, sigma = derivatives(volume, 4, 15), 0.15 * volume.shape[-1]
+    objective = refine.PoseObjective(observations, model)
 
     def value(step):
         poses = exp_map(step[:, :3]) @ rotations, offsets + step[:, 3:]

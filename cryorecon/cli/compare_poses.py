@@ -47,7 +47,6 @@ def compare_poses(
     that bring the second set closest to the first are found robustly and taken out.
     """
     # torch takes seconds to load: only when the command runs.
-    from cryorecon.io.files import refuse_to_replace
     from cryorecon.run.compare_poses import compare_pose_files, poses_as_dict
     from cryorecon.run.curves import write_json
 
@@ -55,7 +54,6 @@ def compare_poses(
         from cryorecon.run.plots import picture_kind, pose_error_figure, save_figure
 
         picture_kind(plot)  # Before the work: an ending that cannot be drawn is refused.
-    refuse_to_replace([plot, json_file], [first, second])
     comparison = compare_pose_files(first, second, common_only=common)
     # Files first: whoever reads the output may stop reading early.
     if json_file is not None:

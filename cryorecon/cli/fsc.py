@@ -75,7 +75,7 @@ def fsc(
         from cryorecon.run.plots import fsc_figure, picture_kind, save_figure
 
         picture_kind(plot)  # Before the work: an ending that cannot be drawn is refused.
-    refuse_to_replace([aligned_map, star, xml, json_file, plot], [map1, map2, mask])
+    refuse_to_replace([aligned_map, star, xml], [map1, map2, mask])
     result = compare_maps(map1, map2, mask, align=align or aligned_map is not None)
     # Files first: whoever reads the output may stop reading early.
     if aligned_map is not None:

@@ -20,7 +20,7 @@ from cryorecon.physics.symmetry import symmetry_group
 from cryorecon.ranks import ALONE, Ranks
 from cryorecon.run.device import usable_device
 from cryorecon.run.extent import particle_extent
-from cryorecon.run.image_checks import not_modelled
+from cryorecon.run.image_checks import not_modelled_text
 from cryorecon.run.load import Keep, map_like
 
 Halves = Literal["independent", "shared", "none"]
@@ -209,10 +209,7 @@ class Prepared(NamedTuple):
                 f"the median defocus is {self.defocus_angst:.4g} A: if it is in micrometres, "
                 "write it in angstrom"
             )
-        unheard = not_modelled(self.particles)
-        if unheard:
-            odd.append(f"{', '.join(unheard)} of {self.particles.path} are not modelled")
-        return odd
+        return odd + not_modelled_text(self.particles)
 
 
 def prepared(star: str | Path, options: AbinitioOptions, ranks: Ranks = ALONE) -> Prepared:

@@ -32,8 +32,13 @@ _NOT_MODELLED = {
 }
 
 
-def not_modelled(particles: Particles) -> list[str]:
-    """Columns of the table, or of its optics groups, that say something which nobody listens to."""
+def not_modelled_text(particles: Particles) -> list[str]:
+    """A line that names columns which say something that nobody listens to, or none."""
+    names = _not_modelled(particles)
+    return [f"{', '.join(names)} of {particles.path} are not modelled"] if names else []
+
+
+def _not_modelled(particles: Particles) -> list[str]:
     optics = particles.blocks.get("optics")
     found = []
     for name, neutral in _NOT_MODELLED.items():
