@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from cryorecon.run.curves import THRESHOLDS, FscCurve
 
 _COLOURS = ("#0b6fa4", "#d1495b", "#3a7d44", "#8d5fd3", "#c7852b", "#555555")
 _GREY = "#767676"
+# Characters a line of a legend, which would else take the room of the curve.
+_LEGEND = 42
 
 
 # What matplotlib writes with programs or libraries that may not be there.
@@ -77,12 +80,13 @@ def fsc_figure(curves: Mapping[str, FscCurve], thresholds: Sequence[float] = THR
     for number, (label, curve) in enumerate(curves.items()):
         frequency = np.arange(len(curve.values)) / (curve.box * curve.pixel_size_angst)
         crossings = "\n".join(curve.resolution_text(threshold) for threshold in thresholds)
+        told = textwrap.fill(label, _LEGEND), textwrap.fill(f"({curve.conditions})", _LEGEND)
         axes.plot(
             frequency[1:],
             curve.values[1:].cpu().numpy(),
             color=_COLOURS[number % len(_COLOURS)],
             linewidth=1.8,
-            label=f"{label}\n({curve.conditions})\n{crossings}",
+            label="\n".join([*told, crossings]),
         )
     last = max(float(len(c.values) - 1) / (c.box * c.pixel_size_angst) for c in curves.values())
     for threshold in thresholds:
