@@ -26,7 +26,8 @@ from cryorecon.physics.fourier import max_band
 from cryorecon.physics.masks import Support
 from cryorecon.physics.pose_derivatives import derivatives
 from cryorecon.physics.rotations import exp_map, geodesic_distance_deg
-from cryorecon.run.load import half_sets, load_observations
+from cryorecon.run.half_sets import half_sets
+from cryorecon.run.load import load_observations
 
 
 def read_truth(stack: Path):

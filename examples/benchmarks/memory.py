@@ -106,8 +106,9 @@ def _search(star: Path, folder: Path, mark: Callable[[str], None], engine: str) 
     from cryorecon.engines.rmfn import RmfnConfig
     from cryorecon.run.abinitio import _stages
     from cryorecon.run.abinitio_input import AbinitioOptions, prepared
+    from cryorecon.run.half_sets import half_sets
     from cryorecon.run.job import Task, open_job
-    from cryorecon.run.load import half_sets, load_observations
+    from cryorecon.run.load import load_observations
     from cryorecon.run.stages import HELD_OUT
 
     short = RmfnConfig(n_starts=1, temperatures=(10.0, 1.0))
