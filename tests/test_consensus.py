@@ -108,6 +108,10 @@ def test_shared_noise_agrees_between_joint_maps_and_not_between_crossed_half_set
     assert crossed.joint[1:14].min() > 0.98
     assert crossed.curve[12:16].abs().max() < 0.143
     assert crossed.curve[1:4].min() > 0.5
+    ended = map_agreement(both, both, mask, 2.4, none, crossed=True, last_shell=10)
+    assert torch.equal(ended.curve[:11], crossed.curve[:11])
+    assert (ended.curve[11:] == 0).all()
+    assert (ended.joint[11:] == 0).all()
     plain = map_agreement(both, both, mask, 2.4, none, crossed=False)
     assert plain.threshold == 0.5
     assert torch.equal(plain.curve, crossed.joint)

@@ -369,6 +369,18 @@ def test_a_broken_state_is_never_written(tmp_path):
     assert not (tmp_path / "c.pt").exists()
 
 
+def test_what_is_held_for_later_parts_is_a_copy(tmp_path):
+    """The run goes on to change its tables in place."""
+    kept = checkpoint.Checkpoint(tmp_path / "c.pt", stopping.Stop())
+    table = torch.ones(3)
+    kept.put("half 1", lambda: {"poses": table}, force=True, hold=True)
+    table.zero_()
+    kept.put("half 2", lambda: {"poses": torch.full((3,), 2.0)}, force=True)
+    again = checkpoint.Checkpoint(tmp_path / "c.pt", stopping.Stop(), resume=True)
+    assert torch.equal(again.get("half 1")["poses"], torch.ones(3))
+    assert torch.equal(kept.get("half 1")["poses"], torch.ones(3))
+
+
 def test_what_each_team_did_last_counts(tmp_path):
     """Both teams' files hold both half sets; an older copy of one must not come back."""
 

@@ -232,3 +232,21 @@ def test_third_moments_go_through_files(tmp_path, stack_32):
     for words in (["--third", 5], ["--third", 2, "--form", "full"]):
         with pytest.raises(CryoreconError, match="Third moments to radius"):
             run("moments", "estimate", star, "-o", tmp_path / "d.h5", "--max-radius", 4, *words)
+
+
+@pytest.mark.parametrize("contrast", ["auto", "black"])
+def test_black_particles_have_the_moments_of_white_ones(generator, contrast):
+    """First and third change their sign with the images; the map that they tell must not."""
+    images = _images(60, generator)
+    images = images + 0.01 * torch.randn(images.shape, generator=generator, dtype=torch.float64)
+    told = []
+    for sign in (1, -1):
+        geometry = replace(THIRD, contrast="auto" if sign > 0 else contrast)
+        sums = SteerableSums(geometry, dtype=torch.float64)
+        sums.add(_batch(sign * images))
+        told.append(sums.finalise())
+    white, black = told
+    assert float(white.third.abs().max()) > 0
+    torch.testing.assert_close(black.first, white.first)
+    torch.testing.assert_close(black.second, white.second)
+    torch.testing.assert_close(black.third, white.third)
