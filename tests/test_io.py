@@ -550,3 +550,39 @@ def test_the_row_of_the_file_is_named_in_a_subset(folder):
     some = read_particles(folder / "bad.star").subset(np.array([2, 1]))
     with pytest.raises(CryoreconError, match="row 2, column rlnDefocusU"):
         some.ctf_parameters()
+
+
+@pytest.mark.parametrize("other", ["./s.mrcs", "linked.mrcs", "sub/../s.mrcs"])
+def test_a_stack_of_two_names_is_one_stack(folder, other):
+    """Else one image would be in both half sets, which would agree by its noise."""
+    (folder / "sub").mkdir()
+    (folder / "linked.mrcs").symlink_to("s.mrcs")
+    both = pd.concat([rows(), rows(stack=other).iloc[::-1]], ignore_index=True)
+    particles = read_particles(star(folder, both))
+    assert len(particles.stacks) == 1
+    assert particles.first_with_image().tolist() == [0, 1, 2, 2, 1, 0]
+    images = particles.images(range(6))
+    assert np.array_equal(images[:3], images[:2:-1])
+    write_stack(folder / "t.mrcs", images[:3] + 1)
+    mixed = pd.concat([rows(), rows(stack="t.mrcs"), rows(stack=other)], ignore_index=True)
+    particles = read_particles(star(folder, mixed))
+    assert len(particles.stacks) == 2
+    assert particles.first_with_image().tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 2]
+    assert np.allclose(particles.images([3, 8]), images[[0, 2]] + [[[1]], [[0]]])
+
+
+def test_subtomograms_are_no_images(folder):
+    path = star(folder, group=optics(rlnImageDimensionality=3))
+    with pytest.raises(CryoreconError, match="names volumes, not images"):
+        read_particles(path)
+    assert len(read_particles(star(folder, group=optics(rlnImageDimensionality=2)))) == 3
+
+
+def test_groups_without_particles_may_hold_anything(folder):
+    spare = optics(rlnOpticsGroup=2, rlnVoltage="None", rlnImageSize=9, rlnImageDimensionality=3)
+    group = pd.concat([spare, optics()], ignore_index=True)
+    found = read_particles(star(folder, group=group)).ctf_parameters()
+    assert found.voltage_kv.tolist() == [300.0] * 3
+    group.loc[1, "rlnVoltage"] = "None"
+    with pytest.raises(CryoreconError, match="row 2, column rlnVoltage: 'None' is not a finite"):
+        read_particles(star(folder, group=group)).ctf_parameters()

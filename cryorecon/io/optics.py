@@ -89,6 +89,29 @@ def optics_index(
     return position.astype(np.int64)
 
 
+def of_groups(
+    path: Path, optics: pd.DataFrame, column: str, index: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """A number of each particle's optics group; groups that have no particle may hold anything.
+
+    Parameters
+    ----------
+    index : array of int
+        From :func:`optics_index`.
+    """
+    used, which = np.unique(index, return_inverse=True)
+    return numbers(path, optics.iloc[used], column, rows=used)[which]
+
+
+def _refuse_volumes(path: Path, optics: pd.DataFrame) -> None:
+    """Subtomograms, whose first section is no image."""
+    if "rlnImageDimensionality" in optics and (optics["rlnImageDimensionality"] == "3").any():
+        raise CryoreconError(
+            f"{path} names volumes, not images: its rlnImageDimensionality is 3",
+            "Give images of single particles, or 2-D stacks of a tomogram's particles",
+        )
+
+
 def pixel_size_of(
     path: Path, table: TextTable, optics: pd.DataFrame | None, stack: Path, box: int
 ) -> float:
@@ -111,6 +134,8 @@ def pixel_size_of(
         # Selections keep the groups of all particles they were taken from.
         named = np.unique(optics_index(path, table, optics, np.arange(len(table), dtype=np.int32)))
         optics = optics.iloc[named]
+    if optics is not None:
+        _refuse_volumes(path, optics)
     if optics is not None and "rlnImageSize" in optics:
         sizes = integers(path, optics, "rlnImageSize", rows=named)
         if (sizes != box).any():

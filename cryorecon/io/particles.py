@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from cryorecon.errors import CryoreconError
 from cryorecon.io.mrc import Header, StackReader
-from cryorecon.io.optics import optics_index, pixel_size_of, require_within
+from cryorecon.io.optics import of_groups, optics_index, pixel_size_of, require_within
 from cryorecon.io.particle_tables import particle_tables
-from cryorecon.io.stacks import check_stacks, parse_image_names, resolve_stacks
+from cryorecon.io.stacks import check_stacks, one_a_file, parse_image_names, resolve_stacks
 from cryorecon.io.star import Tables, integers, numbers, write_star
 from cryorecon.io.text_table import TextTable
 from cryorecon.physics.ctf import CtfParameters
@@ -299,7 +299,7 @@ class Particles:
         if column in self.table:
             found = self._column(column)
         elif optics is not None and column in optics:
-            found = numbers(self.path, optics, column)[index]
+            found = of_groups(self.path, optics, column, index)
         else:
             found = np.array([0.0])
         if (found == found[0]).all():  # Millions of equal numbers are one.
@@ -380,7 +380,7 @@ def read_particles(
     path = Path(path)
     blocks, name, table = particle_tables(path, passthrough, ctf)
     stack_of, section, names = parse_image_names(path, table)
-    stacks = resolve_stacks(path, names, project)
+    stacks, stack_of = one_a_file(resolve_stacks(path, names, project), stack_of)
     headers = check_stacks(path, stacks, stack_of, section)
     box = headers[0].shape[2]
     pixel_size = pixel_size_of(path, table, blocks.get("optics"), stacks[0], box)

@@ -64,6 +64,18 @@ def resolve_stacks(star: Path, names: list[str], project: str | Path | None) -> 
     return found
 
 
+def one_a_file(
+    stacks: list[Path], stack_of: NDArray[np.int32]
+) -> tuple[list[Path], NDArray[np.int32]]:
+    """Stacks without those that are the same file as another, by link or by spelling."""
+    number_of: dict[str, int] = {}
+    number = [number_of.setdefault(os.path.realpath(s), len(number_of)) for s in stacks]
+    if len(number_of) == len(stacks):
+        return stacks, stack_of
+    first = [stacks[number.index(k)] for k in range(len(number_of))]
+    return first, np.array(number, np.int32)[stack_of]
+
+
 def parse_image_names(
     path: Path, table: TextTable
 ) -> tuple[NDArray[np.int32], NDArray[np.int32], list[str]]:
