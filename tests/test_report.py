@@ -33,6 +33,7 @@ from cryorecon.run.checkpoint import Checkpoint
 from cryorecon.run.curves import FscCurve, read_fsc_star, write_fsc_star
 from cryorecon.run.job import Job, Task, add_output_node, open_job, write_output_nodes
 from cryorecon.run.report import page as report
+from cryorecon.run.report import particles as report_particles
 from cryorecon.run.report.charts import likelihood_histogram
 from cryorecon.run.report.doubts import findings
 from cryorecon.run.report.inputs import read_job
@@ -240,7 +241,17 @@ def test_examples_are_predicted_by_the_image_model(job, stack_32):
     assert min(found.correlations) > 0.5
     assert torch.allclose(found.images - found.predictions, found.residuals, atol=1e-5)
     assert found.residuals.square().mean() < found.images.square().mean()
-    assert found.scale > 0
+    assert found.scale == pytest.approx(1, abs=0.15)
+
+
+def test_large_images_are_shown_in_fewer_pixels_on_the_same_scale(job, monkeypatch):
+    whole = example_particles(read_job(job), 6)
+    monkeypatch.setattr(report_particles, "_MOST_PIXELS", 24)
+    found = example_particles(read_job(job), 6)
+    assert found.images.shape[-1] == 24
+    assert found.scale == pytest.approx(whole.scale, rel=0.02)
+    assert float(found.images.std() / whole.images.std()) == pytest.approx(1, abs=0.05)
+    assert float(found.predictions.std() / whole.predictions.std()) == pytest.approx(1, abs=0.05)
 
 
 def test_an_image_in_two_rows_is_shown_in_its_own(copy, job):

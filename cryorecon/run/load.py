@@ -47,10 +47,10 @@ _NOISE_IMAGES = 20_000
 
 def normalised(images: Tensor, outside: Tensor) -> Tensor:
     """Images with zero mean and unit standard deviation outside the particle."""
-    return _normalised(images, outside)[0]
+    return divided_by_noise(images, outside)[0]
 
 
-def _normalised(images: Tensor, outside: Tensor) -> tuple[Tensor, Tensor]:
+def divided_by_noise(images: Tensor, outside: Tensor) -> tuple[Tensor, Tensor]:
     """The same, and what each was divided by, shape (b,)."""
     weight = outside.flatten() / outside.sum()
     found, spreads = torch.empty_like(images), images.new_empty(len(images))
@@ -118,7 +118,7 @@ class _FromDisk:
         And what they were divided by, shape (b,).
         """
         self.expect(following)
-        return _normalised(self._taken(self._raw(rows)), self.outside)
+        return divided_by_noise(self._taken(self._raw(rows)), self.outside)
 
     def _taken(self, raw: Tensor) -> Tensor:
         """Images from disk on the device, in the box that is worked in."""

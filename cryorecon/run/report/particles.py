@@ -24,7 +24,7 @@ from cryorecon.physics.imaging import predict
 from cryorecon.physics.masks import soft_ball
 from cryorecon.physics.projection import padded_transform
 from cryorecon.physics.resampling import downsample_images, resample_sums
-from cryorecon.run.load import normalised
+from cryorecon.run.load import divided_by_noise
 from cryorecon.run.report.inputs import ReportInputs
 
 # Larger boxes are cropped in Fourier space: nothing finer is shown.
@@ -83,7 +83,8 @@ def example_particles(inputs: ReportInputs, count: int = 4) -> Examples | None:
     rows = _rows_of(shown, inputs.particles, inputs)
     diameter = inputs.diameter or 0.8
     outside = 1 - soft_ball(box, diameter / 2 * box, 2.0, 2)
-    images = normalised(torch.from_numpy(inputs.particles.images(rows)), outside)
+    recorded = torch.from_numpy(inputs.particles.images(rows))
+    images, spreads = divided_by_noise(recorded, outside)
     small = min(box, _MOST_PIXELS)
     pixel_angst = inputs.side_angst / small
     plane = half_plane(small)
@@ -95,7 +96,9 @@ def example_particles(inputs: ReportInputs, count: int = 4) -> Examples | None:
     model = padded_transform(resample_sums(torch.from_numpy(inputs.map.data).float(), small))
     rotations = poses.rotations[shown].float()
     offsets_px = (poses.origins_angst[shown] / pixel_angst).float()
-    told = predict(model, rotations, offsets_px, transfer, plane) * gain
+    # Of the map's projections on the scale of these images, in fewer pixels.
+    gain_of_map = gain * (small / box) ** 2 / spreads.mean()
+    told = predict(model, rotations, offsets_px, transfer, plane) * gain_of_map
     seen = to_coefficients(images, plane) * gain
     return _compared(names, seen, told, plane, inputs.side_angst / band)
 
