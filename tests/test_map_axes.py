@@ -12,9 +12,9 @@ import torch
 from conftest import GOLDEN
 
 from cryorecon.errors import CryoreconError
-from cryorecon.io.mrc import read_map
+from cryorecon.io.mrc import read_map, write_map
 from cryorecon.io.particles import read_particles
-from cryorecon.run.abinitio_input import given_map, given_mask
+from cryorecon.run.abinitio_input import given_map, given_mask, starting_map
 from cryorecon.run.compare_maps import compare_maps
 from cryorecon.run.simulate_config import SimulateConfig
 from cryorecon.run.specimen import load_model
@@ -123,3 +123,21 @@ def test_every_option_reads_maps_alike(tmp_path):
     assert compare_maps(stored, plain, stored).curve.values.min() > 0.999
     found, _ = load_model(stored, SimulateConfig())
     assert torch.equal(found, torch.from_numpy(volume))
+
+
+@pytest.mark.parametrize(("times", "plus"), [(1.0, 3.0), (1e-20, 0.0), (200.0, 30.0)])
+def test_a_map_to_start_from_is_of_any_scale_and_level(few, tmp_path, times, plus):
+    """Of eight bits, say, whose solvent is not 0."""
+    particles = read_particles(few)
+    volume = read_map(few.parent / "map.mrc").data
+    write_map(tmp_path / "plain.mrc", volume, particles.pixel_size_angst)
+    changed = (times * volume.astype(np.float64) + plus).astype(np.float32)
+    write_map(tmp_path / "changed.mrc", changed, particles.pixel_size_angst)
+    plain, other = (
+        starting_map(tmp_path / f"{name}.mrc", particles, 0.8) for name in ("plain", "changed")
+    )
+    torch.testing.assert_close(other, plain, atol=1e-3, rtol=0)
+    assert float(plain.std()) == pytest.approx(1, abs=1e-4)
+    write_map(tmp_path / "flat.mrc", 0 * volume + 5, particles.pixel_size_angst)
+    with pytest.raises(CryoreconError, match="has one value"):
+        starting_map(tmp_path / "flat.mrc", particles, 0.8)

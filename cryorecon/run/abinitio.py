@@ -19,10 +19,10 @@ from cryorecon.run.abinitio_input import (
     AbinitioOptions,
     Contrast,
     Prepared,
-    given_map,
     given_mask,
     point_group,
     prepared,
+    starting_map,
 )
 from cryorecon.run.amortized_stages import AmortizedStages
 from cryorecon.run.device import device_text, own_device
@@ -164,7 +164,8 @@ def _first_map(
 ) -> Reconstruction:
     if options.init_map is not None and isinstance(stages, RmfnStages):
         stages.job.say(f"starting from {options.init_map}, low-passed; its poses are not used")
-        return stages.from_map(images, half, given_map(options.init_map, particles, "map"))
+        start = starting_map(options.init_map, particles, stages.config.diameter)
+        return stages.from_map(images, half, start)
     return stages.from_scratch(images, half)
 
 

@@ -15,6 +15,7 @@ from cryorecon.engines.reconstruction import RefineConfig
 from cryorecon.engines.rmfn import RmfnConfig
 from cryorecon.errors import CryoreconError
 from cryorecon.io.particles import Particles, read_particles
+from cryorecon.physics.masks import soft_ball
 from cryorecon.physics.resampling import resample_volume
 from cryorecon.physics.symmetry import symmetry_group
 from cryorecon.ranks import ALONE, Ranks
@@ -302,6 +303,31 @@ def point_group(symmetry: str) -> Tensor:
 def given_map(path: Path, particles: Particles, what: str) -> Tensor:
     """A map of the images' own box and pixel size, in the box that is worked in."""
     return resample_volume(map_like(path, particles.as_stored(), what), particles.box)
+
+
+def starting_map(path: Path, particles: Particles, diameter: float) -> Tensor:
+    """The map to start from without its level outside the particle, its variance 1.
+
+    Of eight bits, say, or of another program's units.
+
+    Parameters
+    ----------
+    diameter : float
+        Of the particle, as a fraction of the box side.
+
+    Raises
+    ------
+    CryoreconError
+        If it has another box or pixel size, or one value.
+    """
+    volume = given_map(path, particles, "map").double()
+    box = len(volume)
+    outside = 1 - soft_ball(box, diameter / 2 * box, 2.0, 3)
+    volume = volume - (volume * outside).sum() / outside.sum()
+    spread = float(volume.std())
+    if not spread > 0:
+        raise CryoreconError(f"The map {path} has one value", "Give one that shows the particle")
+    return (volume / spread).float()
 
 
 def given_mask(path: Path | None, particles: Particles) -> Tensor | None:
