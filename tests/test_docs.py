@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 import shutil
@@ -123,3 +124,17 @@ def test_blocks_run(page: Path, lab: Path, tmp_path: Path, monkeypatch: pytest.M
             assert words[0] == "cryorecon", line
             failed = _run(words[1:])
             assert not failed, failed
+
+
+def test_options_that_messages_name_are_there():
+    """A remedy that does not exist is none."""
+    known = set(re.findall(r"--[a-z0-9-]+", (_ROOT / "docs" / "commands.md").read_text("utf-8")))
+    # torchrun's, RELION's, and the program's own before any command.
+    known |= {"--nproc-per-node", "--select", "--pipeline", "--version"}
+    unknown = set()
+    for script in (_ROOT / "cryorecon").rglob("*.py"):
+        for node in ast.walk(ast.parse(script.read_text("utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                named = re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", node.value)
+                unknown |= {f"{script.name}: {name}" for name in named if name not in known}
+    assert not unknown

@@ -280,7 +280,7 @@ def _refuse_contradictions(options: AbinitioOptions, particles: Particles) -> No
     if independent and options.subset is not None and options.assign != "none":
         raise CryoreconError(
             "Particles outside a subset cannot join independent half sets",
-            "Leave out --subset or --halves independent, or give --assign none",
+            "Leave out --subset or --halves independent, or give --no-assign-all",
         )
 
 
