@@ -151,8 +151,7 @@ def test_a_job_finds_what_it_finds_in_a_stack_that_was_cropped_before(
         torch.testing.assert_close(values, torch.from_numpy(wanted.data), atol=0.03 * high, rtol=0)
 
 
-@pytest.mark.parametrize("box", [BOX, SMALL])
-@pytest.mark.parametrize("unit", [1.0, 37.0])
+@pytest.mark.parametrize(("box", "unit"), [(BOX, 37.0), (SMALL, 1.0)])
 def test_maps_are_on_the_scale_of_the_images_on_disk(few, tmp_path, box, unit):
     """Whatever they were normalised by, and whatever box they were worked on in."""
     images = unit * np.array(open_stack(few.parent / "particles.mrcs"))
