@@ -281,7 +281,7 @@ def on_terminal(*words: object, **env: str) -> str:
 
 @pytest.mark.slow
 def test_colours_and_bars_are_for_terminals_only(tmp_path):
-    words = ["reconstruct", STAR, "-o", tmp_path / "r.mrc"]
+    words = ["reconstruct", STAR, "-o", tmp_path / "r.mrc", "--overwrite"]
     shown = on_terminal(*words)
     assert "\x1b[1m" in shown
     assert "Backprojecting" in shown

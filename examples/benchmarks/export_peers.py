@@ -101,7 +101,7 @@ def main() -> None:
          "--pixel-size", args.pixel_size, "--snr", args.snr, "--offset-range", 4,
          "--astigmatism", 300, "--overwrite")  # fmt: skip
     star = Path("particles.star")
-    ours("reconstruct", star, "-o", "own.mrc")
+    ours("reconstruct", star, "-o", "own.mrc", "--overwrite")
     for to, name in (("cryodrgn", "drgn"), ("cryosparc", "p.cs"), ("relion", "r31.star")):
         ours("export", star, "-o", name, "--to", to)
     ours("export", star, "-o", "r30.star", "--to", "relion", "--relion30")
