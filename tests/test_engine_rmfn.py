@@ -184,7 +184,7 @@ def test_slice_gradients_are_those_of_the_transform(scene):
 def test_refinement_follows_the_gradient_of_the_image_model(scene):
     """Gradient and value against finite differences of the log-likelihood itself."""
     observations, volume, rotations, offsets = scene
-    model, sigma = derivatives(volume, 4, 15), 0.15 * volume.shape[-1]
+    model, sigma = derivatives(volume, 4, 15), 10.0
     objective = refine.PoseObjective(observations, model)
 
     def value(step):

@@ -11,8 +11,10 @@ from conftest import simulated
 
 from cryorecon.conventions import euler_to_matrix
 from cryorecon.engines import refine
+from cryorecon.engines.observations import Observations
 from cryorecon.io.mrc import read_map
 from cryorecon.io.particles import read_particles
+from cryorecon.physics.fourier import half_plane
 from cryorecon.physics.pose_derivatives import derivatives
 from cryorecon.physics.rotations import exp_map, geodesic_distance_deg
 from cryorecon.run.load import load_observations
@@ -118,10 +120,24 @@ def test_gradients_are_those_of_the_value_also_far_off_centre(case):
         assert float((gradient[:, 3 + axis] - slopes).norm() / slopes.norm()) < 0.02
     nothing = replace(images, coefficients=0 * images.coefficients, ctf=0 * images.ctf)
     value, gradient, curvature = refine.PoseObjective(nothing, model)(rotations, far)
-    precision = (0.15 * 24) ** -2
+    precision = 10.0**-2
     torch.testing.assert_close(value, -far.square().sum(-1) * precision / 2)
     torch.testing.assert_close(gradient[:, 3:], -far * precision)
     torch.testing.assert_close(curvature[0, 3:, 3:], precision * torch.eye(2))
+
+
+@pytest.mark.parametrize(("box", "spread_px"), [(24, 10.0), (64, 10.0), (128, 19.2), (256, 38.4)])
+def test_offsets_of_large_boxes_are_held_less_tightly(box, spread_px):
+    plane = half_plane(box, 3)
+    m = len(plane)
+    nothing = Observations(
+        plane,
+        torch.zeros(1, m, dtype=torch.complex64),
+        torch.zeros(1, m),
+        torch.ones(1, plane.n_shells),
+        torch.zeros(1, dtype=torch.int64),
+    )
+    assert refine.PoseObjective(nothing, None).offset_precision == pytest.approx(spread_px**-2)
 
 
 def test_scales_are_the_likeliest_with_their_prior(case):

@@ -20,9 +20,10 @@ from cryorecon.physics.rotations import exp_map
 
 _LARGEST_TURN_RAD = 0.15
 _LARGEST_SHIFT_PX = 2.0
-# Standard deviation of an offset's Gaussian prior, as a share of the box: half again what is
-# searched through by default.
-_OFFSET_SPREAD = 0.15
+# Standard deviation of an offset's Gaussian prior, as a share of the box, half again what is
+# searched through by default, and its least: a tighter one in small boxes makes maps of noise
+# alike.
+_OFFSET_SPREAD, _LEAST_OFFSET_SPREAD_PX = 0.15, 10.0
 # Steps that would gain less log-likelihood are not taken: they move a pose by less than a fifth of
 # its standard deviation, sqrt(2 x 0.02).
 LEAST_GAIN = 0.02
@@ -62,7 +63,8 @@ class PoseObjective:
         self.target = observations.coefficients * root
         self.power = self.target.abs().square().sum(-1)
         self.gain = observations.ctf * root
-        self.offset_precision = (_OFFSET_SPREAD * self.plane.box) ** -2
+        spread_px = max(_OFFSET_SPREAD * self.plane.box, _LEAST_OFFSET_SPREAD_PX)
+        self.offset_precision = spread_px**-2
         self.prior = torch.zeros(5, dtype=root.dtype, device=root.device)
         self.prior[3:] = self.offset_precision
 
