@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cryorecon.maps.align import align_maps, apply_alignment
-from cryorecon.maps.fsc import fsc_curve
+from cryorecon.maps.fsc import fsc_curve, taken_out
 from cryorecon.physics.fourier import fft_centred, ifft_centred, radius_grid, shell_sums
 
 # Standard deviations of Fisher's z above its mean that noise is taken to reach: one in 700 goes
@@ -92,7 +92,6 @@ def beyond_chance(curve: Tensor, chance: Tensor) -> Tensor:
     ----------
     curve, chance : Tensor, shape (N // 2 + 1,)
     """
-    limited = chance.to(curve).clamp(0.0, _MOST)
-    beyond = ((curve - limited) / (1 - limited)).clamp(min=-1)
+    beyond = taken_out(curve, chance, _MOST)
     beyond[0] = curve[0]
     return beyond

@@ -108,9 +108,21 @@ def masked_fsc(
 
 
 def without_mask_effect(masked: Tensor, randomised: Tensor) -> Tensor:
-    """``(F - R) / (1 - R)``, no less than -1."""
-    brought = randomised.clamp(0, _CERTAIN)
-    return ((masked - brought) / (1 - brought)).clamp(min=-1)
+    """A curve without what the mask brings; see :func:`taken_out`."""
+    return taken_out(masked, randomised, _CERTAIN)
+
+
+def taken_out(curve: Tensor, brought: Tensor, most: float) -> Tensor:
+    """``(F - R) / (1 - R)``: 1 stays 1; no less than -1, where an FSC ends.
+
+    Parameters
+    ----------
+    curve, brought : Tensor, shape (N // 2 + 1,)
+    most : float
+        Of what is taken out.
+    """
+    limited = brought.to(curve).clamp(0, most)
+    return ((curve - limited) / (1 - limited)).clamp(min=-1)
 
 
 def _random_phases(volume: Tensor, begin: int, generator: torch.Generator) -> Tensor:
