@@ -68,12 +68,14 @@ def one_a_file(
     stacks: list[Path], stack_of: NDArray[np.int32]
 ) -> tuple[list[Path], NDArray[np.int32]]:
     """Stacks without those that are the same file as another, by link or by spelling."""
-    number_of: dict[str, int] = {}
-    number = [number_of.setdefault(os.path.realpath(s), len(number_of)) for s in stacks]
-    if len(number_of) == len(stacks):
+    files = [os.path.realpath(stack) for stack in stacks]
+    first: dict[str, Path] = {}
+    for file, stack in zip(files, stacks, strict=True):
+        first.setdefault(file, stack)
+    if len(first) == len(stacks):
         return stacks, stack_of
-    first = [stacks[number.index(k)] for k in range(len(number_of))]
-    return first, np.array(number, np.int32)[stack_of]
+    place = {file: number for number, file in enumerate(first)}
+    return list(first.values()), np.array([place[file] for file in files], np.int32)[stack_of]
 
 
 def parse_image_names(
