@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 import re
 import resource
 import shlex
@@ -506,6 +508,16 @@ def test_continue_takes_everything_from_the_job(whole, few, monkeypatch, capsys)
     assert plain[0] == 0
 
 
+def estimates(monkeypatch, capsys, *words):
+    """The objects that a dry run prints, and the exit status."""
+    status, told = command(monkeypatch, capsys, *words, "--dry-run", "--json")
+    found: list[dict] = []
+    while told.startswith("{"):  # Then come the messages, from stderr.
+        one, end = json.JSONDecoder().raw_decode(told)
+        found, told = [*found, one], told[end:].strip()
+    return *found, status
+
+
 def test_a_dry_run_tells_and_writes_nothing(few, tmp_path, monkeypatch, capsys):
     for words in (
         ["abinitio", few, "-o", tmp_path / "job", "--subset", "50"],
@@ -533,6 +545,17 @@ def test_a_dry_run_tells_and_writes_nothing(few, tmp_path, monkeypatch, capsys):
         assert ours == (
             0 if {"moments", "reconstruct"} & set(words) else 2 if "all" in words else 1
         )
+        *objects, status = estimates(monkeypatch, capsys, *words)
+        assert status == 0
+        assert len(objects) == (3 if "all" in words else 1)
+        for found in objects:
+            assert (found["particles"], found["box"], found["contrast"]) == (80, 24, "white")
+            assert 1 < found["cpu_s"] <= found.get("cpu_s_hard", math.inf)
+            assert found["memory_bytes"] > 1e8
+            assert found.get("map_particles") == (
+                None if found.get("engine") not in ("rmfn", "amortized")
+                else 50 if "50" in words else 80
+            )  # fmt: skip
     status, told = command(
         monkeypatch, capsys, "abinitio", few, "-o", tmp_path / "job", "--diameter", 999, "--dry-run"
     )

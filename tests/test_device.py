@@ -187,13 +187,15 @@ def test_a_dry_run_tells_who_holds_the_images(monkeypatch):
     told: list[str] = []
     gpu, cpu = torch.device("cuda:1"), torch.device("cpu")
     monkeypatch.setattr(load, "free_memory", lambda _: 1e9)
-    assert dry_run._tell_images(1000, 64, "auto", gpu, told.append) == 0
+    assert dry_run._tell_images(1000, 64, "auto", gpu, told.append) == (0, "cuda:1")
     assert "held in the memory of cuda:1, 0.02 GB" in told[-1]
     # A quarter of a gigabyte is not enough for these.
     for device_, keep in ((gpu, "memory"), (cpu, "memory")):
-        assert dry_run._tell_images(20_000, 64, keep, device_, told.append) > 0.25e9
+        taken, place = dry_run._tell_images(20_000, 64, keep, device_, told.append)
+        assert taken > 0.25e9
+        assert place == "memory"
         assert "held in memory" in told[-1]
-    assert dry_run._tell_images(1000, 64, "disk", gpu, told.append) == 0
+    assert dry_run._tell_images(1000, 64, "disk", gpu, told.append) == (0, "disk")
     assert "read again when needed" in told[-1]
 
 

@@ -23,7 +23,14 @@ from cryorecon.cli.abinitio_options import (
     Symmetry,
 )
 from cryorecon.cli.command import examples
-from cryorecon.cli.console import messages, prepare_folder, print_job, usable_device, use_threads
+from cryorecon.cli.console import (
+    messages,
+    prepare_folder,
+    print_job,
+    print_json,
+    usable_device,
+    use_threads,
+)
 from cryorecon.cli.options import (
     Config,
     Contrast,
@@ -132,7 +139,9 @@ def abinitio_amortized_command(
     )
     if dry_run:
         prepare_folder(output, overwrite)
-        describe_abinitio(particles, options, messages(json))
+        estimate = describe_abinitio(particles, options, messages(json))
+        if json:
+            print_json({"engine": "amortized", **estimate})
         return
     with joined() as ranks:
         prepare_folder(output, overwrite, ranks)

@@ -155,7 +155,9 @@ def estimate_command(
         checkpoint_images=checkpoint,
     )
     if dry_run:
-        describe_moments(particles, options, None, messages(json))
+        estimate = describe_moments(particles, options, None, messages(json))
+        if json:
+            print_json(estimate)
         return
     try:
         with joined() as ranks, count_progress("Averaging", "images") as progress:

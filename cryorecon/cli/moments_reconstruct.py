@@ -13,6 +13,7 @@ from cryorecon.cli.console import (
     messages,
     prepare_folder,
     print_job,
+    print_json,
     usable_device,
     use_threads,
 )
@@ -175,7 +176,9 @@ def moments_command(
     options = MomentReconstructOptions(engine, None, None, allow_ambiguous, seed, place)
     if dry_run:
         prepare_folder(output, overwrite)
-        describe_moments(particles, wanted, options, messages(json))
+        estimate = describe_moments(particles, wanted, options, messages(json))
+        if json:
+            print_json({"engine": "moments", **estimate})
         return
     with joined() as ranks:
         prepare_folder(output, overwrite, ranks)

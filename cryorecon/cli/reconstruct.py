@@ -92,7 +92,9 @@ def reconstruct_command(
     for doubt in not_modelled_text(source):
         told.print(f"WARNING: {doubt}", markup=False)
     if dry_run:
-        describe_reconstruct(source, told, usable_device(device))
+        estimate = describe_reconstruct(source, told, usable_device(device))
+        if json:
+            print_json(estimate)
         return
     settings: dict[str, Any] = {"half_maps": half_maps, "wiener": wiener, "padding": padding}
     settings["device"] = usable_device(device)

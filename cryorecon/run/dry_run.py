@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -37,8 +38,16 @@ _LOOKED_AT = 500
 _GB = 1e9
 
 
-def describe_abinitio(star: Path, options: AbinitioOptions, console: Console) -> None:
+def describe_abinitio(star: Path, options: AbinitioOptions, console: Console) -> dict[str, Any]:
     """Tell what ``abinitio`` with these options would do.
+
+    Returns
+    -------
+    dict
+        The same as plain data: ``particles``, ``box``, ``stored_box``, ``pixel_size_angst``,
+        ``diameter_angst``, ``optics_groups``, ``contrast`` (white, black, or null where it is not
+        told), ``images_held``, ``memory_bytes``, ``cpu_s`` of one core, ``cpu_s_hard`` if images
+        hardly tell their poses, ``warnings``.
 
     Raises
     ------
@@ -48,7 +57,7 @@ def describe_abinitio(star: Path, options: AbinitioOptions, console: Console) ->
     ready = prepared(star, options)
     particles, rows, config = ready[:3]
     say = _teller(console)
-    _tell_particles(particles, config.diameter, say)
+    found = _tell_particles(particles, config.diameter, say)
     say(ready.width_text)
     for doubt in ready.doubts:
         say(f"WARNING: {doubt}")
@@ -63,35 +72,40 @@ def describe_abinitio(star: Path, options: AbinitioOptions, console: Console) ->
         )
         for hard in (False, True)
     )
-    held = _tell_images(len(particles), box, options.keep, torch.device(options.device), say)
-    _tell_cost(easy, held, say, options.device, hard)
+    held, place = _tell_images(len(particles), box, options.keep, torch.device(options.device), say)
+    found |= {"warnings": list(ready.doubts), "map_particles": n, "images_held": place}
+    return found | _tell_cost(easy, held, say, options.device, hard)
 
 
 def describe_moments(
     star: Path, wanted: MomentsOptions, fit: MomentReconstructOptions | None, console: Console
-) -> None:
-    """Tell what ``moments estimate``, with or without a fit, would do."""
+) -> dict[str, Any]:
+    """Tell what ``moments estimate``, with or without a fit, would do; the same as plain data."""
     particles = read_particles(star, wanted.project)
     geometry = resolve_geometry(wanted, particles.box, particles.pixel_size_angst)
     say = _teller(console)
     share = geometry.diameter_angst / (particles.box * particles.pixel_size_angst)
-    _tell_particles(particles, share, say, ctf=wanted.ctf)
+    found = _tell_particles(particles, share, say, ctf=wanted.ctf)
     say(f"particle diameter {geometry.diameter_angst:.0f} A")
     radius, side = geometry.max_radius, geometry.side_angst
     say(f"radii to {radius} cycles per {side:.0f} A ({side / radius:.1f} A)")
     cost = moments_cost(geometry, len(particles))
     say("images are read once, in blocks")
     cost = cost if fit is None else cost.plus(moment_fit_cost(fit.engine))
-    _tell_cost(cost, 0, say, wanted.device)
+    return found | _tell_cost(cost, 0, say, wanted.device)
 
 
-def describe_reconstruct(particles: Particles, console: Console, device: str = "cpu") -> None:
-    """Tell what ``reconstruct`` of particles with their poses would do."""
+def describe_reconstruct(
+    particles: Particles, console: Console, device: str = "cpu"
+) -> dict[str, Any]:
+    """Tell what ``reconstruct`` of particles with their poses would do; the same as plain data."""
     particles.euler_deg()
     say = _teller(console)
-    _tell_particles(particles, 0.8, say)
+    found = _tell_particles(particles, 0.8, say)
+    del found["diameter_angst"]  # Assumed, for the contrast alone.
     say("images are read once, in blocks")
-    _tell_cost(backprojection_cost(len(particles), particles.box), 0, say, device)
+    cost = backprojection_cost(len(particles), particles.box)
+    return found | _tell_cost(cost, 0, say, device)
 
 
 def _teller(console: Console) -> Callable[[str], None]:
@@ -100,40 +114,53 @@ def _teller(console: Console) -> Callable[[str], None]:
 
 def _tell_particles(
     particles: Particles, diameter: float, say: Callable[[str], None], *, ctf: bool = True
-) -> None:
+) -> dict[str, Any]:
     """Open the first and the last stack, and look at some images."""
     order = particles.file_order()
     particles.images(order[[0, -1]])
     say(f"{len(particles)} particles, {size_text(particles)}")
     groups = np.unique(particles.optics_index())
     say(f"{len(groups)} optics group{'s' * (len(groups) > 1)}")
+    found: dict[str, Any] = {
+        "particles": len(particles),
+        "box": particles.box,
+        "stored_box": particles.stored_box,
+        "pixel_size_angst": particles.pixel_size_angst,
+        "diameter_angst": diameter * particles.box * particles.pixel_size_angst,
+        "optics_groups": len(groups),
+        "contrast": None,
+    }
     if not ctf:
-        return
+        return found
     voltages = particles.ctf_parameters().voltage_kv.unique().tolist()
     say(f"voltage {', '.join(f'{v:g}' for v in voltages)} kV")
     some = order[:: max(1, -(-len(order) // _LOOKED_AT))]
     images = load_observations(particles.subset(np.sort(some)), diameter, keep="memory")
     score = contrast_score(images, diameter)
     seen = "white on black" if score > 0 else "BLACK ON WHITE"
-    seen = seen if abs(score) >= SURE else "not told by so few images"
+    if abs(score) >= SURE:
+        found["contrast"] = "white" if score > 0 else "black"
+    else:
+        seen = "not told by so few images"
     say(f"contrast: {seen} ({score:.1f} standard errors, {len(images)} images)")
+    return found
 
 
 def _tell_images(
     n: int, box: int, keep: Keep, device: torch.device, say: Callable[[str], None]
-) -> int:
-    """How images would be held; bytes of the CPU's memory that they take."""
+) -> tuple[int, str]:
+    """Bytes of the CPU's memory that images take as they would be held, and where that is."""
     needed, limit = memory_needed(n, box), memory_to_use()
     place = place_to_hold(n, box, keep, device)
     why = f"half of the free memory is {limit / _GB:.1f} GB" if keep == "auto" else "as asked"
     if place is not None and place.type != "cpu":
         say(f"images held in the memory of {device}, {needed / _GB:.2f} GB")
-        return 0
+        return 0, str(device)
     if place is not None:
         say(f"images held in memory, {needed / _GB:.2f} GB ({why})")
-        return needed
+        return needed, "memory"
     say(f"images read again when needed; held they would take {needed / _GB:.1f} GB ({why})")
-    return 0
+    return 0, "disk"
 
 
 def _tell_cost(
@@ -142,7 +169,7 @@ def _tell_cost(
     say: Callable[[str], None],
     device: str,
     hard: Cost | None = None,
-) -> None:
+) -> dict[str, Any]:
     peak, free = cost.bytes + images, psutil.virtual_memory().available
     short = "" if peak < free else f"; ONLY {free / _GB:.1f} GB ARE FREE"
     say(f"memory about {peak / _GB:.1f} GB{short}")
@@ -154,6 +181,8 @@ def _tell_cost(
         f"time about {_duration(cost.cpu_s)}{longer} of one core ({cores} in use), within a factor "
         "of two; nothing was written"
     )
+    told = {"memory_bytes": round(peak), "cpu_s": round(cost.cpu_s)}
+    return told if hard is None else told | {"cpu_s_hard": round(hard.cpu_s)}
 
 
 def _duration(seconds: float) -> str:
