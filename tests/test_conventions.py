@@ -87,10 +87,28 @@ def test_content_moves_by_minus_the_origin(molecule_32):
 def test_the_ctf_at_zero_frequency_is_plus_the_amplitude_contrast():
     one = torch.ones(1, dtype=torch.float64)
     optics = CtfParameters(
-        one * 15000, one * 14000, one * 20, one * 300, one * 2.7, one * 0.07, one * 0, one * 0
+        one * 15000, one * 14000, one * 20, one * 300, one * 2.7, one * 0.07, *[one * 0] * 3
     )
     value = ctf(torch.zeros(1, 2), optics, 64, 1.0)
     assert float(value) == pytest.approx(0.07)
+
+
+def test_the_ctf_of_phase_flipped_images_is_its_magnitude():
+    one, plane = torch.ones(2, dtype=torch.float64), half_plane(32)
+    flipped = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    optics = CtfParameters(
+        one * 15000,
+        one * 14000,
+        one * 20,
+        one * 300,
+        one * 2.7,
+        one * 0.07,
+        *[one * 0] * 2,
+        flipped,
+    )
+    recorded, found = ctf(plane.frequencies, optics, 32, 2.0)
+    assert recorded.min() < -0.9
+    assert torch.equal(found, recorded.abs())
 
 
 def test_maps_have_voxel_size_origin_0_and_nstart_0(tmp_path):
@@ -135,7 +153,7 @@ def test_ctf_has_no_nan_gradient_without_astigmatism():
     defocus = torch.full((1,), 12000.0, dtype=torch.float64, requires_grad=True)
     one = torch.ones(1, dtype=torch.float64)
     optics = CtfParameters(
-        defocus, defocus, one * 0, one * 300, one * 2.7, one * 0.1, one * 0, one * 0
+        defocus, defocus, one * 0, one * 300, one * 2.7, one * 0.1, *[one * 0] * 3
     )
     ctf(plane.frequencies, optics, 16, 2.0).sum().backward()
     assert torch.isfinite(defocus.grad).all()

@@ -309,6 +309,18 @@ def test_a_shift_beyond_the_box_is_not_for_cryodrgn(job: Path) -> None:
     assert "row 5: the origin is farther than the box" in error_of(result).problem
 
 
+@pytest.mark.parametrize("target", ["cryodrgn", "cryosparc"])
+def test_phase_flipped_images_are_not_for_programs_that_cannot_know(job: Path, target) -> None:
+    blocks = read_star(job / "run_data.star")
+    blocks["optics"]["rlnCtfDataArePhaseFlipped"] = "1"
+    write_star(job / "flipped.star", blocks)
+    result = run(export_command, job / "flipped.star", "-o", job / "out.cs", "--to", target)
+    assert "images are phase flipped" in error_of(result).problem
+    assert not (job / "out.cs").exists()
+    export(job / "flipped.star", "-o", job / "relion.star", "--to", "relion")
+    assert read_star(job / "relion.star")["optics"]["rlnCtfDataArePhaseFlipped"].iloc[0] == "1"
+
+
 def test_flipped_map_and_poses_reproject_to_the_same_images(job: Path) -> None:
     export(job, "-o", job / "other.mrc", "--to", "mrc", "--flip")
     original = torch.from_numpy(read_map(job / "initial_model.mrc").data)

@@ -54,6 +54,18 @@ def test_prediction_matches_every_image(dialect, box):
     assert (scale - 1).abs().max() < 0.03
 
 
+def test_phase_flipped_images_are_matched_where_their_group_says_so():
+    particles, volume, images = load("flipped", 32)
+    flipped = particles.ctf_parameters().phase_flipped
+    assert set(flipped.tolist()) == {0.0, 1.0}
+    correlation, scale = correlations(images, predicted(particles, volume))
+    assert correlation.min() > 0.995
+    assert (scale - 1).abs().max() < 0.03
+    optics = dataclasses.replace(particles.ctf_parameters(), phase_flipped=flipped * 0)
+    wrong = correlations(images, predicted(particles, volume, optics=optics))[0]
+    assert wrong[flipped > 0].max() < 0.97
+
+
 def wrong_direction(p, v):
     rotations = euler_to_matrix(torch.from_numpy(p.euler_deg())).mT
     return predicted(p, v, rotations=rotations)

@@ -23,6 +23,7 @@ def optics(n, generator, **changes):
         "amplitude_contrast": uniform(0.1, 0.1),
         "phase_shift_deg": uniform(0, 90),
         "b_factor_angst2": uniform(0, 0),
+        "phase_flipped": uniform(0, 0),
     }
     return CtfParameters(**{**values, **changes})
 

@@ -12,6 +12,7 @@ from cryorecon.errors import CryoreconError
 from cryorecon.io.mrc import open_stack, stack_writer
 from cryorecon.io.particles import read_particles
 from cryorecon.io.star import read_star, write_star
+from cryorecon.physics.ctf import ctf
 from cryorecon.run.half_sets import half_sets
 from cryorecon.run.load import load_observations
 from cryorecon.run.reconstruct import reconstruct
@@ -82,11 +83,32 @@ def test_white_particles_are_white_with_any_amplitude_contrast(tmp_path, amplitu
     assert contrast_score(images, 0.7) > 20
 
 
-@pytest.mark.parametrize("column", ["rlnCtfDataArePhaseFlipped", "rlnCtfDataAreCtfPremultiplied"])
-def test_images_corrected_for_their_ctf_are_refused(changed, column):
-    changed(**{column: 0}).ctf_parameters()
-    with pytest.raises(CryoreconError, match=column):
-        changed(**{column: 1}).ctf_parameters()
+def test_images_multiplied_by_their_ctf_are_refused(changed):
+    changed(rlnCtfDataAreCtfPremultiplied=0).ctf_parameters()
+    with pytest.raises(CryoreconError, match="rlnCtfDataAreCtfPremultiplied"):
+        changed(rlnCtfDataAreCtfPremultiplied=1).ctf_parameters()
+
+
+def test_phase_flipped_images_give_the_map_of_recorded_ones(stack, changed):
+    recorded = read_particles(stack / "particles.star")
+    axis = np.fft.fftfreq(BOX) * BOX
+    where = torch.from_numpy(np.stack(np.meshgrid(axis, axis), -1).reshape(-1, 2))
+    transfer = ctf(where, recorded.ctf_parameters(), BOX, PIXEL_SIZE_ANGST)
+    signs = transfer.sign().view(N, BOX, BOX).numpy()
+    assert 0.2 < (signs < 0).mean() < 0.8
+
+    def flip(images):
+        return np.fft.ifft2(np.fft.fft2(images) * signs).real.astype(np.float32)
+
+    flipped = changed(flip, rlnCtfDataArePhaseFlipped=1)
+    plain = reconstruct(recorded).volume
+    levels = {"atol": 2e-3 * float(plain.abs().max()), "rtol": 0}
+    torch.testing.assert_close(reconstruct(flipped).volume, plain, **levels)
+    not_told = reconstruct(changed(flip)).volume
+    assert (not_told - plain).norm() > 0.3 * plain.norm()
+    here, there = (load_observations(p, 0.8) for p in (recorded, flipped))
+    scores = [contrast_score(images, 0.8) for images in (here, there)]
+    assert scores[1] > max(5.0, 0.8 * scores[0])
 
 
 @pytest.mark.parametrize("level", [10.0, 30000.0])

@@ -43,7 +43,7 @@ def _optics(n, astigmatism, generator):
     mean, one = uniform(10_000, 20_000), torch.ones(n, dtype=torch.float64)
     return CtfParameters(
         mean + astigmatism / 2, mean - astigmatism / 2, uniform(-90, 90), one * 300, one * 2.7,
-        one * 0.1, one * 0, one * 0,
+        one * 0.1, one * 0, one * 0, one * 0,
     )  # fmt: skip
 
 

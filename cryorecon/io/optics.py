@@ -22,6 +22,7 @@ _LIMITS = {
     "rlnDefocusAngle": (-1e6, 1e6),
     "rlnPhaseShift": (-1e6, 1e6),
     "rlnCtfBfactor": (-1e6, 1e6),
+    "rlnCtfDataArePhaseFlipped": (0, 1),
     "rlnOriginX": (-1e7, 1e7),
     "rlnOriginY": (-1e7, 1e7),
     "rlnOriginXAngst": (-1e7, 1e7),

@@ -40,11 +40,12 @@ _MICROSCOPE = {
     "spherical_aberration_mm": "rlnSphericalAberration",
     "amplitude_contrast": "rlnAmplitudeContrast",
 }
-_OPTIONAL_CTF = {"phase_shift_deg": "rlnPhaseShift", "b_factor_angst2": "rlnCtfBfactor"}
-_CORRECTED = {
-    "rlnCtfDataArePhaseFlipped": "phase flipped",
-    "rlnCtfDataAreCtfPremultiplied": "multiplied by their CTF",
+_OPTIONAL_CTF = {
+    "phase_shift_deg": "rlnPhaseShift",
+    "b_factor_angst2": "rlnCtfBfactor",
+    "phase_flipped": "rlnCtfDataArePhaseFlipped",
 }
+_PREMULTIPLIED = "rlnCtfDataAreCtfPremultiplied"
 
 
 @dataclass(frozen=True)
@@ -280,13 +281,11 @@ class Particles:
         def values(column: str) -> torch.Tensor:
             return self._optics_column(column, index)
 
-        for column, what in _CORRECTED.items():
-            if bool((values(column) != 0).any()):
-                raise CryoreconError(
-                    f"{self.path}: {column} says that images are {what}; cryorecon takes them to "
-                    "be as they were recorded",
-                    "Extract them again without that",
-                )
+        if bool((values(_PREMULTIPLIED) != 0).any()):
+            raise CryoreconError(
+                f"{self.path}: {_PREMULTIPLIED} says that images are multiplied by their CTF",
+                "Extract them again without that: noise is taken to be as it was recorded",
+            )
         columns = {**_PER_PARTICLE_CTF, **_MICROSCOPE, **_OPTIONAL_CTF}
         found = {name: values(column) for name, column in columns.items()}
         for name, column in columns.items():

@@ -25,6 +25,8 @@ class CtfParameters:
         Phase plate; 0 without one.
     b_factor_angst2 : Tensor
         Envelope ``exp(-B s^2 / 4)``; 0 for none.
+    phase_flipped : Tensor
+        1 of images whose phases have been flipped where their CTF is negative; else 0.
     """
 
     defocus_u_angst: Tensor
@@ -35,6 +37,7 @@ class CtfParameters:
     amplitude_contrast: Tensor
     phase_shift_deg: Tensor
     b_factor_angst2: Tensor
+    phase_flipped: Tensor
 
     def __len__(self) -> int:
         return self.defocus_u_angst.shape[0]
@@ -53,7 +56,7 @@ def ctf(
     """Contrast transfer function, ``+amplitude_contrast`` at zero frequency.
 
     ``sin(pi lambda dz s^2 - pi/2 Cs lambda^3 s^4 + asin(Q0) + phase)`` with dz the defocus along
-    the direction of s. The phase runs to hundreds of radians, so it is computed in float64.
+    the direction of s; of phase-flipped images its magnitude, as in RELION. The phase runs to hundreds of radians, so it is computed in float64.
 
     Parameters
     ----------
@@ -87,6 +90,11 @@ def ctf(
     phase = phase + torch.deg2rad(column(parameters.phase_shift_deg))
     b_factor = column(parameters.b_factor_angst2)
     found = torch.sin(phase)
-    # Elsewhere than on the CPU asking takes longer than an envelope that is not needed.
-    plain = b_factor.device.type == "cpu" and not bool(b_factor.any())
-    return found if plain else found * torch.exp(-b_factor * s2 / 4)
+    flipped = column(parameters.phase_flipped)
+    # Elsewhere than on the CPU asking takes longer than what is not needed.
+    asked = found.device.type == "cpu"
+    if not asked or bool(flipped.any()):
+        found = torch.where(flipped != 0, found.abs(), found)
+    if not asked or bool(b_factor.any()):
+        found = found * torch.exp(-b_factor * s2 / 4)
+    return found

@@ -135,11 +135,13 @@ def to_relion(particles: Particles, output: Path, *, flip: bool, old: bool) -> N
 def to_cryosparc(particles: Particles, output: Path, *, flip: bool) -> None:
     """Write a cryoSPARC ``.cs`` file."""
     refuse_to_replace([output], [particles.path])
+    _refuse_flipped(particles, "cryoSPARC")
     write_cryosparc(output, particles, poses_of(particles, flip))
 
 
 def to_cryodrgn(particles: Particles, folder: Path, *, flip: bool) -> list[Path]:
     """Write cryoDRGN's ``ctf.pkl`` and, where there are poses, ``poses.pkl``; what was written."""
+    _refuse_flipped(particles, "cryoDRGN")
     make_folder(folder)
     rotations = poses_of(particles, flip)
     write_ctf(folder / "ctf.pkl", particles)
@@ -147,6 +149,15 @@ def to_cryodrgn(particles: Particles, folder: Path, *, flip: bool) -> list[Path]
         return [folder / "ctf.pkl"]
     write_poses(folder / "poses.pkl", particles, rotations)
     return [folder / "poses.pkl", folder / "ctf.pkl"]
+
+
+def _refuse_flipped(particles: Particles, program: str) -> None:
+    """Files of other programs do not say that phases are flipped: their maps would be wrong."""
+    if bool(particles.ctf_parameters().phase_flipped.any()):
+        raise CryoreconError(
+            f"{particles.path} says that images are phase flipped, which {program}'s files cannot",
+            f"Extract the particles without phase flipping for {program}",
+        )
 
 
 @dataclass(frozen=True)

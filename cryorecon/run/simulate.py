@@ -118,6 +118,7 @@ def _draw_optics(config: SimulateConfig, generator: torch.Generator) -> CtfParam
         amplitude_contrast=one * config.amplitude_contrast,
         phase_shift_deg=one * config.phase_shift_deg,
         b_factor_angst2=one * 0,
+        phase_flipped=one * 0,
     )
 
 

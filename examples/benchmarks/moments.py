@@ -132,7 +132,7 @@ def astigmatism() -> None:
     same = torch.ones(n, dtype=torch.float64)
     for difference in (300.0, 1000.0, 2000.0, 4000.0):
         optics = CtfParameters(mean + difference / 2, mean - difference / 2, angle, same * 300,
-                               same * 2.7, same * 0.1, same * 0, same * 0)  # fmt: skip
+                               same * 2.7, same * 0.1, *[same * 0] * 3)  # fmt: skip
         flat = dataclasses.replace(optics, defocus_u_angst=mean, defocus_v_angst=mean)
         errors = []
         for assumed, blocks in ((optics, True), (optics, False), (flat, True)):

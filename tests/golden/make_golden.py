@@ -4,7 +4,8 @@
 
 For boxes of 32 and 33 px: a map, its mirror image, noise-free images of 20 particles with origin
 shifts, astigmatism, phase shifts and two optics groups (3.1 dialect) or one (3.0 dialect), and
-the map that relion_reconstruct makes of 160 of them. Also the rotations of some point groups.
+the map that relion_reconstruct makes of 160 of them; the images again, phase flipped where the
+first optics group says so. Also the rotations of some point groups.
 """
 
 import subprocess
@@ -77,13 +78,13 @@ def old_dialect(table: pd.DataFrame) -> pd.DataFrame:
     return old
 
 
-def project(folder: Path, star: dict[str, pd.DataFrame], box: int) -> np.ndarray:
+def project(folder: Path, star: dict[str, pd.DataFrame], box: int, *more: str) -> np.ndarray:
     with stack_writer(folder / "in.mrcs", box, PIXEL) as stack:
         table = star["particles"] if "particles" in star else star[""]
         stack.append(np.zeros((len(table), box, box)))
     write_star(folder / "in.star", star)
     arguments = ["--i", "map.mrc", "--ang", "in.star", "--ctf", "--angpix", PIXEL, "--o", "out"]
-    relion("relion_project", *arguments, folder=folder)
+    relion("relion_project", *arguments, *more, folder=folder)
     return np.array(open_stack(folder / "out.mrcs"), dtype=np.float32)
 
 
@@ -111,6 +112,11 @@ def make(box: int, folder: Path) -> None:
 
     if box % 2:  # relion_reconstruct takes even boxes only
         return
+    tables = {"optics": optics(box).assign(rlnCtfDataArePhaseFlipped=[1, 0]), "particles": new}
+    recorded, flipped = (project(folder, tables, box, *m) for m in ((), ("--ctf_phase_flip",)))
+    first = (new["rlnOpticsGroup"] == 1).to_numpy()[:, None, None]
+    keep(f"flipped_{box}", np.where(first, flipped, recorded), new)
+    write_star(HERE / f"flipped_{box}.star", tables)
     many = particles(160, box + 2, 2)
     tables = {"optics": optics(box), "particles": many}
     images = project(folder, tables, box)
