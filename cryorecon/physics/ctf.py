@@ -56,7 +56,8 @@ def ctf(
     """Contrast transfer function, ``+amplitude_contrast`` at zero frequency.
 
     ``sin(pi lambda dz s^2 - pi/2 Cs lambda^3 s^4 + asin(Q0) + phase)`` with dz the defocus along
-    the direction of s; of phase-flipped images its magnitude, as in RELION. The phase runs to hundreds of radians, so it is computed in float64.
+    the direction of s; of phase-flipped images its magnitude, as in RELION. The phase runs to
+    hundreds of radians, so it is computed in float64.
 
     Parameters
     ----------
