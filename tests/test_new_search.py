@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import at_true_poses, simulated
+from conftest import MODEL, at_true_poses, simulated
 
 from cryorecon.engines import new_search
 from cryorecon.engines.new_search import reassign
@@ -15,6 +15,8 @@ from cryorecon.engines.rounds import refine_round
 from cryorecon.engines.shrinking import ShrinkingBatch
 from cryorecon.maps.fsc import fsc_curve
 from cryorecon.physics.rotations import exp_map, geodesic_distance_deg, random_rotations
+from cryorecon.run.simulate import simulate
+from cryorecon.run.simulate_config import SimulateConfig
 
 CONFIG = RefineConfig(search_nside=2)
 
@@ -93,6 +95,45 @@ def test_candidates_are_held_of_few_images_at_a_time(case, generator, monkeypatc
     assert seen == [30] * 10
     apart = geodesic_distance_deg(state.rotations, other.rotations)
     assert (apart < 0.05).float().mean() > 0.99
+
+
+def off_centre(folder, generator):
+    """24 px images, offsets to 5 px; those beyond 2.4, a tenth of the box, lie there, turned."""
+    settings = SimulateConfig(
+        n_particles=300, box=24, pixel_size_angst=3.2, snr=1.0, seed=4, shift_angst=16.0
+    )
+    simulate(MODEL, folder, settings)
+    images, state = at_true_poses(folder, CONFIG)
+    refine_round(state, images, CONFIG, fsc_curve, joint=False, n_steps=0)
+    truth, length = state.rotations.clone(), state.offsets_px.norm(dim=1)
+    far = length > 2.4
+    assert 0.4 < far.float().mean() < 0.95
+    state.offsets_px[far] *= 2.4 / length[far, None]
+    state.rotations[far] = random_rotations(int(far.sum()), generator, torch.float32)
+    return images, state, truth, far
+
+
+@pytest.mark.parametrize("farthest", [0.25, 0.1])
+def test_particles_beyond_the_limit_are_looked_for_farther_out(tmp_path, generator, farthest):
+    images, state, truth, far = off_centre(tmp_path, generator)
+    ranges = []
+    for _ in range(3):
+        reassign(state, images, replace(CONFIG, farthest_offset=farthest), generator)
+        ranges.append(state.offset_range)
+    found = (geodesic_distance_deg(state.rotations, truth) < 6).float()
+    assert found[~far].mean() > 0.95
+    if farthest > 0.1:
+        assert 0.12 < ranges[0] < ranges[-1] <= 0.25
+        assert found[far].mean() > 0.9
+    else:
+        assert ranges == [0.1] * 3
+        assert found[far].mean() < 0.6
+
+
+def test_a_range_that_holds_all_particles_stays(case, generator):
+    images, state, _ = case
+    reassign(state, images, CONFIG, generator)
+    assert state.offset_range == CONFIG.offset_range
 
 
 @pytest.mark.parametrize("sign", [-1.0, 1.0])

@@ -162,6 +162,13 @@ def test_warnings_say_what_to_do(short, copy):
     assert "No known face" not in text
 
 
+def test_offsets_count_as_at_the_limit_where_the_last_search_ended(copy):
+    assert read_job(copy).offset_limit_angst == pytest.approx(7.68)
+    rounds = read_star(copy / "rounds.star")["rounds"]
+    write_star(copy / "rounds.star", {"rounds": rounds.assign(cryoreconOffsetRangeAngst="12.5")})
+    assert read_job(copy).offset_limit_angst == 12.5
+
+
 def test_repeating_a_round_replaces_its_row(tmp_path):
     job = open_log(tmp_path, StringIO())
     for stage, number, value in (("a", 1, 5.0), ("a", 2, 4.0), ("b", 1, 3.0), ("a", 1, 2.0)):

@@ -28,7 +28,13 @@ Mask = Annotated[
 ]
 OffsetRange = Annotated[
     float | None,
-    option(MOLECULE, OFFSET_RANGE_HELP, metavar="A", default="10 % of the box", hidden=True),
+    option(
+        MOLECULE,
+        OFFSET_RANGE_HELP,
+        metavar="A",
+        default="10 % of the box, to 25 % if many do",
+        hidden=True,
+    ),
 ]
 Box = Annotated[
     int | None,

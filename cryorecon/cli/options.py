@@ -79,10 +79,6 @@ Diameter = Annotated[
     ),
 ]
 OFFSET_RANGE_HELP = "How far off the image centre particles lie at most [A]."
-OffsetRange = Annotated[
-    float | None,
-    option(MOLECULE, OFFSET_RANGE_HELP, metavar="A", default="10 % of the box"),
-]
 Contrast = Annotated[
     Literal["auto", "white", "black"],
     option(

@@ -20,6 +20,7 @@ from cryorecon.engines.reconstruction import (
     RefineConfig,
     grid_poses,
     telling_grid,
+    with_room,
 )
 from cryorecon.engines.refine import LEAST_GAIN, PoseObjective, refined
 from cryorecon.engines.rivals import N_RIVALS, SAME_DEG, weighed
@@ -64,7 +65,8 @@ def reassign(
 
     Frees images that the first map put into a wrong maximum. The other half set's map, since the
     noise of an image is part of its own one and makes its old pose likelier than it is. Poses that
-    are nearly as likely become an image's rivals.
+    are nearly as likely become an image's rivals. Goes farther off centre than before, if many
+    particles lie at the limit.
 
     Parameters
     ----------
@@ -82,6 +84,8 @@ def reassign(
         if progress is not None:
             progress(n_before + count)
 
+    config = with_room(config, state, images.plane.box)
+    state.offset_range = config.offset_range
     limit = agreement_band(state.fsc) + 2
     references = [without_solvent(volume, config) for volume in state.maps]
     unseen = images.apart(torch.nonzero(state.half == 1)[:, 0])

@@ -41,6 +41,9 @@ _FEW, _ASKED, _FINER = 12, 100, (1.6, 2.0)
 _ROUGH_NSIDE = 3
 # How many times as many offsets there must be as rough ones, for these to be worth their time.
 _WORTHWHILE = 3
+# Share of the particles that may lie as far off centre as is searched; beyond the offset that so
+# many exceed, new searches go by this factor.
+MANY_AT_LIMIT, _BEYOND = 0.02, 1.25
 # Poses that are tried of each that a grid leaves likely, at least, and at most.
 _TRIED, _LEAST_TRIED, _MOST_TRIED = 16, 24, 200
 
@@ -60,6 +63,8 @@ class RefineConfig:
         Grid of rotations, 60 / nside degrees apart.
     offset_range : float
         Largest in-plane offset, as a fraction of the box side.
+    farthest_offset : float
+        To which new searches go, the same, if many particles lie at that limit.
     half_rounds, joint_rounds : int
         Most rounds of refinement against the half maps, and rounds against the joint map.
     mask_cycles : float
@@ -77,6 +82,7 @@ class RefineConfig:
     search_cycles: float = 3.2
     search_nside: int = 4
     offset_range: float = 0.1
+    farthest_offset: float = 0.25
     half_rounds: int = 40
     joint_rounds: int = 3
     mask_cycles: float = 6.4
@@ -129,6 +135,9 @@ class Reconstruction:
         FSC that aligning noise would reach, of half sets that were aligned.
     log_likelihood : Tensor, shape (n,)
         Of each image at its pose in the last round, against an empty image; zero before the first.
+    offset_range : float
+        Largest offset that new searches have looked for, as a fraction of the box side; 0 before
+        the first.
     rivals : Rivals
         Other poses that images may have; none until all have been searched anew.
     """
@@ -145,12 +154,23 @@ class Reconstruction:
     half_poses: tuple[Tensor, Tensor] | None = None
     chance: Tensor | None = None
     log_likelihood: Tensor = field(default_factory=lambda: torch.empty(0))
+    offset_range: float = 0.0
     rivals: Rivals = field(init=False)
 
     def __post_init__(self) -> None:
         self.rivals = Rivals.none(len(self.rotations))
         if len(self.log_likelihood) == 0:
             self.log_likelihood = image_table(len(self.rotations))
+
+
+def with_room(config: RefineConfig, state: Reconstruction, box: int) -> RefineConfig:
+    """Settings of a new search, which looks farther out where many particles lie at the limit."""
+    reach = max(config.offset_range, state.offset_range)
+    lengths = state.offsets_px.norm(dim=-1) / box
+    edge = float(lengths.topk(int(MANY_AT_LIMIT * len(lengths)) + 1).values[-1])
+    if edge > reach - 0.5 / box:
+        reach = max(reach, min(_BEYOND * edge, config.farthest_offset))
+    return replace(config, offset_range=reach)
 
 
 def offsets_for(config: RefineConfig, box: int, band: float) -> Tensor:

@@ -49,7 +49,8 @@ class AbinitioOptions:
     diameter_set : bool
         Whether the engine's own is meant, even if it is its default.
     offset_range_angst : float, optional
-        Largest in-plane offset; default a tenth of the box.
+        Largest in-plane offset; default a tenth of the box, and up to a quarter of it in new
+        searches if many particles lie at that limit.
     project : Path, optional
         Folder that image paths are relative to.
     box : int, optional
@@ -125,7 +126,8 @@ def _resolved(options: AbinitioOptions, particles: Particles) -> RmfnConfig | Am
             )
         config = dataclasses.replace(config, diameter=options.diameter_angst / side_angst)
     if options.offset_range_angst is not None:
-        config = dataclasses.replace(config, offset_range=options.offset_range_angst / side_angst)
+        share = options.offset_range_angst / side_angst
+        config = dataclasses.replace(config, offset_range=share, farthest_offset=share)
     return config
 
 

@@ -75,8 +75,14 @@ class Refining(Parts):
 
     def search_again(self, state: Reconstruction, images: ImageSet) -> float:
         """Every image against the better map; the share that found a better pose."""
+        before = max(self.config.offset_range, state.offset_range)
         with self.job.bar("Searching again", len(images)) as bar:
             share = reassign(state, images, self.config, self.generator, bar)
+        if state.offset_range > before:
+            self.job.say(
+                f"many particles lie off centre: offsets to {self._range_angst(state, images):.1f} "
+                "A are searched"
+            )
         self.job.say(
             f"searched again: {100 * share:.1f} % of the images found a better pose, "
             f"{100 * state.rivals.in_doubt():.0f} % may have another"
@@ -110,11 +116,18 @@ class Refining(Parts):
             f"agree to {self._angst(report.agreement_band, box):.2f} A"
         )
         stage = f"{_IN_TABLE.get(self.part, '')}{'joint-map' if joint else 'half-maps'}"
-        self.job.record_round(stage, number, self._measured(report, box))
+        measured = self._measured(report, box)
+        measured["cryoreconOffsetRangeAngst"] = self._range_angst(state, images)
+        self.job.record_round(stage, number, measured)
         return report
 
+    def _range_angst(self, state: Reconstruction, images: ImageSet) -> float:
+        """Largest offset that has been searched."""
+        share = max(self.config.offset_range, state.offset_range)
+        return share * images.plane.box * self.pixel_size_angst
+
     def _measured(self, report: RoundReport, box: int) -> dict[str, float]:
-        """A round's row of ``rounds.star``."""
+        """What a round found, for its row of ``rounds.star``."""
         return {
             "cryoreconResolutionUsed": self._angst(report.band, box),
             "cryoreconPoseChange": report.pose_change_deg,

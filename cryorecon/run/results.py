@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cryorecon.conventions import matrix_to_euler
 from cryorecon.engines.observations import ImageSet
-from cryorecon.engines.reconstruction import Reconstruction, RefineConfig
+from cryorecon.engines.reconstruction import MANY_AT_LIMIT, Reconstruction, RefineConfig
 from cryorecon.engines.rivals import MOST_IN_DOUBT
 from cryorecon.io.mrc import write_map
 from cryorecon.io.particles import Particles
@@ -27,8 +27,6 @@ _HALVES_LABEL = {
     "independent": "independent half maps (gold standard)",
     "shared": "half maps split after a shared search",
 }
-# Share of particles at the offset limit that is worth a warning.
-_MANY_HITS = 0.02
 # What a mask's rim may ring by in a finer grid.
 _NO_MASK = 0.01
 
@@ -81,13 +79,13 @@ def report_offsets(
     """How far off centre the particles were found, and how many as far as was searched."""
     pixel = particles.pixel_size_angst
     length = state.offsets_px.norm(dim=-1) * pixel
-    limit = config.offset_range * particles.box * pixel
+    limit = max(config.offset_range, state.offset_range) * particles.box * pixel
     hits = int((length > limit - pixel / 2).sum())
     job.say(
         f"particles lie {float(length.median()):.1f} A off centre (median); {hits} of "
         f"{len(length)} at the limit of {limit:.1f} A"
     )
-    if hits > _MANY_HITS * len(length):
+    if hits > MANY_AT_LIMIT * len(length):
         job.say("WARNING: many particles lie at the limit; give a larger --offset-range")
 
 

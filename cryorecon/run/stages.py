@@ -9,7 +9,12 @@ from dataclasses import dataclass
 import torch
 
 from cryorecon.engines.observations import ImageSet
-from cryorecon.engines.reconstruction import Reconstruction, best_grid_poses, telling_grid
+from cryorecon.engines.reconstruction import (
+    Reconstruction,
+    best_grid_poses,
+    telling_grid,
+    with_room,
+)
 from cryorecon.engines.rivals import PosePair
 from cryorecon.engines.rounds import agreement_band, refine_round
 from cryorecon.errors import CryoreconError
@@ -118,6 +123,7 @@ class Stages(Refining):
         coarse = lowpass((state.maps[0] + state.maps[1]) / 2, band, 3)
         joined = Reconstruction(rotations, offsets, half, [coarse, coarse], band, self.support)
         joined.rivals.put(rows, state.rivals)
+        joined.offset_range = state.offset_range
         return joined
 
     def _keep_part(self, state: Reconstruction, images: ImageSet, place: Place) -> None:
@@ -129,9 +135,10 @@ class Stages(Refining):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Poses of images that took no part, by a search against the map."""
         joint = (state.maps[0] + state.maps[1]) / 2
-        grid = telling_grid(images, joint, self.config, agreement_band(state.fsc))
+        config = with_room(self.config, state, images.plane.box)
+        grid = telling_grid(images, joint, config, agreement_band(state.fsc))
         with self.job.bar("Assigning", len(images)) as bar:
-            return best_grid_poses(images, joint, self.config, grid, self.generator, bar)
+            return best_grid_poses(images, joint, config, grid, self.generator, bar)
 
     def independent_halves(self, images: ImageSet, half: torch.Tensor) -> Reconstruction:
         """Each half set from scratch on its own, the second moved onto the first.
@@ -160,6 +167,7 @@ class Stages(Refining):
         for mine, run in zip(rows, runs, strict=True):
             state.rotations[mine], state.offsets_px[mine] = run.rotations, run.offsets_px
             state.rivals.put(mine, run.rivals)
+        state.offset_range = max(run.offset_range for run in runs)
         refine_round(state, images, self.config, fsc_curve, joint=False, n_steps=0)
         self._take_out_chance(state, aligned)
         return state
@@ -197,7 +205,9 @@ class Stages(Refining):
             gain = images.gain[rows[k]]
             poses = found.rotations, found.offsets_px, *found.rivals.tables()
             ranks.same(*poses, found.maps[0], gain, source=source)
-            (found.band,) = ranks.numbers(found.band, source=source)
+            found.band, found.offset_range = ranks.numbers(
+                found.band, found.offset_range, source=source
+            )
             images.gain[rows[k]] = gain
             runs.append(found)
         job.hear(ranks.count // 2)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cryorecon.engines.reconstruction import MANY_AT_LIMIT
 from cryorecon.engines.rivals import MOST_IN_DOUBT, SURE
 from cryorecon.maps.failures import (
     hollowness,
@@ -31,7 +32,6 @@ LEAST_WHITENESS = 0.5
 MOST_MASS_AT_RIM = 0.2
 MOST_MIRROR = 0.65
 LEAST_VIEW_SPREAD = 0.15
-MOST_AT_LIMIT = 0.02
 MOST_EMPTY = 0.02
 LEAST_CYCLES = 3.0
 # How much of its box a particle fills where shapes are judged.
@@ -154,7 +154,7 @@ def offsets_at_limit(lengths_angst: Tensor, limit_angst: float, step_angst: floa
     return Finding(
         "Offsets at the limit",
         share_at_limit(lengths_angst, limit_angst, step_angst),
-        MOST_AT_LIMIT,
+        MANY_AT_LIMIT,
         "above",
         f"share of particles as far off centre as was searched, {limit_angst:.1f} A",
         "Many particles were found as far off centre as was searched: more may lie further out.",

@@ -24,6 +24,7 @@ from cryorecon.run.curves import FscCurve, read_fsc_star
 MAP = "initial_model.mrc"
 POSES = "run_data.star"
 _ANGLES = ["rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi"]
+_SEARCHED = "cryoreconOffsetRangeAngst"
 _SHARE, _LIKELIHOOD = "rlnMaxValueProbDistribution", "rlnLogLikeliContribution"
 _OUTCOMES = {
     "RELION_JOB_EXIT_SUCCESS": "done",
@@ -142,7 +143,9 @@ class ReportInputs:
 
     @property
     def offset_limit_angst(self) -> float | None:
-        """Largest offset that was searched, where the settings tell."""
+        """Largest offset that was searched, where the rounds or the settings tell."""
+        if self.rounds is not None and _SEARCHED in self.rounds:
+            return float(self.rounds[_SEARCHED].iloc[-1])
         share = (self.settings.get("config") or {}).get("offset_range")
         return None if share is None or self.map is None else float(share) * self.side_angst
 
