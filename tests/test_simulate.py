@@ -29,6 +29,7 @@ ATOM      1  CA AALA A   1      10.000   0.000   0.000  0.40 15.00           C
 ATOM      2  CA BALA A   1      12.000   0.000   0.000  0.60 25.00           C
 ATOM      3  H   ALA A   1      11.000   1.000   0.000  1.00 10.00           H
 HETATM    4  O   HOH A   2       0.000   0.000   9.000  1.00 10.00           O
+HETATM    6  N   DUM A   4       4.000   0.000  15.000  1.00 10.00           N
 ATOM      5  N   GLY A   3       8.000   0.000   0.000  0.50  0.00           N
 END
 """
@@ -43,7 +44,7 @@ def test_the_rules_for_atoms(tmp_path):
     path.write_text(PDB)
     atoms = read_atoms(path)
     assert atoms.elements == ("C", "N")
-    assert atoms.positions_angst[0, 0] == 12  # the more occupied location
+    assert atoms.positions_angst[0, 0] == 12  # the more occupied location; no mark of a membrane
     assert list(atoms.occupancies) == [1.0, 0.5]
     assert list(atoms.b_factors_angst2) == [25.0, 20.0]
     assert len(read_atoms(path, keep_waters=True, keep_hydrogens=True).elements) == 4

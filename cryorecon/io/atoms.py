@@ -16,6 +16,8 @@ from cryorecon.physics.potential import Atoms
 
 DEFAULT_B_FACTOR_ANGST2 = 20.0
 _NO_LETTER = "\0"
+# Residues that mark where a membrane is.
+_MARK = "DUM"
 _LARGEST_BYTES = 2**30
 _LARGEST_NUMBER = 1e6
 
@@ -34,7 +36,8 @@ def read_atoms(
       first letter of equals); its atoms take the summed occupancy of all their alternatives, at
       most 1. An atom that lacks this letter is represented by its own most occupied alternative.
       Atoms without alternatives keep their occupancy.
-    * Hydrogens (and deuterium) and waters are left out unless asked for.
+    * Hydrogens (and deuterium) and waters are left out unless asked for; dummy atoms that mark a
+      membrane (residue ``DUM`` of OPM's files) always.
     * B-factors are the file's; an atom whose B-factor is not positive gets 20 A^2. One value for
       all replaces them when given. Anisotropic B-factors are not used.
     * Atoms count as neutral.
@@ -65,7 +68,7 @@ def read_atoms(
             pick
             for chain in model
             for _, residues in groupby(chain, key=lambda residue: str(residue.seqid))
-            for pick in _pick_atoms(list(residues))
+            for pick in _pick_atoms([r for r in residues if r.name != _MARK])
         ]
         for residue, atom, occupancy in picked:
             _check_atom(path, residue, atom, occupancy)
