@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import signal
+import sys
+
+import numpy as np
 import pytest
 import torch
 from conftest import MODEL
 from rich.console import Console
 from typer.testing import CliRunner
 
-from cryorecon.cli.main import app
+from cryorecon.cli.main import app, main
+from cryorecon.engines.rmfn import RmfnConfig
+from cryorecon.engines.rounds import refine_round
 from cryorecon.errors import CryoreconError
-from cryorecon.io.mrc import read_map, stack_writer
+from cryorecon.io.mrc import read_map, stack_writer, write_map
 from cryorecon.io.star import read_star, write_star
 from cryorecon.maps.align import align_maps, apply_alignment
 from cryorecon.maps.fsc import fsc_curve
-from cryorecon.run import stages
+from cryorecon.run import refining, stages
+from cryorecon.run.abinitio import abinitio
+from cryorecon.run.abinitio_input import AbinitioOptions
+from cryorecon.run.consensus.compare import ConsensusOptions, consensus
 from cryorecon.run.consensus.every_engine import run_engines
+from cryorecon.run.continuing import continue_job
 from cryorecon.run.simulate import simulate
 from cryorecon.run.simulate_config import SimulateConfig
+from cryorecon.run.stopping import StoppedError
 
 QUIET = Console(quiet=True)
 
@@ -81,6 +92,64 @@ def test_engines_are_not_run_twice_at_a_time(stack_32, tmp_path):
     run_engines({"rmfn": again}, star, out, {"seed": 1}, QUIET, overwrite=False)
     assert ran == ["rmfn"]
     assert sorted(path.name for path in out.iterdir()) == ["methods.yaml", "rmfn"]
+
+
+def test_an_engine_that_was_interrupted_goes_on(few, tmp_path, monkeypatch):
+    engine = RmfnConfig(
+        n_starts=1, temperatures=(2.0, 1.0), search_nside=2, half_rounds=4, joint_rounds=1,
+        final_steps=1, width=32, hard_poses=0,
+    )  # fmt: skip
+    out, plan, begun, done = tmp_path / "out", {"seed": 1}, [], []
+
+    def run_it(folder):
+        begun.append(folder.name)
+        abinitio(few, folder, AbinitioOptions(engine=engine), QUIET)
+
+    def third_is_interrupted(*arguments, **options):
+        done.append(1)
+        if len(done) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return refine_round(*arguments, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(refining, "refine_round", third_is_interrupted)
+        run_engines({"rmfn": run_it}, few, out, plan, QUIET, overwrite=False)
+    with pytest.raises(CryoreconError, match="holds the jobs of --method all"):
+        continue_job(out, QUIET)
+    run_engines({"rmfn": run_it}, few, out, plan, QUIET, overwrite=False)
+    assert begun == ["rmfn"]
+    assert "3 rounds done" in (out / "rmfn" / "run.log").read_text()
+    assert (out / "rmfn" / "RELION_JOB_EXIT_SUCCESS").exists()
+
+
+def test_how_all_engines_go_on_is_told(few, tmp_path, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise StoppedError("now")
+
+    monkeypatch.setattr("cryorecon.run.consensus.every_engine.run_engines", interrupted)
+    words = ["abinitio", "--method", "all", str(few), "-o", str(tmp_path / "a b"), "--overwrite"]
+    monkeypatch.setattr(sys, "argv", ["cryorecon", *words])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 3
+    again = f"cryorecon abinitio --method all {few} -o '{tmp_path / 'a b'}'\n"
+    assert again in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [({"agree_to_angst": 2.0}, "beyond the maps' Nyquist"), ({"within_deg": -5.0}, "-5 degrees")],
+)
+def test_what_cannot_be_asked_for_removes_nothing(tmp_path, options, told):
+    volume = np.random.default_rng(1).random((16, 16, 16), np.float32)
+    maps = [tmp_path / "a.mrc", tmp_path / "b.mrc"]
+    for path in maps:
+        write_map(path, volume, 3.0)
+    (tmp_path / "job").mkdir()
+    (tmp_path / "job" / "agreement.star").write_text("the last one")
+    with pytest.raises(CryoreconError, match=told):
+        consensus(maps, tmp_path / "job", ConsensusOptions(**options), QUIET)
+    assert [path.name for path in (tmp_path / "job").iterdir()] == ["agreement.star"]
 
 
 def test_options_of_one_engine_are_refused(stack_32, tmp_path):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,8 +14,15 @@ import typer
 
 from cryorecon.cli.abinitio_amortized import abinitio_amortized_command
 from cryorecon.cli.abinitio_rmfn import abinitio_rmfn_command
-from cryorecon.cli.console import messages, prepare_folder, print_job, use_threads
+from cryorecon.cli.console import (
+    error_console,
+    messages,
+    prepare_folder,
+    print_job,
+    use_threads,
+)
 from cryorecon.cli.moments_reconstruct import moments_command
+from cryorecon.io.files import METHODS_PLAN
 
 _PARTS = ("rmfn", "amortized", "moments", "consensus")
 
@@ -30,7 +41,7 @@ def all_command(
     """
     # torch takes seconds to load: only when the command runs.
     from cryorecon.run.consensus.compare import ConsensusOptions, consensus
-    from cryorecon.run.consensus.every_engine import PLAN, run_engines
+    from cryorecon.run.consensus.every_engine import run_engines
     from cryorecon.run.settings import with_settings
 
     taken = dict(taken)
@@ -72,11 +83,24 @@ def all_command(
     kept = [s for s in settings if not s.startswith("consensus.")]
     plan = {**taken, **more, **count, "settings": kept}
     plan = {key: str(v) if isinstance(v, Path) else v for key, v in plan.items()}
-    if not (output / PLAN).exists():
+    if not (output / METHODS_PLAN).exists():
         prepare_folder(output, overwrite)
-    folders, failed = run_engines(engines, star, output, plan, console, overwrite=overwrite)
+    with _telling_how_to_go_on():
+        folders, failed = run_engines(engines, star, output, plan, console, overwrite=overwrite)
     consensus(folders, output, options, console, failed=failed, inputs=star)
     print_job(output, json)
+
+
+@contextmanager
+def _telling_how_to_go_on() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        again = shlex.join(["cryorecon", *(a for a in sys.argv[1:] if a != "--overwrite")])
+        error_console.print(
+            f"This goes on with it, and with the other engines:\n{again}", markup=False
+        )
+        raise
 
 
 def _by_engine(settings: list[str]) -> dict[str, list[str]]:

@@ -38,6 +38,8 @@ def make_folder(folder: Path) -> None:
 
 # What a job, or all engines in turn, hold while they work in a folder.
 JOB_LOCK, METHODS_LOCK = "run.log", "methods.lock"
+# What every engine of `--method all` was told.
+METHODS_PLAN = "methods.yaml"
 
 
 def locked(folder: Path, name: str) -> TextIO:

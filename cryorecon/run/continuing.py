@@ -14,7 +14,7 @@ from rich.console import Console
 
 from cryorecon import __version__
 from cryorecon.errors import CryoreconError
-from cryorecon.io.files import sha256_of
+from cryorecon.io.files import METHODS_PLAN, sha256_of
 from cryorecon.ranks import ALONE, Ranks
 from cryorecon.run.abinitio import abinitio
 from cryorecon.run.abinitio_input import AbinitioOptions
@@ -39,6 +39,11 @@ def read_record(folder: Path) -> dict[str, Any]:
         If the folder is not that of a job that can go on.
     """
     path = folder / "job.yaml"
+    if (folder / METHODS_PLAN).is_file():
+        raise CryoreconError(
+            f"{folder} holds the jobs of --method all",
+            "Repeat the command that they were begun with: it goes on where it ended",
+        )
     if not path.is_file():
         raise CryoreconError(f"{folder} holds no job.yaml", "Give the directory of a job")
     try:

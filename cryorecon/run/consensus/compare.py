@@ -95,6 +95,7 @@ def consensus(
     without |= failed or {}
     if not jobs and inputs is None:
         raise _nothing(without)
+    _refuse_options(jobs, options)
     first, n_rows = _first_file(jobs[0]) if jobs else (Path(), 0)
     settings, seed = {"jobs": list(paths), "consensus": options}, options.seed
     task = Task("consensus", inputs or first, n_rows, settings, settings, seed)
@@ -208,15 +209,23 @@ def _diameter(jobs: list[Candidate], options: ConsensusOptions) -> float:
 
 def _needed(jobs: list[Candidate], diameter: float, options: ConsensusOptions) -> float:
     """Resolution, in angstrom, that agreement must reach."""
-    if options.agree_to_angst <= 0:
-        return diameter * _side_angst(jobs) / NEEDED_CYCLES
-    finest = 2 * jobs[0].pixel_size_angst
-    if options.agree_to_angst < finest:
+    told = options.agree_to_angst
+    return told if told > 0 else diameter * _side_angst(jobs) / NEEDED_CYCLES
+
+
+def _refuse_options(jobs: list[Candidate], options: ConsensusOptions) -> None:
+    """Before anything of an earlier comparison is removed."""
+    if not options.within_deg > 0:
         raise CryoreconError(
-            f"--agree-to {options.agree_to_angst:g} is beyond the maps' Nyquist, {finest:g} A",
+            f"Poses cannot agree within {options.within_deg:g} degrees", "Give a positive angle"
+        )
+    finest = 2 * jobs[0].pixel_size_angst if jobs else 0.0
+    if 0 < options.agree_to_angst < finest:
+        raise CryoreconError(
+            f"Agreement to {options.agree_to_angst:g} A is asked for, beyond the maps' Nyquist, "
+            f"{finest:g} A",
             "Give a coarser resolution",
         )
-    return options.agree_to_angst
 
 
 def _tell_jobs(job: Job, jobs: list[Candidate], without: dict[str, str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import yaml
 from rich.console import Console
 
 from cryorecon.errors import CryoreconError
-from cryorecon.io.files import METHODS_LOCK, locked, replacing, sha256_of
+from cryorecon.io.files import METHODS_LOCK, METHODS_PLAN, locked, replacing, sha256_of
 from cryorecon.io.particles import read_particles
+from cryorecon.run.checkpoint import NAME
+from cryorecon.run.continuing import continue_job
+from cryorecon.run.moments.estimate import state_path
 
-PLAN = "methods.yaml"
 Engine = Callable[[Path], None]
 
 
@@ -26,7 +29,7 @@ def run_engines(
     *,
     overwrite: bool,
 ) -> tuple[list[Path], dict[str, str]]:
-    """Run engines one after the other; those that finished earlier are not repeated.
+    """Run engines one after the other; what was finished or begun earlier is not repeated.
 
     Parameters
     ----------
@@ -58,7 +61,7 @@ def run_engines(
         try:
             if not overwrite:
                 _refuse_other(output, whole)
-            with replacing(output / PLAN) as temporary:
+            with replacing(output / METHODS_PLAN) as temporary:
                 temporary.write_text(yaml.safe_dump(whole, sort_keys=False), "utf-8")
             return _in_turn(engines, output, console, overwrite=overwrite)
         finally:
@@ -77,8 +80,10 @@ def _in_turn(
             console.print(f"engine {name}: finished before, {folder}", markup=False)
             folders.append(folder)
             continue
-        console.print(f"engine {name}: {folder}", markup=False)
-        reason = _tried(engine, folder)
+        goes_on = not overwrite and _begun(folder)
+        told = "goes on, " if goes_on else ""
+        console.print(f"engine {name}: {told}{folder}", markup=False)
+        reason = _tried(partial(continue_job, console=console) if goes_on else engine, folder)
         if reason is None or finished(folder):
             folders.append(folder)
         else:
@@ -95,6 +100,12 @@ def finished(folder: Path) -> bool:
     return (folder / "RELION_JOB_EXIT_FAILURE").exists() and (folder / "starts.star").exists()
 
 
+def _begun(folder: Path) -> bool:
+    """Whether a job has left a state that it goes on from."""
+    states = (folder / NAME, state_path(folder / "moments.h5"))
+    return (folder / "job.yaml").exists() and any(path.exists() for path in states)
+
+
 def _tried(engine: Engine, folder: Path) -> str | None:
     """Run an engine; why it failed, if it did."""
     try:
@@ -109,10 +120,10 @@ def _tried(engine: Engine, folder: Path) -> str | None:
 
 
 def _refuse_other(output: Path, plan: dict[str, Any]) -> None:
-    if not (output / PLAN).is_file():
+    if not (output / METHODS_PLAN).is_file():
         return
     try:
-        before = yaml.safe_load((output / PLAN).read_text("utf-8"))
+        before = yaml.safe_load((output / METHODS_PLAN).read_text("utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError):
         before = None
     before = before if isinstance(before, dict) else {}
