@@ -324,6 +324,16 @@ def test_the_record_says_what_ran(whole, few):
     assert found == AbinitioOptions(mask=found.mask, engine=SHORT, diameter_angst=1e-5, subset=30)
 
 
+@pytest.mark.parametrize("engine", [TINY, SHORT])
+def test_settings_that_are_newer_than_a_job_are_its_defaults(engine):
+    plain = yaml.safe_load(yaml.safe_dump(job_module._plain(AbinitioOptions(engine=engine))))
+    del plain["engine"]["farthest_offset"], plain["box"]
+    assert from_plain(AbinitioOptions, plain, Path.cwd()) == AbinitioOptions(engine=engine)
+    plain["engine"]["sugar"] = 2
+    with pytest.raises(ValueError, match=r"^sugar$"):
+        from_plain(AbinitioOptions, plain, Path.cwd())
+
+
 def test_numbers_that_break_down_leave_the_last_good_state(few, tmp_path, monkeypatch):
     saving_always(monkeypatch)
     job = tmp_path / "rounds"

@@ -193,18 +193,34 @@ def from_plain(kind: type[Options], values: dict[str, Any], base: Path) -> Optio
         If the values are not of this dataclass.
     """
     hints = get_type_hints(kind)
+    if unknown := set(values) - set(hints):
+        raise ValueError(", ".join(sorted(unknown)))
     return kind(**{name: _value(hints[name], value, base) for name, value in values.items()})
+
+
+def _kind_of(kinds: list[Any], values: dict[str, Any]) -> Any:
+    """The dataclass that some settings are of; those that are newer than the job are its defaults.
+
+    Raises
+    ------
+    ValueError
+        Naming the settings that it does not have.
+    """
+    names = {kind: {f.name for f in dataclasses.fields(kind)} for kind in kinds}
+    if not kinds:
+        raise ValueError(", ".join(values))
+    kind = min(kinds, key=lambda kind: len(names[kind] ^ set(values)))
+    if unknown := set(values) - names[kind]:
+        raise ValueError(", ".join(sorted(unknown)))
+    return kind
 
 
 def _value(hint: Any, value: Any, base: Path) -> Any:
     choices = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     if isinstance(value, dict):
-        for choice in choices:
-            if dataclasses.is_dataclass(choice) and {
-                f.name for f in dataclasses.fields(choice)
-            } == set(value):
-                return from_plain(choice, value, base)  # type: ignore[arg-type]
-        raise ValueError(f"{', '.join(value)} are not the settings of {hint}")
+        return from_plain(
+            _kind_of([c for c in choices if dataclasses.is_dataclass(c)], value), value, base
+        )
     if Path in choices and isinstance(value, str):
         path = Path(value)
         return path if path.is_absolute() or base == Path.cwd() else base / path
