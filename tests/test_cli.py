@@ -11,7 +11,10 @@ import sys
 
 import pytest
 from conftest import GOLDEN, MODEL, cryorecon
+from typer.testing import CliRunner
 
+from cryorecon.cli.main import app
+from cryorecon.errors import CryoreconError
 from cryorecon.io.mrc import read_map
 from cryorecon.io.star import read_star, write_star
 
@@ -205,6 +208,7 @@ def project(few, tmp_path):
         "fsc map.mrc other.mrc --aligned-map linked.mrc",
         "export p.star -o p.star --to relion --flip",
         "export map.mrc -o map.mrc --to mrc --flip",
+        "simulate map.mrc -o . --overwrite -n 3 --pixel-size 6",
     ],
 )
 def test_no_command_writes_over_what_it_reads(project, words):
@@ -214,6 +218,26 @@ def test_no_command_writes_over_what_it_reads(project, words):
     assert done.returncode == 1, done.stdout
     assert "is what this command reads" in done.stderr
     assert {path.name: path.read_bytes() for path in project.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "works"),
+    [
+        ("reconstruct", "p.star -o none/m.mrc", "cryorecon.run.reconstruct.reconstruct"),
+        ("fsc", "map.mrc map.mrc --align --aligned-map none/m.mrc", "cryorecon.run.compare_maps"),
+        ("fsc", "map.mrc map.mrc --plot none/m.png", "cryorecon.run.compare_maps"),
+    ],
+)
+def test_a_missing_folder_is_told_before_the_work(project, monkeypatch, command, words, works):
+    def worked(*_, **__):
+        raise AssertionError("for nothing")
+
+    target = works if works.endswith("reconstruct") else f"{works}.compare_maps"
+    monkeypatch.setattr(target, worked)
+    monkeypatch.chdir(project)
+    result = CliRunner().invoke(app, [command, *words.split()])
+    assert isinstance(result.exception, CryoreconError), result.output
+    assert "The folder none does not exist" in result.exception.problem
 
 
 def test_a_map_that_is_there_is_kept_unless_told(project):

@@ -309,6 +309,30 @@ def test_a_shift_beyond_the_box_is_not_for_cryodrgn(job: Path) -> None:
     assert "row 5: the origin is farther than the box" in error_of(result).problem
 
 
+@pytest.mark.parametrize(
+    ("words", "there"),
+    [
+        (["-o", "t.star", "--to", "relion"], "t.star"),
+        (["-o", "t.cs", "--to", "cryosparc"], "t.cs"),
+        (["-o", "t.cxc", "--to", "chimerax"], "t.cxc"),
+        (["-o", "drgn", "--to", "cryodrgn"], "drgn/poses.pkl"),
+        (["-o", "m.mrc", "--to", "mrc"], "m_half2_unfil.mrc"),
+        (["-o", "m.mrc", "--to", "mrc", "--flip"], "m.star"),
+    ],
+)
+def test_what_is_there_is_replaced_only_when_asked_for(job: Path, monkeypatch, words, there):
+    monkeypatch.chdir(job)
+    Path("drgn").mkdir()
+    Path(there).write_text("a thesis")
+    before = sorted(job.rglob("*"))
+    result = run(export_command, job, *words)
+    assert f"{there} exists" in error_of(result).problem
+    assert Path(there).read_text() == "a thesis"
+    assert sorted(job.rglob("*")) == before
+    export(job, *words, "--overwrite")
+    assert Path(there).read_bytes() != b"a thesis"
+
+
 @pytest.mark.parametrize("target", ["cryodrgn", "cryosparc"])
 def test_phase_flipped_images_are_not_for_programs_that_cannot_know(job: Path, target) -> None:
     blocks = read_star(job / "run_data.star")

@@ -9,7 +9,7 @@ import typer
 
 from cryorecon.cli.command import COMPUTE, INPUT, OUTPUT, examples
 from cryorecon.cli.console import messages, print_json
-from cryorecon.cli.options import Json, Project, argument, option
+from cryorecon.cli.options import Json, Overwrite, Project, argument, option
 from cryorecon.cli.options import output as output_option
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ def export_command(
         option(INPUT, "More fields of the same particles (.cs), joined by uid.", metavar="FILE"),
     ] = None,
     json: Json = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Write particles, poses and maps for RELION, cryoSPARC, cryoDRGN or ChimeraX."""
     _check_usage(to, flip, relion30, [resample, lowpass, crop, invert or None], passthrough)
@@ -85,14 +86,15 @@ def export_command(
 
     found = export.find_source(source)
     if to == "chimerax":
-        level = export.to_chimerax(found, output)
+        level = export.to_chimerax(found, output, overwrite=overwrite)
         lines = [f"{output}  contour level {level:.4g}"]
         figures: dict[str, Any] = {"files": [output], "contour_level": level}
     elif to == "mrc":
         edits = export.MapEdits(invert, flip, lowpass, resample, crop)
-        lines, figures = _export_map(found, output, edits, project)
+        lines, figures = _export_map(found, output, edits, project, overwrite)
     else:
-        lines, figures = _export_table(found, output, to, flip, relion30, project, passthrough)
+        read = project, passthrough
+        lines, figures = _export_table(found, output, to, flip, relion30, *read, overwrite)
     for line in lines:
         messages(json).print(line, markup=False)
     if json:
@@ -113,7 +115,7 @@ def _check_usage(
 
 
 def _export_map(
-    source: Source, output: Path, edits: MapEdits, project: Path | None
+    source: Source, output: Path, edits: MapEdits, project: Path | None, overwrite: bool
 ) -> tuple[list[str], dict[str, Any]]:
     """The map and half maps, and for the other hand the poses that belong to it."""
     from cryorecon.io.files import refuse_to_replace
@@ -122,12 +124,13 @@ def _export_map(
 
     star = output.with_suffix(".star")
     # Before anything is written: poses that cannot be read must not leave a lone map.
-    refuse_to_replace([star] if edits.flip else [], [source.table])
     particles = read_particles(source.table, project) if edits.flip and source.table else None
-    written = export.to_mrc(source, output, edits)
+    refuse_to_replace([star] if particles else [], [source.table], overwrite=overwrite)
+    written = export.to_mrc(source, output, edits, overwrite=overwrite)
     lines = [str(path) for path in written]
     if particles is not None:
-        export.to_relion(particles, star, flip=True, old=not particles.has_optics_table)
+        old = not particles.has_optics_table
+        export.to_relion(particles, star, flip=True, old=old, overwrite=overwrite)
         lines.append(f"{star}  poses for the map of this hand")
         written = [*written, star]
     return lines, {"files": written}
@@ -141,6 +144,7 @@ def _export_table(
     relion30: bool,
     project: Path | None,
     passthrough: Path | None,
+    overwrite: bool,
 ) -> tuple[list[str], dict[str, Any]]:
     from cryorecon.io.particles import read_particles
     from cryorecon.run import export
@@ -149,11 +153,11 @@ def _export_table(
     count, order = f"{len(particles)} particles", ""
     written = [output]
     if to == "relion":
-        export.to_relion(particles, output, flip=flip, old=relion30)
+        export.to_relion(particles, output, flip=flip, old=relion30, overwrite=overwrite)
     elif to == "cryosparc":
-        export.to_cryosparc(particles, output, flip=flip)
+        export.to_cryosparc(particles, output, flip=flip, overwrite=overwrite)
     else:
-        written = export.to_cryodrgn(particles, output, flip=flip)
+        written = export.to_cryodrgn(particles, output, flip=flip, overwrite=overwrite)
         order = f", in the order of {particles.path}"
     lines = [f"{path}  {count}{order}" for path in written]
     return lines, {"files": written, "particles": len(particles)}

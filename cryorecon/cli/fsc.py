@@ -65,7 +65,7 @@ def fsc(
     Without --align the maps are compared where they lie.
     """
     # torch takes seconds to load: only when the command runs.
-    from cryorecon.io.files import refuse_to_replace
+    from cryorecon.io.files import refuse_to_replace, require_folders
     from cryorecon.io.mrc import write_map
     from cryorecon.run.compare_maps import compare_maps, comparison_as_dict
     from cryorecon.run.curves import write_fsc_star, write_fsc_xml, write_json
@@ -75,6 +75,7 @@ def fsc(
         from cryorecon.run.plots import fsc_figure, picture_kind, save_figure
 
         picture_kind(plot)  # Before the work: an ending that cannot be drawn is refused.
+    require_folders([aligned_map, star, xml, plot, json_file])
     refuse_to_replace([aligned_map, star, xml], [map1, map2, mask])
     result = compare_maps(map1, map2, mask, align=align or aligned_map is not None)
     # Files first: whoever reads the output may stop reading early.

@@ -9,7 +9,7 @@ import typer
 
 from cryorecon.cli.command import examples
 from cryorecon.cli.console import messages, print_json
-from cryorecon.cli.options import CtfFile, Json, PosesFile, Project, argument
+from cryorecon.cli.options import CtfFile, Json, Overwrite, PosesFile, Project, argument
 from cryorecon.cli.options import output as output_option
 
 EXAMPLES = examples(
@@ -38,6 +38,7 @@ def import_command(
     poses: PosesFile = None,
     project: Project = None,
     json: Json = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Write a RELION STAR file from a stack with cryoDRGN's ctf.pkl and poses.pkl.
 
@@ -55,7 +56,7 @@ def import_command(
     found = read_particles(particles, project, ctf=ctf)
     found = found if poses is None else with_poses(found, poses)
     old = particles.suffix == ".star" and not found.has_optics_table
-    to_relion(found, output, flip=False, old=old)
+    to_relion(found, output, flip=False, old=old, overwrite=overwrite)
     messages(json).print(f"{output}  {len(found)} particles", markup=False)
     if json:
         print_json({"files": [output], "particles": len(found)})

@@ -30,8 +30,7 @@ from cryorecon.cli.options import (
     option,
     output,
 )
-from cryorecon.errors import CryoreconError
-from cryorecon.io.files import refuse_to_replace
+from cryorecon.io.files import refuse_to_replace, require_folders
 
 EXAMPLES = examples(
     ("a map from refined poses", "cryorecon reconstruct Refine3D/job020/run_data.star -o map.mrc"),
@@ -121,10 +120,8 @@ def _refuse_existing(
     output: Path, half_maps: bool, overwrite: bool, inputs: list[Path | None]
 ) -> None:
     outputs = [output, *(_half_names(output) if half_maps else [])]
-    refuse_to_replace(outputs, inputs)
-    there = [path for path in outputs if path.is_file()]
-    if there and not overwrite:
-        raise CryoreconError(f"{there[0]} exists", "Choose another name or add --overwrite")
+    require_folders(outputs)
+    refuse_to_replace(outputs, inputs, overwrite=overwrite)
 
 
 def _reconstruct(

@@ -19,6 +19,7 @@ from cryorecon.cli.options import (
     argument,
     option,
 )
+from cryorecon.io.files import refuse_to_replace
 from cryorecon.run.simulate_config import SimulateConfig
 
 _D = SimulateConfig()
@@ -152,6 +153,8 @@ def simulate_command(
     )
     use_threads(threads)
     prepare_folder(output, overwrite)
+    written = [output / name for name in ("particles.mrcs", "particles.star", "map.mrc")]
+    refuse_to_replace(written, [model])
     with count_progress("Simulating", "images") as progress:
         simulate(model, output, config, progress)
     star, truth = output / "particles.star", output / "map.mrc"

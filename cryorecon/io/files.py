@@ -102,8 +102,30 @@ def replacing(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def refuse_to_replace(outputs: Iterable[Path | None], inputs: Iterable[Path | None]) -> None:
+def require_folders(outputs: Iterable[Path | None]) -> None:
+    """Stop a command before it works for files that it has no folder to put into.
+
+    Raises
+    ------
+    CryoreconError
+    """
+    for output in outputs:
+        if output is None:
+            continue
+        if not output.parent.is_dir():
+            raise CryoreconError(f"The folder {output.parent} does not exist", "Create it first")
+        if not os.access(output.parent, os.W_OK):
+            raise CryoreconError(
+                f"The folder {output.parent} cannot be written to", "Choose another folder"
+            )
+
+
+def refuse_to_replace(
+    outputs: Iterable[Path | None], inputs: Iterable[Path | None], *, overwrite: bool = True
+) -> None:
     """Stop a command before it writes over what it reads, whatever the two are called.
+
+    And over what else is there, unless that was asked for.
 
     Raises
     ------
@@ -118,6 +140,8 @@ def refuse_to_replace(outputs: Iterable[Path | None], inputs: Iterable[Path | No
                 f"{output} is what this command reads, and would be written over",
                 "Choose another name",
             )
+        if not overwrite:
+            raise CryoreconError(f"{output} exists", "Choose another name or add --overwrite")
 
 
 def _on_disk(path: Path) -> None:

@@ -121,9 +121,11 @@ def poses_of(particles: Particles, flip: bool) -> Tensor | None:
     return mirror_poses(rotations) if flip else rotations
 
 
-def to_relion(particles: Particles, output: Path, *, flip: bool, old: bool) -> None:
+def to_relion(
+    particles: Particles, output: Path, *, flip: bool, old: bool, overwrite: bool
+) -> None:
     """Write a RELION 3.1 STAR file, or 3.0 if `old`: every row, in order, every column."""
-    refuse_to_replace([output], [particles.path])
+    refuse_to_replace([output], [particles.path], overwrite=overwrite)
     new: Columns = {}
     if flip:
         rotations = poses_of(particles, flip)
@@ -132,23 +134,25 @@ def to_relion(particles: Particles, output: Path, *, flip: bool, old: bool) -> N
     write_star(output, relion30(particles, new) if old else relion31(particles, new))
 
 
-def to_cryosparc(particles: Particles, output: Path, *, flip: bool) -> None:
+def to_cryosparc(particles: Particles, output: Path, *, flip: bool, overwrite: bool) -> None:
     """Write a cryoSPARC ``.cs`` file."""
-    refuse_to_replace([output], [particles.path])
+    refuse_to_replace([output], [particles.path], overwrite=overwrite)
     _refuse_flipped(particles, "cryoSPARC")
     write_cryosparc(output, particles, poses_of(particles, flip))
 
 
-def to_cryodrgn(particles: Particles, folder: Path, *, flip: bool) -> list[Path]:
+def to_cryodrgn(particles: Particles, folder: Path, *, flip: bool, overwrite: bool) -> list[Path]:
     """Write cryoDRGN's ``ctf.pkl`` and, where there are poses, ``poses.pkl``; what was written."""
     _refuse_flipped(particles, "cryoDRGN")
-    make_folder(folder)
     rotations = poses_of(particles, flip)
-    write_ctf(folder / "ctf.pkl", particles)
-    if rotations is None:
-        return [folder / "ctf.pkl"]
-    write_poses(folder / "poses.pkl", particles, rotations)
-    return [folder / "poses.pkl", folder / "ctf.pkl"]
+    poses, ctf = folder / "poses.pkl", folder / "ctf.pkl"
+    written = [ctf] if rotations is None else [poses, ctf]
+    refuse_to_replace(written, [particles.path], overwrite=overwrite)
+    make_folder(folder)
+    write_ctf(ctf, particles)
+    if rotations is not None:
+        write_poses(poses, particles, rotations)
+    return written
 
 
 def _refuse_flipped(particles: Particles, program: str) -> None:
@@ -236,7 +240,7 @@ def _resampled(volume: Tensor, old_angst: float, new_angst: float) -> Tensor:
     return sample_volume(volume, box, new_angst / old_angst)
 
 
-def to_mrc(source: Source, output: Path, edits: MapEdits) -> list[Path]:
+def to_mrc(source: Source, output: Path, edits: MapEdits, *, overwrite: bool) -> list[Path]:
     """Write the map, and a job's half maps and mask beside it; what was written.
 
     All are edited alike, but that a mask keeps its sign and its edge, and stays within 0 and 1.
@@ -244,16 +248,17 @@ def to_mrc(source: Source, output: Path, edits: MapEdits) -> list[Path]:
     names = [output, *(output.with_name(f"{output.stem}_half{k}_unfil.mrc") for k in (1, 2))]
     pairs = list(zip((source.need_volume(), *source.halves), names, strict=False))
     mask = output.with_name(f"{output.stem}_mask.mrc")
-    refuse_to_replace([*names, mask], [source.volume, *source.halves, source.mask])
+    written = [name for _, name in pairs] + ([mask] if source.mask else [])
+    read = [source.volume, *source.halves, source.mask]
+    refuse_to_replace(written, read, overwrite=overwrite)
     for path, name in pairs:
         result, pixel = _edited_file(path, edits)
         write_map(name, result.numpy(), pixel)
     if source.mask is not None:
         geometry = replace(edits, invert=False, lowpass_angst=None)
         result, pixel = _edited_file(source.mask, geometry)
-        pairs.append((source.mask, mask))
         write_map(mask, result.clamp(0, 1).numpy(), pixel)
-    return [name for _, name in pairs]
+    return written
 
 
 def _edited_file(path: Path, edits: MapEdits) -> tuple[Tensor, float]:
@@ -264,13 +269,14 @@ def _edited_file(path: Path, edits: MapEdits) -> tuple[Tensor, float]:
         raise CryoreconError(f"{path}: {error.problem}", error.remedy) from error
 
 
-def to_chimerax(source: Source, output: Path) -> float:
+def to_chimerax(source: Source, output: Path, *, overwrite: bool) -> float:
     """Write a ChimeraX command file that shows the map; its contour level.
 
     Paths are relative to the command file: ChimeraX runs it in its own folder. Half maps are
     opened hidden, at the same level.
     """
     volume = source.need_volume()
+    refuse_to_replace([output], [], overwrite=overwrite)
     level = contour_level(torch.from_numpy(read_map(volume).data))
     opened = (volume, *source.halves)
     lines = ["# Contour level: half way between the mean density inside it and that outside it."]
