@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import starfile
+import yaml
 from conftest import GOLDEN
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -258,6 +260,31 @@ def test_the_current_directory_and_the_project_come_first(folder, other_stack, m
     assert np.array_equal(read_particles(path, project=folder).images([0, 1, 2]), first)
     monkeypatch.chdir(folder)
     assert np.array_equal(read_particles(path).images([0, 1, 2]), first)
+
+
+@pytest.mark.parametrize("name", ["s.mrcs", "raw/s.mrcs"])
+def test_a_job_s_table_leads_to_the_particles_that_the_job_was_given(folder, tmp_path, name):
+    """Where they are named from their own table's folder; and from a job on that job's table."""
+    data, job, later = (folder / part for part in ("data", "job001", "job002"))
+    for made in (data, job, later):
+        made.mkdir()
+    (data / name).parent.mkdir(exist_ok=True)
+    images = np.random.default_rng(2).standard_normal((3, N, N)).astype(np.float32)
+    write_stack(data / name, images)
+    path = star(data, rows(stack=name))
+    if name == "raw/s.mrcs":
+        (folder / "s.mrcs").unlink()
+    given = os.path.relpath(path, folder)
+    for made, source in ((job, given), (later, "job001/run_data.star")):
+        shutil.copy(path, made / "run_data.star")
+        record = {"directory": str(folder), "input": source}
+        (made / "job.yaml").write_text(yaml.safe_dump(record))
+        assert np.array_equal(read_particles(made / "run_data.star").images([0, 1, 2]), images)
+    for broken in ("[1", "- 3", "input: 4", "directory: x"):
+        (later / "job.yaml").write_text(broken)
+        if name == "raw/s.mrcs":
+            with pytest.raises(CryoreconError, match="that do not exist"):
+                read_particles(later / "run_data.star")
 
 
 @pytest.mark.parametrize("name", ["s.mrcs", "mics/s.mrcs"])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import yaml
 from numpy.typing import NDArray
 
 from cryorecon.errors import CryoreconError
@@ -24,6 +25,20 @@ def _places(star: Path) -> tuple[list[Path], list[Path]]:
     return list(dict.fromkeys(own)), list(dict.fromkeys(above))
 
 
+def _of_job(star: Path, depth: int = 3) -> list[Path]:
+    """Where the particles of the job lie that a table stands beside, and those of theirs."""
+    record = star.parent / "job.yaml"
+    if depth == 0 or not record.is_file():
+        return []
+    try:
+        told = yaml.safe_load(record.read_text("utf-8"))
+        source = Path(told.get("directory") or ".") / told["input"]
+    except (yaml.YAMLError, AttributeError, KeyError, TypeError, UnicodeDecodeError, OSError):
+        return []
+    here = [source.parent, Path(told["input"]).parent]  # The project may have moved.
+    return [*here, *_of_job(source, depth - 1)]
+
+
 def _is_of_the_folder(name: str) -> bool:
     """Whether a name is relative to its table's folder, not to a project as RELION's are."""
     parts = Path(name).parts
@@ -35,7 +50,8 @@ def resolve_stacks(star: Path, names: list[str], project: str | Path | None) -> 
 
     A relative name is looked for from the current directory, then from `project`, then from the
     ancestors of the STAR file's folder, nearest first, then from that folder; a name without
-    folders, or that begins with ``..``, from that folder before its ancestors.
+    folders, or that begins with ``..``, from that folder before its ancestors. A job's table has
+    the names of the particles that the job was given: these are looked for from their folder, too.
 
     Raises
     ------
@@ -43,11 +59,13 @@ def resolve_stacks(star: Path, names: list[str], project: str | Path | None) -> 
         Saying how many stacks are missing, the first three, and the flag that mends it.
     """
     own, above = _places(star)
+    of_job = _of_job(star)
     first = [Path()] if project is None else [Path(), Path(project)]
     found: list[Path] = []
     missing: list[str] = []
     for name in names:
-        bases = first + (own + above if _is_of_the_folder(name) else above + own)
+        of_folder = [*of_job, *own, *above]
+        bases = first + (of_folder if _is_of_the_folder(name) else [*above, *own, *of_job])
         candidates = [Path(name)] if Path(name).is_absolute() else [b / name for b in bases]
         hit = next((c for c in candidates if os.path.isfile(c)), None)
         hit = hit or next((c for c in candidates if os.path.exists(c)), None)
