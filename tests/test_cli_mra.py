@@ -122,6 +122,16 @@ def test_bad_files_are_refused_by_name(cryorecon, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_noise_whose_level_is_told_from_it_holds_no_signal(cryorecon, tmp_path, seed):
+    noise = np.random.default_rng(seed).normal(size=(5000, 32))
+    np.save(tmp_path / "noise.npy", noise)
+    code, _, err = cryorecon("mra", "solve", tmp_path / "noise.npy", "-o", tmp_path / "out")
+    assert code == 1
+    assert "no signal found" in err
+    assert not (tmp_path / "out").exists()
+
+
 def test_noise_that_cannot_be_told_must_be_given(cryorecon, tmp_path):
     signal = np.random.default_rng(1).normal(size=12)
     shifts = np.random.default_rng(2).integers(0, 12, 5000)

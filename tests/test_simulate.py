@@ -30,6 +30,7 @@ ATOM      2  CA BALA A   1      12.000   0.000   0.000  0.60 25.00           C
 ATOM      3  H   ALA A   1      11.000   1.000   0.000  1.00 10.00           H
 HETATM    4  O   HOH A   2       0.000   0.000   9.000  1.00 10.00           O
 HETATM    6  N   DUM A   4       4.000   0.000  15.000  1.00 10.00           N
+ATOM      7  OH2 TIP3A   5       4.000   0.000  25.000  1.00 10.00           O
 ATOM      5  N   GLY A   3       8.000   0.000   0.000  0.50  0.00           N
 END
 """
@@ -47,7 +48,7 @@ def test_the_rules_for_atoms(tmp_path):
     assert atoms.positions_angst[0, 0] == 12  # the more occupied location; no mark of a membrane
     assert list(atoms.occupancies) == [1.0, 0.5]
     assert list(atoms.b_factors_angst2) == [25.0, 20.0]
-    assert len(read_atoms(path, keep_waters=True, keep_hydrogens=True).elements) == 4
+    assert len(read_atoms(path, keep_waters=True, keep_hydrogens=True).elements) == 5
     assert set(read_atoms(path, b_factor_angst2=7.0).b_factors_angst2) == {7.0}
     zipped = tmp_path / "m.pdb.gz"
     zipped.write_bytes(gzip.compress(PDB.encode()))

@@ -18,6 +18,8 @@ DEFAULT_B_FACTOR_ANGST2 = 20.0
 _NO_LETTER = "\0"
 # Residues that mark where a membrane is.
 _MARK = "DUM"
+# Waters of molecular dynamics, which gemmi does not count as such.
+_MORE_WATERS = ("TIP3", "TIP", "TP3", "SOL", "SPC")
 _LARGEST_BYTES = 2**30
 _LARGEST_NUMBER = 1e6
 
@@ -61,6 +63,7 @@ def read_atoms(
     model = _first_model(path)
     if not keep_hydrogens:
         model.remove_hydrogens()
+    left_out = {_MARK} if keep_waters else {_MARK, *_MORE_WATERS}
     if not keep_waters:
         model.remove_waters()
     try:
@@ -68,7 +71,7 @@ def read_atoms(
             pick
             for chain in model
             for _, residues in groupby(chain, key=lambda residue: str(residue.seqid))
-            for pick in _pick_atoms([r for r in residues if r.name != _MARK])
+            for pick in _pick_atoms([r for r in residues if r.name not in left_out])
         ]
         for residue, atom, occupancy in picked:
             _check_atom(path, residue, atom, occupancy)

@@ -146,6 +146,8 @@ def solve_file(
         solution = solve_encoder(pair, target, refine)
     else:
         raise CryoreconError("Method encoder needs a trained model", "Give --model DIR")
+    if not bool(solution.signal.any()):
+        raise _no_signal(path, "the signal that fits the moments best is 0 everywhere")
     errors = moment_errors(solution.signal, solution.density, target)
     figures = {
         "program": f"cryorecon {__version__}",
@@ -171,10 +173,13 @@ def _require_signal(target: ShiftMoments, path: Path) -> None:
         )
     energy = float(target.second[0].diagonal().sum())
     if energy <= 0 or float(target.second_noise) > float(target.second.norm()):
-        raise CryoreconError(
-            f"{path}: no signal found: the second moment is no larger than its statistical error",
-            "Check --noise-std, or add observations",
-        )
+        raise _no_signal(path, "the second moment is no larger than its statistical error")
+
+
+def _no_signal(path: Path, why: str) -> CryoreconError:
+    return CryoreconError(
+        f"{path}: no signal found: {why}", "Check --noise-std, or add observations"
+    )
 
 
 def write_solution(folder: Path, solution: Solution, figures: dict[str, Any]) -> None:
