@@ -259,6 +259,17 @@ def test_a_job_goes_on_when_its_reader_leaves(tmp_path):
     assert (tmp_path / "job/report.html").exists()
 
 
+@pytest.mark.parametrize(
+    "words", [["fsc", MAP, MAP, "--json"], ["compare-poses", STAR, STAR], ["--help"]]
+)
+def test_a_command_whose_output_is_closed_ends_well(words):
+    shell = ["sh", "-c", 'exec "$@" >&-', "sh"]
+    done = subprocess.run(
+        [*shell, *COMMAND, *map(str, words)], stderr=subprocess.PIPE, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def on_terminal(*words: object, **env: str) -> str:
     """What a command writes where both outputs are a terminal."""
     keeper, terminal = pty.openpty()

@@ -23,6 +23,7 @@ from cryorecon.physics.imaging import render
 from cryorecon.physics.potential import Atoms, potential_map
 from cryorecon.run.simulate import simulate
 from cryorecon.run.simulate_config import SimulateConfig
+from cryorecon.run.specimen import load_model
 
 PDB = """\
 ATOM      1  CA AALA A   1      10.000   0.000   0.000  0.40 15.00           C
@@ -53,6 +54,9 @@ def test_the_rules_for_atoms(tmp_path):
     zipped = tmp_path / "m.pdb.gz"
     zipped.write_bytes(gzip.compress(PDB.encode()))
     assert read_atoms(zipped).elements == ("C", "N")
+    (tmp_path / "emd.map.gz").write_bytes(zipped.read_bytes())
+    with pytest.raises(CryoreconError, match="compressed map"):
+        load_model(tmp_path / "emd.map.gz", SimulateConfig())
 
 
 def test_mmcif_gives_the_same_atoms(tmp_path):

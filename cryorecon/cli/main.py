@@ -165,6 +165,9 @@ def main() -> None:
     # Threads of torch's OpenMP spin between loops: two jobs on one machine would hold each other
     # up for many times their own length. torch is not loaded before a command runs.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    # Where the caller has closed them, as some daemons do, there are none.
+    streams = (sys.stdout, sys.stderr)
+    sys.stdout, sys.stderr = (s or open(os.devnull, "w") for s in streams)  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         # A path that the terminal's encoding lacks is no reason to fail.
         if isinstance(stream, io.TextIOWrapper):

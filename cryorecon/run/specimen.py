@@ -34,6 +34,8 @@ def load_model(path: str | Path, config: SimulateConfig) -> tuple[Tensor, float]
     """
     if Path(path).suffix.lower() in _MAP_SUFFIXES:
         return _load_map(path, config)
+    if [s.lower() for s in Path(path).suffixes[-2:]] in [[s, ".gz"] for s in _MAP_SUFFIXES]:
+        raise CryoreconError(f"{path} is a compressed map", f"Unpack it: gunzip -k {path}")
     atoms = read_atoms(
         path,
         keep_hydrogens=config.keep_hydrogens,
