@@ -38,6 +38,7 @@ from cryorecon.cli.options import (
     output,
 )
 from cryorecon.errors import CryoreconError
+from cryorecon.io.files import refuse_to_replace, require_folders
 
 if TYPE_CHECKING:
     from cryorecon.engines.moments.forms import Moments
@@ -215,10 +216,8 @@ moments_app.command(
 def _check_output(output: Path, overwrite: bool) -> None:
     if output.suffix.lower() not in (".h5", ".hdf5"):
         raise CryoreconError(f"{output} is no name for an HDF5 file", "Let it end in .h5")
-    if output.exists() and not overwrite:
-        raise CryoreconError(f"{output} exists", "Choose another name or add --overwrite")
-    if not output.parent.is_dir():
-        raise CryoreconError(f"The folder {output.parent} does not exist", "Create it first")
+    require_folders([output])
+    refuse_to_replace([output], [], overwrite=overwrite)
 
 
 def _report(output: Path, result: Moments, json: bool) -> None:

@@ -85,7 +85,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
     if path.is_dir():
         raise CryoreconError(f"{path} is a directory", "Give the name of a file to write")
     if not path.parent.is_dir():
-        raise CryoreconError(f"The folder {path.parent} does not exist", "Create it first")
+        raise CryoreconError(
+            f"The folder {path.parent} does not exist",
+            "Create it first; a job whose folder was moved goes on with --continue",
+        )
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
