@@ -59,13 +59,12 @@ def read_atoms(
         has no electron scattering factor, or a coordinate, occupancy or B-factor is no number
         or far too large.
     """
-    path = require_file(path, "PDB or mmCIF file")
-    model = _first_model(path)
+    model = _first_model(path := require_file(path, "PDB or mmCIF file"))
     if not keep_hydrogens:
         model.remove_hydrogens()
-    left_out = {_MARK} if keep_waters else {_MARK, *_MORE_WATERS}
     if not keep_waters:
         model.remove_waters()
+    left_out = (_MARK,) if keep_waters else (_MARK, *_MORE_WATERS)
     try:
         picked = [
             pick
@@ -90,10 +89,10 @@ def read_atoms(
         raise CryoreconError(
             f"{path}: the occupancies of all {len(picked)} atoms are 0", "Set its occupancies"
         )
-    b_factors = np.array([atom.b_iso for _, atom, _ in picked], dtype=np.float64)
+    b_factors = np.array([atom.b_iso for _, atom, _ in picked], np.float64)
     b_factors = np.where(b_factors > 0, b_factors, DEFAULT_B_FACTOR_ANGST2)
     if b_factor_angst2 is not None:
-        b_factors = np.full(len(picked), float(b_factor_angst2))
+        b_factors[:] = b_factor_angst2
     return Atoms(
         np.array([atom.pos.tolist() for _, atom, _ in picked], dtype=np.float64),
         tuple(atom.element.name for _, atom, _ in picked),
