@@ -98,6 +98,8 @@ def _of_other_programs(extract: str) -> None:
         ("poses.pkl", "drgn/pose.30.pkl"),
     ):
         shutil.copy(f"drgn/{name}", copy)
+    for name in ("ctf.pkl", "poses.pkl"):
+        Path(f"drgn/{name}").unlink()
     shutil.copy(f"{extract}/particles.mrcs", "particles.mrcs")
     random = np.random.default_rng(0)
     signal = np.exp(-0.5 * ((np.arange(32) - 10) / 2) ** 2) * 3
