@@ -280,6 +280,11 @@ def test_a_job_s_table_leads_to_the_particles_that_the_job_was_given(folder, tmp
         record = {"directory": str(folder), "input": source}
         (made / "job.yaml").write_text(yaml.safe_dump(record))
         assert np.array_equal(read_particles(made / "run_data.star").images([0, 1, 2]), images)
+    if name == "s.mrcs":
+        # What lies beside a table is its own all the same.
+        shutil.copy(folder / "s.mrcs", job / "s.mrcs")
+        first = np.array(mrc.open_stack(folder / "s.mrcs"))
+        assert np.array_equal(read_particles(job / "run_data.star").images([0, 1, 2]), first)
     for broken in ("[1", "- 3", "input: 4", "directory: x"):
         (later / "job.yaml").write_text(broken)
         if name == "raw/s.mrcs":

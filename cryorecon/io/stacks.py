@@ -64,7 +64,7 @@ def resolve_stacks(star: Path, names: list[str], project: str | Path | None) -> 
     found: list[Path] = []
     missing: list[str] = []
     for name in names:
-        of_folder = [*of_job, *own, *above]
+        of_folder = [*own, *of_job, *above]
         bases = first + (of_folder if _is_of_the_folder(name) else [*above, *own, *of_job])
         candidates = [Path(name)] if Path(name).is_absolute() else [b / name for b in bases]
         hit = next((c for c in candidates if os.path.isfile(c)), None)
