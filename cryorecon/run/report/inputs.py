@@ -175,7 +175,8 @@ def read_job(
     """
     if not folder.is_dir():
         raise CryoreconError(
-            f"{folder} is not a folder", "Give the directory of an abinitio job, such as job001"
+            f"{folder} is not a folder",
+            "Give the directory of an abinitio job, such as job001, or a map (.mrc, .map)",
         )
     text = _text(folder / "job.yaml")
     settings = _settings(folder / "job.yaml", text)
