@@ -162,10 +162,14 @@ class Reconstruction:
         if len(self.log_likelihood) == 0:
             self.log_likelihood = image_table(len(self.rotations))
 
+    def searched_to(self, config: RefineConfig) -> float:
+        """Largest offset that has been looked for by any search, as a fraction of the box side."""
+        return max(config.offset_range, self.offset_range)
+
 
 def with_room(config: RefineConfig, state: Reconstruction, box: int) -> RefineConfig:
     """Settings of a new search, which looks farther out where many particles lie at the limit."""
-    reach = max(config.offset_range, state.offset_range)
+    reach = state.searched_to(config)
     lengths = state.offsets_px.norm(dim=-1) / box
     edge = float(lengths.topk(int(MANY_AT_LIMIT * len(lengths)) + 1).values[-1])
     if edge > reach - 0.5 / box:

@@ -44,10 +44,11 @@ def describe_abinitio(star: Path, options: AbinitioOptions, console: Console) ->
     Returns
     -------
     dict
-        The same as plain data: ``particles``, ``box``, ``stored_box``, ``pixel_size_angst``,
-        ``diameter_angst``, ``optics_groups``, ``contrast`` (white, black, or null where it is not
-        told), ``images_held``, ``memory_bytes``, ``cpu_s`` of one core, ``cpu_s_hard`` if images
-        hardly tell their poses, ``warnings``.
+        The same as plain data: ``particles``, ``map_particles`` (those that make the map),
+        ``box``, ``stored_box``, ``pixel_size_angst``, ``diameter_angst``, ``optics_groups``,
+        ``contrast`` (white, black, or null where it is not told), ``images_held``,
+        ``memory_bytes``, ``cpu_s`` of one core, ``cpu_s_hard`` if images hardly tell their poses,
+        ``warnings``.
 
     Raises
     ------

@@ -75,7 +75,7 @@ class Refining(Parts):
 
     def search_again(self, state: Reconstruction, images: ImageSet) -> float:
         """Every image against the better map; the share that found a better pose."""
-        before = max(self.config.offset_range, state.offset_range)
+        before = state.searched_to(self.config)
         with self.job.bar("Searching again", len(images)) as bar:
             share = reassign(state, images, self.config, self.generator, bar)
         if state.offset_range > before:
@@ -123,8 +123,7 @@ class Refining(Parts):
 
     def _range_angst(self, state: Reconstruction, images: ImageSet) -> float:
         """Largest offset that has been searched."""
-        share = max(self.config.offset_range, state.offset_range)
-        return share * images.plane.box * self.pixel_size_angst
+        return state.searched_to(self.config) * images.plane.box * self.pixel_size_angst
 
     def _measured(self, report: RoundReport, box: int) -> dict[str, float]:
         """What a round found, for its row of ``rounds.star``."""

@@ -79,7 +79,7 @@ def report_offsets(
     """How far off centre the particles were found, and how many as far as was searched."""
     pixel = particles.pixel_size_angst
     length = state.offsets_px.norm(dim=-1) * pixel
-    limit = max(config.offset_range, state.offset_range) * particles.box * pixel
+    limit = state.searched_to(config) * particles.box * pixel
     hits = int((length > limit - pixel / 2).sum())
     job.say(
         f"particles lie {float(length.median()):.1f} A off centre (median); {hits} of "
