@@ -39,7 +39,9 @@ def test_wrong_poses_are_found_again_and_right_ones_stay(case, generator):
     wrong = torch.arange(300) % 5 == 0
     state.rotations[wrong] = random_rotations(60, generator, torch.float32)
     counts = []
-    share = reassign(state, images, CONFIG, generator, counts.append)
+    band = state.band
+    share = reassign(state, images, CONFIG, fsc_curve, generator, counts.append)
+    assert state.band == band
     error = geodesic_distance_deg(state.rotations, truth)
     assert (error[wrong] < 6).float().mean() > 0.9
     assert (state.rotations[~wrong] == truth[~wrong]).all((1, 2)).float().mean() > 0.97
@@ -51,13 +53,26 @@ def test_wrong_poses_are_found_again_and_right_ones_stay(case, generator):
 def test_a_half_set_is_searched_in_the_other_ones_map(case, generator):
     """Its own map holds each image's noise, at the pose that it has."""
     images, state, truth = case
-    state.maps[1] = torch.zeros_like(state.maps[1])
-    state.rotations = random_rotations(300, generator, torch.float32)
-    before = state.rotations.clone()
-    reassign(state, images, CONFIG, generator)
-    first = state.half == 0
-    assert torch.equal(state.rotations[first], before[first])
-    assert (geodesic_distance_deg(state.rotations, truth)[~first] < 6).float().mean() > 0.9
+    first, n = state.half == 0, int((state.half == 0).sum())
+    state.maps[0] = torch.zeros_like(state.maps[0])
+    state.rotations[first] = random_rotations(n, generator, torch.float32)
+    reassign(state, images, CONFIG, fsc_curve, generator)
+    assert (geodesic_distance_deg(state.rotations, truth)[first] < 6).float().mean() > 0.9
+    assert (state.rotations == truth)[~first].all((1, 2)).float().mean() > 0.97
+
+
+def test_half_maps_that_are_turned_come_to_one_frame(case, generator):
+    """As on two copies of a nearly symmetric particle: at once, they would change places."""
+    images, state, truth = case
+    turn = exp_map(torch.tensor([0.0, 0.0, 2.0]))
+    state.rotations[state.half == 1] = state.rotations[state.half == 1] @ turn
+    refine_round(state, images, CONFIG, fsc_curve, joint=False, n_steps=0)
+    assert state.fsc[5] < 0.5
+    for _ in range(2):
+        reassign(state, images, CONFIG, fsc_curve, generator)
+        refine_round(state, images, CONFIG, fsc_curve, joint=False)
+    assert state.fsc[5] > 0.9
+    assert (geodesic_distance_deg(state.rotations, truth @ turn) < 6).float().mean() > 0.9
 
 
 def test_leaving_hopeless_candidates_out_changes_nothing(case, generator, monkeypatch):
@@ -66,9 +81,9 @@ def test_leaving_hopeless_candidates_out_changes_nothing(case, generator, monkey
     state.rotations[wrong] = random_rotations(60, generator, torch.float32)
     other = replace(state, rotations=state.rotations.clone(), offsets_px=state.offsets_px.clone())
     seed = generator.get_state()
-    reassign(state, images, CONFIG, generator)
+    reassign(state, images, CONFIG, fsc_curve, generator)
     monkeypatch.setattr(new_search, "_HOPELESS", torch.inf)
-    reassign(other, images, CONFIG, generator.set_state(seed))
+    reassign(other, images, CONFIG, fsc_curve, generator.set_state(seed))
     apart = geodesic_distance_deg(state.rotations, other.rotations)
     assert (apart < 2).float().mean() > 0.99
     assert not torch.equal(state.rotations[wrong], truth[wrong])
@@ -81,7 +96,7 @@ def test_candidates_are_held_of_few_images_at_a_time(case, generator, monkeypatc
     state.rotations[wrong] = random_rotations(60, generator, torch.float32)
     other = replace(state, rotations=state.rotations.clone(), offsets_px=state.offsets_px.clone())
     seed, seen = generator.get_state(), []
-    reassign(state, images, CONFIG, generator)
+    reassign(state, images, CONFIG, fsc_curve, generator)
 
     climb = new_search._Ladder.climb
 
@@ -91,7 +106,7 @@ def test_candidates_are_held_of_few_images_at_a_time(case, generator, monkeypatc
 
     monkeypatch.setattr(new_search._Ladder, "climb", spy)
     monkeypatch.setattr(new_search, "image_batches", lambda *_: ShrinkingBatch(30))
-    reassign(other, images, CONFIG, generator.set_state(seed))
+    reassign(other, images, CONFIG, fsc_curve, generator.set_state(seed))
     assert seen == [30] * 10
     apart = geodesic_distance_deg(state.rotations, other.rotations)
     assert (apart < 0.05).float().mean() > 0.99
@@ -118,8 +133,9 @@ def test_particles_beyond_the_limit_are_looked_for_farther_out(tmp_path, generat
     images, state, truth, far = off_centre(tmp_path, generator)
     ranges = []
     for _ in range(3):
-        reassign(state, images, replace(CONFIG, farthest_offset=farthest), generator)
+        reassign(state, images, replace(CONFIG, farthest_offset=farthest), fsc_curve, generator)
         ranges.append(state.offset_range)
+        refine_round(state, images, CONFIG, fsc_curve, joint=False)
     found = (geodesic_distance_deg(state.rotations, truth) < 6).float()
     assert found[~far].mean() > 0.95
     if farthest > 0.1:
@@ -132,7 +148,7 @@ def test_particles_beyond_the_limit_are_looked_for_farther_out(tmp_path, generat
 
 def test_a_range_that_holds_all_particles_stays(case, generator):
     images, state, _ = case
-    reassign(state, images, CONFIG, generator)
+    reassign(state, images, CONFIG, fsc_curve, generator)
     assert state.offset_range == CONFIG.offset_range
 
 

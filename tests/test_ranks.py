@@ -134,7 +134,7 @@ with joined() as ranks:
     maps, support = [torch.zeros(24, 24, 24)] * 2, Support(config.diameter / 2)
     state = Reconstruction(rotations, offsets, half, maps, 8.0, support)
     refine_round(state, images, config, fsc_curve, joint=False, n_steps=0)
-    reassign(state, images, config, generator)
+    reassign(state, images, config, fsc_curve, generator)
     refine_round(state, images, config, fsc_curve, joint=False, n_steps=2)
     drawn = generator.get_state()
     tables = [state.rotations, state.offsets_px, *state.rivals.tables()]

@@ -89,7 +89,7 @@ def test_rounds_leave_rivals_where_they_were_found(case, generator):
     """Own half maps, which hold the images' noise, would draw them to it."""
     images, state, _ = case
     averaged(state, images)
-    reassign(state, images, CONFIG, generator)
+    reassign(state, images, CONFIG, fsc_curve, generator)
     before = state.rivals.copied()
     assert before.share.sum() > 20
     for joint in (False, True):
@@ -118,7 +118,7 @@ def test_maps_are_better_with_rivals(case, generator):
     lost = torch.arange(len(images)) % 3 == 0
     state.rotations = right.clone()
     state.rotations[lost] = random_rotations(int(lost.sum()), generator, torch.float32)
-    reassign(state, images, CONFIG, generator)
+    reassign(state, images, CONFIG, fsc_curve, generator)
     wrong = geodesic_distance_deg(state.rotations, right) > 15
     assert 0.1 < wrong.float().mean() < 0.6
     assert (state.rivals.share.sum(1) > 0.2).float().mean() > 0.2

@@ -14,6 +14,7 @@ from torch import Tensor
 from cryorecon.engines.observations import ImageSet, Observations
 from cryorecon.engines.reconstruction import (
     TURNED_TOGETHER,
+    Agreement,
     PoseGrid,
     Progress,
     Reconstruction,
@@ -28,6 +29,7 @@ from cryorecon.engines.rounds import (
     agreement_band,
     image_batches,
     poses_at_once,
+    refine_round,
     without_solvent,
 )
 from cryorecon.engines.shrinking import ShrinkingBatch
@@ -58,6 +60,7 @@ def reassign(
     state: Reconstruction,
     images: ImageSet,
     config: RefineConfig,
+    agreement: Agreement,
     generator: torch.Generator,
     progress: Progress | None = None,
 ) -> float:
@@ -68,8 +71,14 @@ def reassign(
     are nearly as likely become an image's rivals. Goes farther off centre than before, if many
     particles lie at the limit.
 
+    The second half set is searched in the first one's map as it is after its own search: where a
+    particle is nearly symmetric, half maps may have settled on different copies, and would change
+    places for ever.
+
     Parameters
     ----------
+    agreement : callable
+        FSC of two maps, shape (N // 2 + 1,).
     progress : callable, optional
         Told how many images are done.
 
@@ -87,12 +96,15 @@ def reassign(
     config = with_room(config, state, images.plane.box)
     state.offset_range = config.offset_range
     limit = agreement_band(state.fsc) + 2
-    references = [without_solvent(volume, config) for volume in state.maps]
     unseen = images.apart(torch.nonzero(state.half == 1)[:, 0])
-    grid = telling_grid(unseen, references[0], config, limit)
+    grid = telling_grid(unseen, without_solvent(state.maps[0], config), config, limit)
     for half in (0, 1):
+        if half == 1:
+            band = state.band
+            refine_round(state, images, config, agreement, joint=False, n_steps=0)
+            state.band = band
         members = torch.nonzero(state.half == half)[:, 0]
-        reference = references[1 - half]
+        reference = without_solvent(state.maps[1 - half], config)
         own = images.apart(members)
         ladder = _Ladder.of(reference, config, grid, limit)
         tried = grid_poses(own, reference, config, grid, generator, tell, grid.candidates)

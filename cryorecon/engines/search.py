@@ -56,9 +56,10 @@ class GridPosterior:
 
 @dataclass(frozen=True)
 class _Grid:
-    """All poses of a grid: templates and their power side by side (r, 3m), phases of offsets."""
+    """All poses of a grid: templates (r, 2m) and their power (r, m), phases of offsets (s, m)."""
 
-    table: Tensor
+    templates: Tensor
+    power: Tensor
     phases: Tensor
 
     @staticmethod
@@ -66,23 +67,27 @@ class _Grid:
         templates: Tensor, offsets_px: Tensor, plane: HalfPlane, temperature: float = 1.0
     ) -> _Grid:
         phases = shift_phases(offsets_px, plane).conj().to(templates.dtype)
-        table = torch.cat([2 * as_real(templates), -(templates.abs() ** 2)], -1)
-        return _Grid(table / temperature, phases)
+        power = templates.abs().square() / temperature
+        return _Grid(as_real(templates) * (2 / temperature), power, phases)
 
-    def scores(self, batch: Observations, image: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+    def scores(
+        self, batch: Observations, image: Tensor, offset: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Log-likelihoods over the temperature, of pairs of image and offset with every rotation.
 
         Returns
         -------
         scores : Tensor, shape (p, r)
-            One product says ``2 Re <m, S> - <w, |S|^2>``.
-        rows : Tensor, shape (p, 3m)
-            What they come from: images with their offsets undone, and their weights.
+            ``2 Re <m, S> - <w, |S|^2>``; the second product is the same for all offsets.
+        shifted : Tensor, shape (p, 2m)
+            What the first comes from: images with their offsets undone.
+        weights : Tensor, shape (b, m)
+            Of each image.
         """
         matched, weights = batch.matched()
         shifted = as_real(matched[image] * self.phases[offset])
-        rows = torch.cat([shifted, weights[image]], -1)
-        return rows @ self.table.T, rows
+        scores = (weights @ -self.power.T)[image]
+        return scores.addmm_(shifted, self.templates.T), shifted, weights
 
 
 def _pairs(likely: Tensor) -> tuple[Tensor, Tensor]:
@@ -188,12 +193,12 @@ def grid_expectation(
     if likely is None:
         likely = torch.ones(n, s, dtype=torch.bool, device=device)
     grid = _Grid.of(templates, offsets_px, observations.plane, temperature)
-    sums, shares = torch.zeros_like(grid.table), likely.to(grid.table)
+    sums, shares = grid.power.new_zeros(r, 3 * m), likely.to(grid.power)
     log_poses = math.log(r * s)
 
     def expect(part: slice) -> tuple[Tensor, Tensor]:
         image, offset = _pairs(likely[part])
-        score, rows = grid.scores(observations.select(part), image, offset)
+        score, rows, weights = grid.scores(observations.select(part), image, offset)
         nothing = score.new_zeros(len(likely[part]))
         peak = _largest(score.amax(-1, keepdim=True), image, len(nothing))[:, 0]
         if few := are_few(score, peak[image]):
@@ -206,12 +211,12 @@ def grid_expectation(
         total = nothing.index_add(0, image, of_pair)
         effective = total.square() / nothing.index_add(0, image, squares)
         shares[part][image, offset] = of_pair / total[image]
-        rows.div_(total[image, None])
+        rows, weights = rows / total[image, None], weights / total[:, None]
         # Sums change last: until then memory may end, and the part be repeated.
         if few:
-            add_likely(score, peak[image], rows, sums)
+            add_likely(score, peak[image], torch.cat([rows, weights[image]], -1), sums)
         else:
-            sums.addmm_(score.T, rows)
+            _add_all(score, image, rows, weights, sums)
         return peak + total.log() - log_poses, effective
 
     tried = int(likely.sum()) / max(1, n)
@@ -223,6 +228,13 @@ def grid_expectation(
     real, imaginary, weight = sums.split(m, -1)
     signal = torch.complex(real.contiguous(), imaginary.contiguous())
     return GridPosterior(evidence, poses, shares), signal, weight
+
+
+def _add_all(score: Tensor, image: Tensor, rows: Tensor, weights: Tensor, sums: Tensor) -> None:
+    """``sums += score.T @ (rows, weights[image])``; an image's offsets share its weights."""
+    of_image = score.new_zeros(len(weights), score.shape[1]).index_add(0, image, score)
+    sums[:, : rows.shape[1]].addmm_(score.T, rows)
+    sums[:, rows.shape[1] :].addmm_(of_image.T, weights)
 
 
 def accumulate_grid(

@@ -77,7 +77,7 @@ class Refining(Parts):
         """Every image against the better map; the share that found a better pose."""
         before = state.searched_to(self.config)
         with self.job.bar("Searching again", len(images)) as bar:
-            share = reassign(state, images, self.config, self.generator, bar)
+            share = reassign(state, images, self.config, fsc_curve, self.generator, bar)
         if state.offset_range > before:
             self.job.say(
                 f"many particles lie off centre: offsets to {self._range_angst(state, images):.1f} "
