@@ -56,6 +56,14 @@ def test_simulate_reconstruct_fsc_and_compare(tmp_path):
     assert "median error" in done.stdout
 
 
+def test_reconstruct_leaves_no_maps_of_an_earlier_run(few, tmp_path):
+    words = ("reconstruct", few, "-o", tmp_path / "job", "--overwrite")
+    maps = ["reconstruction.mrc", *(f"reconstruction_half{k}_unfil.mrc" for k in (1, 2))]
+    for more, left in ((["--half-maps"], maps), ([], maps[:1])):
+        assert cryorecon(*words, *more).returncode == 0
+        assert sorted(path.name for path in (tmp_path / "job").glob("*.mrc")) == sorted(left)
+
+
 def test_errors_are_two_sentences_and_exit_with_1(tmp_path):
     star = GOLDEN / "relion31_32.star"
     cases = [

@@ -27,6 +27,7 @@ from cryorecon.maps.fsc import fsc_curve, resolution_at
 from cryorecon.maps.poses import mirror_poses, rotate_poses, shift_origins
 from cryorecon.physics.fourier import lowpass, radius_grid
 from cryorecon.physics.rotations import exp_map, random_rotations
+from cryorecon.run.compare_poses import compare_pose_files, read_pose_table
 from cryorecon.run.plots import map_figure, save_figure, viewing_direction_figure
 
 PIXEL_SIZE = 1.7
@@ -219,7 +220,7 @@ def test_compare_poses_reads_relion_30_pixels(
     old["rlnOriginX"], old["rlnOriginY"] = 2.0, -1.0
     write_star(tmp_path / "b.star", {"particles": tables[0]})
     write_star(tmp_path / "px.star", {"": old})
-    assert "no pixel size" in error_of(
+    assert "does not state the pixel size" in error_of(
         run(compare_poses, tmp_path / "px.star", tmp_path / "b.star")
     ).problem  # fmt: skip
     old["rlnDetectorPixelSize"], old["rlnMagnification"] = 15.0, 100000.0
@@ -233,6 +234,58 @@ def test_compare_poses_reads_relion_30_pixels(
     assert data["median_deg"] < 0.01
     # The same origin everywhere is no shift of a map seen from all sides: (3, -1.5) A is left.
     assert data["offset_error_angst"]["median"] == pytest.approx(3.35, abs=0.3)
+
+
+@pytest.mark.parametrize(
+    ("columns", "optics"),
+    [
+        ({"rlnPixelSize": 1.5}, {}),
+        ({"rlnImagePixelSize": 1.5}, {}),
+        ({}, {"rlnOpticsGroup": [1], "rlnImagePixelSize": [1.5]}),
+        ({"rlnOpticsGroup": 2}, {"rlnOpticsGroup": [1, 2], "rlnImagePixelSize": [9.0, 1.5]}),
+        ({"rlnPixelSize": 1.5}, {"rlnOpticsGroup": [1]}),
+    ],
+)
+def test_poses_are_read_wherever_the_pixel_size_stands(
+    tmp_path: Path, tables: tuple[pd.DataFrame, pd.DataFrame], columns: dict, optics: dict
+) -> None:
+    table = tables[0].drop(columns=["rlnOriginXAngst", "rlnOriginYAngst"])
+    table = table.assign(rlnOriginX=2.0, rlnOriginY=-1.0, **columns)
+    first = {"optics": pd.DataFrame(optics)} if optics else {}
+    write_star(tmp_path / "a.star", {**first, "particles": table})
+    found = read_pose_table(tmp_path / "a.star").origins_angst
+    assert found is not None
+    torch.testing.assert_close(found, torch.tensor([[3.0, -1.5]]).double().expand(200, 2))
+
+
+def test_a_group_that_is_not_there_is_told(
+    tmp_path: Path, tables: tuple[pd.DataFrame, pd.DataFrame]
+) -> None:
+    table = tables[0].drop(columns=["rlnOriginXAngst", "rlnOriginYAngst"])
+    table = table.assign(rlnOriginX=2.0, rlnOriginY=-1.0, rlnOpticsGroup=3)
+    optics = pd.DataFrame({"rlnOpticsGroup": [1, 2], "rlnImagePixelSize": 1.5})
+    write_star(tmp_path / "a.star", {"optics": optics, "particles": table})
+    with pytest.raises(CryoreconError, match=r"a\.star, row 1: optics group 3 is not in"):
+        read_pose_table(tmp_path / "a.star")
+
+
+def test_images_listed_twice_are_matched_in_order(
+    tmp_path: Path, tables: tuple[pd.DataFrame, pd.DataFrame]
+) -> None:
+    a, b, once = (tmp_path / f"{name}.star" for name in ("a", "b", "once"))
+    one, other = (pd.concat([table, table.iloc[[3, 9, 3]]]) for table in tables)
+    # Another pose each time that an image is named: its rows are matched in their order.
+    for table in (one, other):
+        table["rlnAnglePsi"] += 40.0 * table.groupby("rlnImageName").cumcount()
+    write_star(a, {"particles": one})
+    write_star(b, {"particles": other.sort_values("rlnImageName", kind="stable")})
+    write_star(once, {"particles": tables[1]})
+    found = compare_pose_files(a, b).angles_deg
+    assert len(found) == 203
+    assert found.max() < 15
+    with pytest.raises(CryoreconError, match="3 of 203 images"):
+        compare_pose_files(a, once)
+    assert len(compare_pose_files(a, once, common_only=True).angles_deg) == 200
 
 
 def test_compare_poses_tells_how_many_images_are_missing(
@@ -255,7 +308,6 @@ def test_compare_poses_tells_how_many_images_are_missing(
     [
         (lambda t: t.drop(columns="rlnAngleTilt"), "no column rlnAngleTilt"),
         (lambda t: t.drop(columns="rlnImageName"), "no table with a column rlnImageName"),
-        (lambda t: pd.concat([t, t.iloc[3:5]]), "row 201: image 4@stack.mrcs occurs a second"),
         (lambda t: t.assign(rlnAnglePsi=["x", *["1.0"] * 199]), "row 1, column rlnAnglePsi: 'x'"),
         (lambda t: t.assign(rlnImageName=t["rlnImageName"] + "x"), "no image in common"),
     ],

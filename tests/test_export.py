@@ -364,6 +364,23 @@ def test_flipped_map_and_poses_reproject_to_the_same_images(job: Path) -> None:
         same_particles(flipped, read_particles(job / name))
 
 
+@pytest.mark.parametrize("dialect", [(), ("--relion30",)])
+@pytest.mark.parametrize("source", ["run_data.star", "old.star"])
+def test_the_other_hand_has_no_priors_of_this_one(job: Path, source: str, dialect: tuple) -> None:
+    export(job, "-o", job / "old.star", "--to", "relion", "--relion30")
+    tables = read_star(job / source)
+    name = next(name for name, table in tables.items() if "rlnImageName" in table)
+    told = {"rlnMaxValueProbDistribution": "0.5", "rlnOriginXPriorAngst": "1.5"}
+    priors = {f"rlnAngle{axis}Prior": "30" for axis in ("Rot", "Tilt", "Psi")}
+    tables[name] = tables[name].assign(**told, **priors)
+    write_star(job / "helix.star", tables)
+    for words, kept in (((), {*told, *priors}), (("--flip",), set(told))):
+        target = job / f"helix{len(words)}.star"
+        export(job / "helix.star", "-o", target, "--to", "relion", *dialect, *words)
+        found = next(table for table in read_star(target).values() if "rlnImageName" in table)
+        assert {*told, *priors} & set(found) == kept
+
+
 def test_the_mask_of_a_job_goes_along_with_its_map(job: Path) -> None:
     export(job, "-o", job / "alone.mrc", "--to", "mrc")
     assert not (job / "alone_mask.mrc").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -455,6 +456,49 @@ def test_a_map_is_no_star_file(folder):
 SLOW_OK = settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
+
+
+AWKWARD = st.text(st.sampled_from("ab_1.#'\" \t\xa0\u2028é@"), max_size=8)
+WORDS = AWKWARD | st.builds(str.__add__, st.sampled_from(["data_", "loop_", "_", "#"]), AWKWARD)
+
+
+@SLOW_OK
+@given(st.lists(st.tuples(WORDS, WORDS, st.floats(-9, 9)), min_size=1, max_size=4))
+def test_any_text_that_can_be_quoted_is_read_again(tmp_path, table):
+    table = pd.DataFrame(table, columns=["rlnA", "rlnB", "rlnC"])
+    unquotable = [
+        value
+        for value in (*table["rlnA"], *table["rlnB"])
+        if re.search(r"'\s", value) and re.search(r'"\s', value)
+    ]
+    tables = {"first": table[["rlnA"]], "optics": table}
+    if unquotable:
+        with pytest.raises(CryoreconError, match="cannot stand in a STAR file"):
+            write_star(tmp_path / "a.star", tables)
+        return
+    write_star(tmp_path / "a.star", tables)
+    found = read_star(tmp_path / "a.star")
+    texts = [found["first"]["rlnA"], found["optics"]["rlnA"], found["optics"]["rlnB"]]
+    for given_, read in zip((table["rlnA"], table["rlnA"], table["rlnB"]), texts, strict=True):
+        assert list(read) == list(given_)
+    np.testing.assert_allclose(found["optics"]["rlnC"].astype(float), table["rlnC"], atol=1e-6)
+
+
+@SLOW_OK
+@given(st.lists(st.tuples(*2 * [WORDS.filter(lambda v: not set(v) & set("'\""))]), min_size=1))
+def test_starfile_reads_any_text_without_quotes(tmp_path, table):
+    table = pd.DataFrame(table, columns=["rlnA", "rlnB"])
+    write_star(tmp_path / "a.star", {"particles": table})
+    found = starfile.read(tmp_path / "a.star", parse_as_string=["rlnA", "rlnB"])
+    assert found.to_numpy().tolist() == table.to_numpy().tolist()
+
+
+def test_a_text_that_no_star_file_can_hold_is_refused(tmp_path):
+    (tmp_path / "a.star").write_text("kept")
+    for value in ("two\nlines", "a' b\" c"):
+        with pytest.raises(CryoreconError, match=r"a\.star, column rlnB: .* cannot stand in"):
+            write_star(tmp_path / "a.star", {"": pd.DataFrame({"rlnA": ["1"], "rlnB": [value]})})
+    assert (tmp_path / "a.star").read_text() == "kept"
 
 
 @SLOW_OK

@@ -32,6 +32,7 @@ OffsetRange = Annotated[
         MOLECULE,
         OFFSET_RANGE_HELP,
         metavar="A",
+        min=0,
         default="10 % of the box, to 25 % if many do",
         hidden=True,
     ),

@@ -52,7 +52,7 @@ def require_within(
 
 
 def optics_index(
-    path: Path, table: TextTable, optics: pd.DataFrame, rows: NDArray[np.int32]
+    path: Path, table: TextTable | pd.DataFrame, optics: pd.DataFrame, rows: NDArray[np.int32]
 ) -> NDArray[np.int64]:
     """Row of the optics table for each particle.
 
@@ -146,9 +146,6 @@ def pixel_size_of(
                 "Correct rlnImageSize or give the stack it was written for",
             )
     found = _pixel_sizes(path, table, optics, named)
-    bad = found[~((found >= _PIXEL_ANGST[0]) & (found <= _PIXEL_ANGST[1]))]
-    if len(bad):
-        raise CryoreconError(f"{path} states a pixel size of {bad[0]:g} A", "Correct it")
     sizes_angst = np.unique(np.round(found, 6))
     if len(sizes_angst) > 1:
         listed = ", ".join(f"{s:g}" for s in sizes_angst[:4])
@@ -158,10 +155,43 @@ def pixel_size_of(
     return float(found[0])
 
 
+def pixel_sizes_angst(
+    path: Path, table: TextTable | pd.DataFrame, optics: pd.DataFrame | None
+) -> NDArray[np.float64]:
+    """Pixel size of each particle, which may differ; shape (n,).
+
+    Raises
+    ------
+    CryoreconError
+        If none is stated, one is no pixel size, or a particle's group is not in the optics table.
+    """
+    if optics is None or "rlnImagePixelSize" not in optics:
+        return _pixel_sizes(path, table, None, None)
+    index = optics_index(path, table, optics, np.arange(len(table), dtype=np.int32))
+    named, which = np.unique(index, return_inverse=True)
+    return _pixel_sizes(path, table, optics.iloc[named], named)[which]
+
+
 def _pixel_sizes(
-    path: Path, table: TextTable, optics: pd.DataFrame | None, rows: NDArray[np.int64] | None
+    path: Path,
+    table: TextTable | pd.DataFrame,
+    optics: pd.DataFrame | None,
+    rows: NDArray[np.int64] | None,
 ) -> NDArray[np.float64]:
     """Of optics groups, which are `rows` of their table, or of particles."""
+    found = _stated_pixel_sizes(path, table, optics, rows)
+    bad = found[~((found >= _PIXEL_ANGST[0]) & (found <= _PIXEL_ANGST[1]))]
+    if len(bad):
+        raise CryoreconError(f"{path} states a pixel size of {bad[0]:g} A", "Correct it")
+    return found
+
+
+def _stated_pixel_sizes(
+    path: Path,
+    table: TextTable | pd.DataFrame,
+    optics: pd.DataFrame | None,
+    rows: NDArray[np.int64] | None,
+) -> NDArray[np.float64]:
     if optics is not None and "rlnImagePixelSize" in optics:
         return numbers(path, optics, "rlnImagePixelSize", rows=rows)
     if "rlnImagePixelSize" in table:

@@ -26,7 +26,8 @@ _ROWS_AT_ONCE = 1_000_000
 _ANGLES = ["rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi"]
 _SHARE, _LIKELIHOOD = "rlnMaxValueProbDistribution", "rlnLogLikeliContribution"
 # What programs say of poses, which is not true of others: priors too, and origins in either unit.
-SAID_OF_ANGLES = {_SHARE, _LIKELIHOOD, *(f"{name}Prior" for name in _ANGLES)}
+PRIORS_OF_ANGLES = {f"{name}Prior" for name in _ANGLES}
+SAID_OF_ANGLES = {_SHARE, _LIKELIHOOD, *PRIORS_OF_ANGLES}
 SAID_OF_ORIGINS = {
     f"rlnOrigin{axis}{kind}" for axis in "XY" for kind in ("", "Angst", "Prior", "PriorAngst")
 }

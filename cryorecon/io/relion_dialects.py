@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import numpy as np
 import pandas as pd
@@ -37,7 +37,7 @@ Columns = dict[str, NDArray[np.generic]]
 
 
 def relion31(
-    particles: Particles, new: Columns
+    particles: Particles, new: Columns, stale: Collection[str] = ()
 ) -> dict[str, pd.DataFrame | Iterator[pd.DataFrame]]:
     """Tables of a RELION 3.1 file: as they are, or with an optics table made from 3.0 columns.
 
@@ -45,9 +45,11 @@ def relion31(
     ----------
     new : dict of arrays, shape (n,)
         Columns to replace or to add.
+    stale : collection of str
+        Columns to leave out.
     """
     if particles.has_optics_table:
-        return {**particles.blocks, particles.block_name: particles.table.frames(new)}
+        return {**particles.blocks, particles.block_name: particles.table.frames(new, stale)}
     table = particles.table
     moved = [name for name in _OPTICS if name in table]
     keys = pd.DataFrame({name: table[name] for name in moved}, index=range(len(table)))
@@ -70,13 +72,13 @@ def relion31(
     if {"rlnOriginX", "rlnOriginY"} & set(table):
         origins = particles.origins_angst()
         new |= {f"rlnOrigin{axis}Angst": origins[:, k] for k, axis in enumerate("XY")}
-    dropped = [*moved, *_SCALE_30, "rlnOriginX", "rlnOriginY"]
+    dropped = [*stale, *moved, *_SCALE_30, "rlnOriginX", "rlnOriginY"]
     blocks = {n: t for n, t in particles.blocks.items() if n not in ("optics", "particles")}
     return {"optics": optics, **blocks, "particles": _without(particles, new, dropped)}
 
 
 def relion30(
-    particles: Particles, new: Columns
+    particles: Particles, new: Columns, stale: Collection[str] = ()
 ) -> dict[str, pd.DataFrame | Iterator[pd.DataFrame]]:
     """Tables of a RELION 3.0 file: no optics table, its values in each row, origins in pixels.
 
@@ -87,6 +89,8 @@ def relion30(
     ----------
     new : dict of arrays, shape (n,)
         Columns to replace or to add.
+    stale : collection of str
+        Columns to leave out.
     """
     new = dict(new)
     optics: pd.DataFrame | None = particles.blocks.get("optics")
@@ -103,7 +107,7 @@ def relion30(
             values = numbers(particles.path, particles.table, name)
             new[f"rlnOrigin{axis}"] = values / particles.pixel_size_angst
     dropped = angst if optics is not None else []
-    return {"": _without(particles, new, dropped)}
+    return {"": _without(particles, new, [*stale, *dropped])}
 
 
 def _without(particles: Particles, new: Columns, names: list[str]) -> Iterator[pd.DataFrame]:

@@ -24,8 +24,13 @@ from cryorecon.io.text_table import PIECE_ROWS, TextTable
 
 Tables = dict[str, pd.DataFrame]
 
-# A value: quoted from a blank to a blank, or anything without one.
-_VALUE = re.compile(r"""'(.*?)'(?=\s|$)|"(.*?)"(?=\s|$)|(\S+)""")
+# A value: quoted from a blank to a blank, or anything without one. Other spaces are letters, as
+# they are to pandas and to RELION.
+_VALUE = re.compile(r"""'(.*?)'(?=[ \t]|$)|"(.*?)"(?=[ \t]|$)|([^ \t]+)""")
+# What programs take for no value, or not for all of it, unless it is quoted; the second where a row
+# begins.
+_QUOTED = re.compile(r"""^$|[\s#]|^['"]""")
+_QUOTED_FIRST = re.compile(r"data_|loop_|_")
 # What no text holds, looked for where a file begins.
 _CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1f]")
 _HEAD_BYTES = 4096
@@ -215,21 +220,69 @@ def can_be_a_file_name(text: str) -> bool:
 def write_star(
     path: str | Path, tables: Mapping[str, pd.DataFrame | Iterable[pd.DataFrame]]
 ) -> None:
-    """Write tables as loops; numbers with six decimals, strings as they are.
+    """Write tables as loops; numbers with six decimals, strings in quotes where they need them.
 
-    A table may come in pieces of rows with the same columns.
+    A table may come in pieces of rows with the same columns. The starfile library reads all but
+    strings that have quotes in them, which it takes for others.
+
+    Raises
+    ------
+    CryoreconError
+        If a string cannot be quoted: it has line breaks, or blanks after quotes of both kinds.
     """
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for name, table in tables.items():
             pieces = [table] if isinstance(table, pd.DataFrame) else table
             for number, piece in enumerate(pieces):
-                text = starfile.to_string({name: piece}, na_rep="nan").rstrip("\n") + "\n"
-                if number:
-                    text = text.split(f"_{piece.columns[-1]} #{piece.shape[1]}\n", 1)[1]
-                elif file.tell():
-                    text = "\n\n" + text.split("\n\n\n", 1)[1]
-                file.write(text)
+                if not number:
+                    head = starfile.to_string({name: piece[:0]}).rstrip("\n") + "\n"
+                    file.write("\n\n" + head.split("\n\n\n", 1)[1] if file.tell() else head)
+                columns = [_texts(path, str(name), values) for name, values in piece.items()]
+                if columns:
+                    columns[0] = [_opening(text) for text in columns[0]]
+                file.writelines("\t".join(row) + "\n" for row in zip(*columns, strict=True))
         file.write("\n\n")
+
+
+def _texts(path: str | Path, name: str, values: pd.Series) -> list[str]:
+    """Values of a column as they stand in rows."""
+    found = values.tolist()
+    try:
+        return [_quoted(v) if isinstance(v, str) else _unquoted(v) for v in found]
+    except ValueError as error:
+        raise CryoreconError(
+            f"{path}, column {name}: {_shown(error.args[0])} cannot stand in a STAR file, since it "
+            "has line breaks, or blanks after quotes of both kinds",
+            "Rename what it names, without quotes and line breaks",
+        ) from error
+
+
+def _unquoted(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.6f}"
+    return "nan" if value is None or value is pd.NA else str(value)
+
+
+def _quoted(value: str) -> str:
+    """A string, in quotes where it needs them: of the kind that it has not, or that do not end it.
+
+    Raises
+    ------
+    ValueError
+        With the string, if there is none.
+    """
+    if not _QUOTED.search(value):
+        return value
+    for mark in sorted("\"'", key=lambda mark: mark in value):
+        # A quote ends a value where a blank follows, nowhere else.
+        if not re.search(mark + r"\s|[\n\r]", value):
+            return mark + value + mark
+    raise ValueError(value)
+
+
+def _opening(text: str) -> str:
+    """The first of a row, which must not look like a line that begins a table."""
+    return f'"{text}"' if _QUOTED_FIRST.match(text) else text
 
 
 def numbers(

@@ -128,6 +128,12 @@ def _resolved(options: AbinitioOptions, particles: Particles) -> RmfnConfig | Am
     if options.offset_range_angst is not None:
         share = options.offset_range_angst / side_angst
         config = dataclasses.replace(config, offset_range=share, farthest_offset=share)
+    if not 0 <= config.offset_range <= 0.5:
+        raise CryoreconError(
+            f"Particles cannot lie {config.offset_range * side_angst:.4g} A off the middle of "
+            f"images {side_angst:.4g} A wide",
+            f"Give --offset-range in angstrom, from 0 to {side_angst / 2:.4g}",
+        )
     return config
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from cryorecon.conventions import euler_to_matrix
 from cryorecon.errors import CryoreconError
 from cryorecon.io.cryosparc import is_cryosparc_file, read_cryosparc
-from cryorecon.io.optics import require_within
+from cryorecon.io.optics import pixel_sizes_angst, require_within
 from cryorecon.io.star import Tables, numbers, read_star
 from cryorecon.maps.poses import FRACTION_LIMITS_DEG, PoseComparison, compare_pose_sets
 from cryorecon.run.curves import matrix_as_list
@@ -30,7 +30,7 @@ class PoseTable:
     ----------
     path : Path
     images : Index
-        ``number@stack`` with the number's leading zeros removed.
+        ``number@stack`` with the number's leading zeros removed; no two are alike.
     rotations : Tensor, shape (n, 3, 3), float64
     origins_angst : Tensor, shape (n, 2), float64, or None
         None when the file has no origin columns.
@@ -59,7 +59,7 @@ def read_pose_table(path: Path) -> PoseTable:
     Raises
     ------
     CryoreconError
-        If there is no particle table, a pose column is missing, or an image occurs twice.
+        If there is no particle table, or a pose column is missing.
     """
     blocks = _tables(path)
     table = next((t for t in blocks.values() if "rlnImageName" in t), None)
@@ -74,18 +74,19 @@ def read_pose_table(path: Path) -> PoseTable:
         raise CryoreconError(
             f"{path} has no column {', '.join(missing)}", "Give a STAR file that holds poses"
         )
-    images = pd.Index(table["rlnImageName"].astype(str).str.replace(r"^0+(?=\d+@)", "", regex=True))
-    twice = np.flatnonzero(images.duplicated())
-    if len(twice):
-        raise CryoreconError(
-            f"{path}, row {twice[0] + 1}: image {images[twice[0]]} occurs a second time "
-            f"({len(twice)} such rows)",
-            "Remove the duplicates: poses are matched by image name",
-        )
+    images = _images(table)
     angles = np.stack([numbers(path, table, column) for column in _ANGLES], -1)
     origins = _origins_angst(path, table, blocks)
     halves = numbers(path, table, "rlnRandomSubset") if "rlnRandomSubset" in table else None
     return PoseTable(path, images, euler_to_matrix(torch.from_numpy(angles)), origins, halves)
+
+
+def _images(table: pd.DataFrame) -> pd.Index[str]:
+    """Names of images; where one occurs again, with how often it came before."""
+    names = table["rlnImageName"].astype(str).str.replace(r"^0+(?=\d+@)", "", regex=True)
+    before = names.groupby(names).cumcount()
+    # No name has a line break: none becomes that of another image.
+    return pd.Index(names.where(before == 0, names + "\n" + before.astype(str)))
 
 
 def _tables(path: Path) -> Tables:
@@ -102,38 +103,13 @@ def _origins_angst(path: Path, table: pd.DataFrame, blocks: Tables) -> Tensor | 
     ):
         if set(names) <= set(table):
             origins = np.stack([numbers(path, table, name) for name in names], -1)
-            scale = _pixel_sizes_angst(path, table, blocks)[:, None] if in_px else 1.0
+            optics = blocks.get("optics")
+            scale = pixel_sizes_angst(path, table, optics)[:, None] if in_px else 1.0
             rows = np.arange(len(table), dtype=np.int32)
             for name, values in zip(names, (origins * scale).T, strict=True):
                 require_within(path, rows, name, values)
             return torch.from_numpy(origins * scale)
     return None
-
-
-def _pixel_sizes_angst(path: Path, table: pd.DataFrame, blocks: Tables) -> NDArray[np.float64]:
-    """Pixel size of each row, from the row or its optics group."""
-    if "rlnImagePixelSize" in table:
-        return numbers(path, table, "rlnImagePixelSize")
-    if {"rlnDetectorPixelSize", "rlnMagnification"} <= set(table):
-        detector_um = numbers(path, table, "rlnDetectorPixelSize")
-        magnification = numbers(path, table, "rlnMagnification")
-        if not (magnification > 0).all():
-            row = int((magnification > 0).argmin())
-            raise CryoreconError(
-                f"{path}, row {row + 1}: rlnMagnification is {magnification[row]:g}", "Correct it"
-            )
-        return detector_um * 1e4 / magnification
-    optics = blocks.get("optics")
-    if optics is not None and {"rlnImagePixelSize", "rlnOpticsGroup"} <= set(optics):
-        sizes = numbers(path, optics, "rlnImagePixelSize")
-        groups = pd.Index(optics["rlnOpticsGroup"].astype(str))
-        place = groups.get_indexer(pd.Index(table["rlnOpticsGroup"].astype(str)))
-        if (place >= 0).all():
-            return sizes[place]
-    raise CryoreconError(
-        f"{path} gives origins in pixels and no pixel size",
-        "Add rlnDetectorPixelSize and rlnMagnification, or rlnImagePixelSize",
-    )
 
 
 def match_tables(a: PoseTable, b: PoseTable, *, common_only: bool) -> tuple[PoseTable, PoseTable]:

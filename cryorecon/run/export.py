@@ -15,7 +15,7 @@ from cryorecon.io.cryodrgn import write_ctf, write_poses
 from cryorecon.io.cryosparc_export import write_cryosparc
 from cryorecon.io.files import make_folder, refuse_to_replace, replacing
 from cryorecon.io.mrc import read_map, write_map
-from cryorecon.io.particles import Particles
+from cryorecon.io.particles import PRIORS_OF_ANGLES, Particles
 from cryorecon.io.relion_dialects import Columns, relion30, relion31
 from cryorecon.io.star import write_star
 from cryorecon.maps.align import mirror_map
@@ -124,14 +124,18 @@ def poses_of(particles: Particles, flip: bool) -> Tensor | None:
 def to_relion(
     particles: Particles, output: Path, *, flip: bool, old: bool, overwrite: bool
 ) -> None:
-    """Write a RELION 3.1 STAR file, or 3.0 if `old`: every row, in order, every column."""
+    """Write a RELION 3.1 STAR file, or 3.0 if `old`: every row, in order, every column.
+
+    The other hand's has no priors of angles, which were of this one; origins are those of both.
+    """
     refuse_to_replace([output], [particles.path], overwrite=overwrite)
     new: Columns = {}
     if flip:
         rotations = poses_of(particles, flip)
         assert rotations is not None
         new = dict(zip(_ANGLES, matrix_to_euler(rotations).numpy().T, strict=True))
-    write_star(output, relion30(particles, new) if old else relion31(particles, new))
+    stale = PRIORS_OF_ANGLES if flip else set()
+    write_star(output, (relion30 if old else relion31)(particles, new, stale))
 
 
 def to_cryosparc(particles: Particles, output: Path, *, flip: bool, overwrite: bool) -> None:

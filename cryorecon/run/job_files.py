@@ -20,6 +20,8 @@ MARKERS = {
 _OUTPUTS = (
     NAME,
     "checkpoint2.pt",
+    "reconstruction.mrc",
+    "reconstruction_half?_unfil.mrc",
     "initial_model.mrc",
     "initial_model_mask.mrc",
     "initial_model_masked.mrc",
