@@ -6,9 +6,10 @@ import dataclasses
 import functools
 import re
 
+import numpy as np
 import pytest
 import torch
-from conftest import MODEL, simulated
+from conftest import MODEL, cryorecon, simulated
 from rich.console import Console
 
 from cryorecon.conventions import euler_to_matrix
@@ -28,8 +29,9 @@ from cryorecon.physics.rotations import exp_map, geodesic_distance_deg
 from cryorecon.physics.symmetry import symmetry_group
 from cryorecon.run import load, refining, stages
 from cryorecon.run.abinitio import abinitio
-from cryorecon.run.abinitio_input import AbinitioOptions
+from cryorecon.run.abinitio_input import AbinitioOptions, prepared
 from cryorecon.run.load import load_observations
+from cryorecon.run.rmfn_stages import RmfnStages
 from cryorecon.run.simulate import simulate
 from cryorecon.run.simulate_config import SimulateConfig
 
@@ -103,6 +105,28 @@ def agreement(job, folder, shell, *, aligned=False, both_hands=True):
 
 
 @pytest.mark.slow
+def test_particles_that_show_one_image_share_a_quarter(large, tmp_path, monkeypatch):
+    """Or the maps that a half set is refined by agree in their images' noise."""
+    tables, seen = read_star(large / "particles.star"), []
+    n = len(tables["particles"])
+    twice = tables["particles"].iloc[np.r_[0:n, 0:n]].reset_index(drop=True)
+    write_star(large / "twice.star", tables | {"particles": twice})
+
+    def begin(stages, images, quarters, part="map"):
+        seen.append((images.rows.long() % n, quarters))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(RmfnStages, "from_scratch", begin)
+    options = AbinitioOptions(halves="independent", engine=SHORT)
+    with pytest.raises(KeyboardInterrupt):
+        abinitio(large / "twice.star", tmp_path / "job", options, QUIET)
+    ((image, quarters),) = seen
+    of_image = torch.stack([quarters[image == number] for number in image.unique()])
+    assert of_image.shape[1] == 2
+    assert torch.equal(of_image[:, 0], of_image[:, 1])
+    assert abs(int(of_image[:, 0].sum()) - len(of_image) / 2) < 1
+
+
 def test_independent_halves_from_scratch(large, tmp_path, monkeypatch):
     # How much agreement chance brings is for test_chance.py: one trial here.
     monkeypatch.setattr(stages, "chance_fsc", functools.partial(stages.chance_fsc, n_trials=1))
@@ -200,6 +224,25 @@ def test_particles_at_the_offset_limit_are_reported(few, tmp_path):
     abinitio(few / "particles.star", tmp_path / "job", options, QUIET)
     assert "at the limit of 0.1 A" in log_of(tmp_path / "job")
     assert "give a larger --offset-range" in log_of(tmp_path / "job")
+
+
+@pytest.mark.parametrize("angst", [-5.0, 0.51 * 24 * 3.2, float("nan")])
+def test_offsets_that_no_particle_can_have_are_refused(bright, angst):
+    given = AbinitioOptions(offset_range_angst=angst)
+    by_setting = AbinitioOptions(engine=RmfnConfig(offset_range=angst / (24 * 3.2)))
+    for options in (given, by_setting):
+        with pytest.raises(CryoreconError, match=r"cannot lie .* A off the middle") as caught:
+            prepared(bright / "particles.star", options)
+        assert caught.value.remedy == "Give --offset-range in angstrom, from 0 to 38.4"
+    half = AbinitioOptions(offset_range_angst=12 * 3.2)
+    assert prepared(bright / "particles.star", half).config.offset_range == 0.5
+
+
+@pytest.mark.parametrize("method", [(), ("--method", "all"), ("--method", "amortized")])
+def test_a_negative_offset_range_is_no_option(bright, tmp_path, method):
+    words = (bright / "particles.star", "-o", tmp_path / "job", "--offset-range", -5)
+    assert cryorecon("abinitio", *words, *method).returncode == 2
+    assert not (tmp_path / "job").exists()
 
 
 def test_particles_outside_a_subset_join_later(bright, start, tmp_path):

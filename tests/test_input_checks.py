@@ -83,6 +83,20 @@ def test_white_particles_are_white_with_any_amplitude_contrast(tmp_path, amplitu
     assert contrast_score(images, 0.7) > 20
 
 
+@pytest.mark.parametrize(("least", "surely"), [(0.5, 20), (1.1, 20), (1.5, -1)])
+def test_white_particles_are_not_black_where_the_first_shells_are_filtered_out(
+    tmp_path, least, surely
+):
+    simulated(tmp_path, 300, BOX, 0.3)
+    images = np.array(open_stack(tmp_path / "particles.mrcs"))
+    k = np.fft.fftfreq(BOX, 1 / BOX)
+    passed = np.hypot(k[:, None], k) > least
+    with stack_writer(tmp_path / "particles.mrcs", BOX, PIXEL_SIZE_ANGST) as written:
+        written.append(np.fft.ifft2(np.fft.fft2(images) * passed).real)
+    images = load_observations(read_particles(tmp_path / "particles.star"), 0.9)
+    assert contrast_score(images, 0.9) > surely
+
+
 def test_images_multiplied_by_their_ctf_are_refused(changed):
     changed(rlnCtfDataAreCtfPremultiplied=0).ctf_parameters()
     with pytest.raises(CryoreconError, match="rlnCtfDataAreCtfPremultiplied"):

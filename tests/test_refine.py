@@ -149,3 +149,7 @@ def test_scales_are_the_likeliest_with_their_prior(case):
     left = torch.stack([(images.coefficients - s * predicted).abs().square() for s in tried[::1]])
     cost = (left * images.precision()).sum(-1) + (tried - 1) ** 2 / (2 * 0.1**2)
     torch.testing.assert_close(found, tried[cost.argmin(0), 0], atol=2e-3, rtol=0)
+    # Whatever scales the predictions have: the prior is of what comes of them.
+    held = torch.linspace(-1.6, -0.6, len(images))
+    again = refine.image_scales(images, predicted * held.abs()[:, None], held, spread=0.1)
+    torch.testing.assert_close(again * held.abs(), found)

@@ -31,12 +31,14 @@ def contrast_score(images: ImageSet, diameter: float) -> float:
     radius = diameter / 2 * plane.box
     distance = radius_grid(plane.box, 2, images.device).to(images.gain.dtype)
     ball = to_coefficients((radius**2 - distance**2).clamp(min=0).sqrt(), plane)
-    ball = ball * (plane.radius * diameter < FIRST_LOBE).to(images.device)
+    # The origin is what levelling has made it.
+    ball = ball * ((plane.radius > 0) & (plane.radius * diameter < FIRST_LOBE)).to(images.device)
     scores = []
     everyone = torch.arange(len(images))
     for rows in images.mine(everyone).split(500):
         matched, weight = images.select(rows).matched()
         fit = (matched * ball.conj()).real.sum(-1)
-        scores.append(fit / (weight * ball.abs() ** 2).sum(-1).sqrt())
+        # Nothing, where the images show nothing.
+        scores.append(fit / (weight * ball.abs() ** 2).sum(-1).sqrt().clamp(min=1e-12))
     (values,) = images.everyones(everyone, torch.cat(scores).double())
     return float(values.mean() / (values.std() / len(values) ** 0.5).clamp(min=1e-12))

@@ -114,10 +114,14 @@ class ImageSet:
     place : Tensor, shape (n,), int32, optional
         Where each lies on disk among all; None if they are in that order.
     stored_box : int, optional
-        Samples a side of the images on disk, from which batches are read; None if as the plane's.
+        Samples a side of the images on disk; None if as the plane's.
+    held : bool
+        Whether memory holds them, so that batches are not read from disk.
     spread : float
         Mean of what images were divided by when they were normalised: maps times this are on the
         scale of the images before.
+    empty : Tensor, shape (groups, n_shells), bool, optional
+        Shells that the images of a group show nothing in; their CTF is 0 there.
     """
 
     plane: HalfPlane
@@ -130,7 +134,9 @@ class ImageSet:
     total: int = 0
     place: Tensor | None = None
     stored_box: int | None = None
+    held: bool = False
     spread: float = 1.0
+    empty: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -169,6 +175,11 @@ class ImageSet:
     def pixels(self) -> int:
         """Of an image on disk."""
         return (self.stored_box or self.plane.box) ** 2
+
+    @property
+    def pixels_read(self) -> int:
+        """Of an image, where a batch gets it from."""
+        return self.plane.box**2 if self.held else self.pixels
 
     @property
     def device(self) -> torch.device:

@@ -227,17 +227,22 @@ def residual_power(observations: Observations, predicted: Tensor) -> tuple[Tenso
     return total, images[:, None] * per_shell
 
 
-def image_scales(observations: Observations, predicted: Tensor, spread: float = 0.2) -> Tensor:
-    """Likeliest factor on each prediction, drawn towards 1 by a Gaussian prior; shape (n,).
+def image_scales(
+    observations: Observations, predicted: Tensor, held: Tensor | None = None, spread: float = 0.2
+) -> Tensor:
+    """Likeliest factor on each prediction, shape (n,); a Gaussian prior draws scales towards 1.
 
     Parameters
     ----------
     predicted : Tensor, shape (n, m), complex
+    held : Tensor, shape (n,), optional
+        Scales that the predictions have: the prior is of these times the factors.
     spread : float
         Standard deviation of the prior.
     """
     precision = observations.precision()
     overlap = ((observations.coefficients * predicted.conj()).real * precision).sum(-1)
     power = (predicted.abs() ** 2 * precision).sum(-1)
-    pull = 1 / (2 * spread**2)
-    return ((overlap + pull) / (power + pull)).clamp(0.25, 4.0)
+    held = torch.ones_like(power) if held is None else held.abs().to(power)
+    pull = held / (2 * spread**2)
+    return (held * (overlap + pull) / (power + held * pull)).clamp(0.25, 4.0) / held

@@ -34,7 +34,6 @@ from cryorecon.physics.imaging import pooled_spectra
 from cryorecon.physics.masks import molecule_mask
 from cryorecon.physics.pose_derivatives import Derivatives, derivatives
 from cryorecon.physics.rotations import geodesic_distance_deg
-from cryorecon.ranks import Ranks
 
 # Conjugate-gradient steps of joint maps. Poses come out the same with references from signal over
 # weight (0.83 degrees both), at a tenth less time.
@@ -59,7 +58,7 @@ def poses_at_once(
 
 def image_batches(images: ImageSet) -> ShrinkingBatch:
     """Images at once in pose steps, as many as the device holds and are read ahead."""
-    most = min(4096, max(1, int(_MOST_READ / (4 * images.pixels))))
+    most = min(4096, max(1, int(_MOST_READ / (4 * images.pixels_read))))
     return ShrinkingBatch(poses_at_once(images.plane, images.device, most=most))
 
 
@@ -127,7 +126,7 @@ def refine_round(
     used = state.band
     if n_steps > 0:
         learned.apply(images)
-    _solve_halves(state, sums, agreement, images.ranks, joint=joint)
+    _solve_halves(state, sums, agreement, images, joint=joint)
     limit = agreement_band(state.fsc)
     state.band = float(min(max_band(images.plane.box), max(limit + 2, used), 1.6 * used + 1))
     return RoundReport(
@@ -205,7 +204,7 @@ def _refined(
         model = models[min(half, len(models) - 1)]  # One for both in a joint round.
         poses = refine_poses(batch, model, *start, n_steps=n_steps)
         doubt = state.rivals.of(mine, images.device)
-        seen = learned.seen(batch, predictions(batch, model, poses))
+        seen = learned.seen(batch, predictions(batch, model, poses), images.gain[mine])
         return half, mine, loaded, poses, doubt, seen
 
     # Half of what is read is worked on at a time.
@@ -223,9 +222,9 @@ class _Learned:
         self.scales = torch.ones_like(images.gain)
         self.everyone = torch.arange(len(images))
 
-    def seen(self, batch: Observations, predicted: Tensor) -> _Seen:
-        """What one batch says, to be added."""
-        scales = image_scales(batch, predicted) if self.config.update_scale else None
+    def seen(self, batch: Observations, predicted: Tensor, held: Tensor) -> _Seen:
+        """What one batch says, to be added; of images with the scales `held`."""
+        scales = image_scales(batch, predicted, held) if self.config.update_scale else None
         return *residual_power(batch, predicted), scales
 
     def add(self, rows: Tensor, seen: _Seen) -> None:
@@ -317,7 +316,7 @@ def _solve_halves(
     state: Reconstruction,
     sums: list[NormalEquations],
     agreement: Agreement,
-    ranks: Ranks,
+    images: ImageSet,
     *,
     joint: bool,
 ) -> None:
@@ -333,7 +332,11 @@ def _solve_halves(
     if not (joint and state.halves):
         state.halves = [wiener_map(s, shell_prior(s, 1e-3, max_band(box)), box) for s in sums]
         state.fsc = agreement(*(half * mask for half in state.halves)).cpu()
-        ranks.same(state.fsc)
+        if images.empty is not None and bool(images.empty[:, -1].all()):
+            # The mask carries what agrees in other shells beyond the last that any image shows.
+            shown = torch.nonzero(~images.empty.all(0))
+            state.fsc[int(shown[-1]) + 1 :] = 0
+        images.ranks.same(state.fsc)
     correlation = state.fsc[: max_band(box) + 1].clamp(1e-3, 0.999).to(mask.device)
     ratio = correlation / (1 - correlation)
     solved = sums if not joint else [sums[0].plus(sums[1])]
@@ -343,7 +346,7 @@ def _solve_halves(
         prior = of.shell_mean_weight()[: len(ratio)] / (factor * ratio)
         return least_squares_map(of, prior, mask, _STEPS if joint else 0)
 
-    maps = ranks.made([partial(solution, of) for of in solved], state.maps[0])
+    maps = images.ranks.made([partial(solution, of) for of in solved], state.maps[0])
     state.maps = maps * 2 if joint else maps
 
 

@@ -26,6 +26,7 @@ from cryorecon.run.abinitio_input import (
 )
 from cryorecon.run.amortized_stages import AmortizedStages
 from cryorecon.run.device import device_text, own_device
+from cryorecon.run.empty_shells import empty_text
 from cryorecon.run.half_sets import half_sets
 from cryorecon.run.image_checks import checksums
 from cryorecon.run.job import Job, Task, open_job
@@ -92,6 +93,8 @@ def _run(job: Job, ready: Prepared, options: AbinitioOptions) -> None:
     with job.bar("Reading", len(particles)) as bar:
         where = options.keep, job.ranks, device
         images = load_observations(particles, config.diameter, lambda done, _: bar(done), *where)
+    for text in empty_text(images, pixel):
+        job.say(f"WARNING: {text}")
     _set_contrast(job, images, config, options.contrast)
     half = half_sets(particles, generator, job.say)
     stages = _stages(job, config, generator, pixel, options, particles)
@@ -130,9 +133,14 @@ def _stages(
 ) -> RmfnStages | AmortizedStages:
     mask = given_mask(options.mask, particles)
     mask = None if mask is None else mask.to(job.ranks.device(options.device))
+    stages: RmfnStages | AmortizedStages
     if isinstance(config, RmfnConfig):
-        return RmfnStages(job, config, generator, pixel_size_angst, mask)
-    return AmortizedStages(job, config, generator, pixel_size_angst, mask)
+        stages = RmfnStages(job, config, generator, pixel_size_angst, mask)
+    else:
+        stages = AmortizedStages(job, config, generator, pixel_size_angst, mask)
+    first = particles.first_with_image()
+    stages.first_with_image = None if first is None else torch.from_numpy(first)
+    return stages
 
 
 def _reconstruct(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -27,6 +27,7 @@ from cryorecon.physics.imaging import (
 from cryorecon.physics.masks import soft_ball
 from cryorecon.physics.resampling import downsample_images
 from cryorecon.ranks import ALONE, Ranks
+from cryorecon.run.empty_shells import empty_shells, shell_power
 from cryorecon.run.image_checks import refuse_unfit
 
 Keep = Literal["auto", "memory", "disk"]
@@ -81,13 +82,15 @@ def _take_level_out(flat: Tensor, weight: Tensor, out: Tensor) -> Tensor:
 class _FromDisk:
     """A source that reads, normalises and transforms the images each time, on a device.
 
-    The plane and the window outside the particle lie there.
+    The plane, the window outside the particle and the table of empty shells lie there.
     """
 
     reader: ReadAhead
     optics: CtfParameters
     plane: HalfPlane
     outside: Tensor
+    group: Tensor
+    empty: Tensor | None = None
 
     @property
     def device(self) -> torch.device:
@@ -145,7 +148,12 @@ class _FromDisk:
         frequencies = self.plane.frequencies[:count]
         pixel = self.reader.particles.pixel_size_angst
         optics = self.optics[rows].to(self.device)
-        return ctf(frequencies, optics, self.plane.box, pixel).float()
+        found = ctf(frequencies, optics, self.plane.box, pixel).float()
+        if self.empty is None:
+            return found
+        return found.masked_fill_(
+            rows_of(self.empty, self.group[rows])[:, self.plane.shell[:count]], 0
+        )
 
 
 def _images_at_once(box: int, device: torch.device) -> int:
@@ -207,6 +215,15 @@ class _InMemory:
         self.coefficients[place] = to_coefficients(images, plane).to(self.coefficients)
         self.gain[place] = self.others.ctf(rows, len(plane)).to(self.gain)
 
+    def without(self, empty: Tensor) -> _InMemory:
+        """The same with no CTF in the empty shells of each group, shape (groups, n_shells)."""
+        others = replace(self.others, empty=empty)
+        shell = others.plane.shell
+        for rows in torch.arange(self.first, self.first + len(self.gain)).split(_BLOCK):
+            gain = self.gain[int(rows[0]) - self.first :][: len(rows)]
+            gain.masked_fill_(rows_of(empty, others.group[rows])[:, shell].to(gain.device), 0)
+        return replace(self, others=others)
+
     def _held(self, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
         place = taken_to(rows - self.first, self.gain.device)
         return rows_of(self.coefficients[:, :count], place), rows_of(self.gain[:, :count], place)
@@ -262,13 +279,14 @@ def load_observations(
     plane, n, device = half_plane(particles.box).to(device), len(particles), torch.device(device)
     radius_px = diameter / 2 * particles.box
     outside = (1 - soft_ball(particles.box, radius_px, 2.0, 2)).to(device)
-    disk = _FromDisk(ReadAhead(particles), particles.ctf_parameters(), plane, outside)
+    group = torch.from_numpy(particles.optics_index()).int()
+    disk = _FromDisk(ReadAhead(particles), particles.ctf_parameters(), plane, outside, group)
     first, end = ranks.bounds(n)[ranks.index : ranks.index + 2]
     where = place_to_hold(end - first, particles.box, keep, device, ranks)
     store = None if where is None else _InMemory.empty(disk, first, end, where)
-    group = torch.from_numpy(particles.optics_index()).int()
     heard = _spread(group)
     power = torch.zeros(int(group.max()) + 1, plane.n_shells, device=device)
+    shown = torch.zeros_like(power)
     done, spread = 0, torch.zeros(1, dtype=torch.float64, device=device)
     for rows, following in with_next(_mine(particles, first, end)):
         done += len(rows)
@@ -285,16 +303,19 @@ def load_observations(
         for number in group[rows[useful]].unique().tolist():
             of_group = rows_of(images, useful[group[rows[useful]] == number])
             power[number] += noise_power_outside(of_group, radius_px, plane) * len(of_group)
-    ranks.add_up(power, spread)
+            shown[number] += shell_power(of_group, plane)
+    ranks.add_up(power, spread, shown)
     counts = torch.bincount(group[heard], minlength=len(power)).to(device)
     heard_of = counts[:, None] * coefficients_by_shell(plane)
     noise = pooled_spectra(power * coefficients_by_shell(plane), heard_of)
+    empty = empty_shells(shown)
+    if empty is not None:
+        disk, store = replace(disk, empty=empty), None if store is None else store.without(empty)
     source: Source = store or disk
     rows = torch.arange(n, dtype=torch.int32)
-    # Batches of images in memory are not limited by what they are on disk.
-    apart = ranks, n, _place(particles), None if store else particles.stored_box
+    apart = ranks, n, _place(particles), particles.stored_box, store is not None
     spread_of_one = float(spread) / int(heard.sum())
-    return ImageSet(plane, source, noise, group, torch.ones(n), rows, *apart, spread_of_one)
+    return ImageSet(plane, source, noise, group, torch.ones(n), rows, *apart, spread_of_one, empty)
 
 
 def place_to_hold(

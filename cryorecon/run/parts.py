@@ -64,6 +64,8 @@ class Parts(ABC):
     ----------
     part : str
         The one that is going on.
+    first_with_image : Tensor, shape (n,), int64, optional
+        First particle that shows the same image, of each; None if all images differ.
     """
 
     job: Job
@@ -72,6 +74,7 @@ class Parts(ABC):
     pixel_size_angst: float
     mask: torch.Tensor | None = None
     part: str = "map"
+    first_with_image: torch.Tensor | None = None
 
     @abstractmethod
     def engine_state(self) -> Entry:

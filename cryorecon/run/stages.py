@@ -178,7 +178,9 @@ class Stages(Refining):
         """A half set from scratch, with random numbers of its own."""
         self.job.say(f"half set {number + 1}, {len(mine)} images, by itself")
         generator, self.generator = self.generator, torch.Generator().manual_seed(seed)
-        quarters = torch.randperm(len(mine), generator=self.generator) % 2
+        first = mine if self.first_with_image is None else self.first_with_image[mine]
+        shown, image = first.unique(return_inverse=True)
+        quarters = (torch.randperm(len(shown), generator=self.generator) % 2)[image]
         own = images.apart(mine, ranks)
         run = self.from_scratch(own, quarters, HALF_SETS[number])
         images.gain[mine] = own.gain
