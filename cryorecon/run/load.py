@@ -253,7 +253,8 @@ def load_observations(
 
     Each image gets zero mean and unit variance outside the particle; the noise spectrum of each
     optics group is the mean power out there, over about 20,000 images spread over the stack; that
-    of a small group mostly all groups' (see :func:`pooled_spectra`).
+    of a small group mostly all groups' (see :func:`pooled_spectra`). Shells that a group's images
+    show nothing in have no CTF (:mod:`cryorecon.run.empty_shells`).
 
     Parameters
     ----------
