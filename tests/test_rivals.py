@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import at_true_poses, simulated
 
 from cryorecon.engines.new_search import reassign
-from cryorecon.engines.reconstruction import RefineConfig
+from cryorecon.engines.reconstruction import Reconstruction, RefineConfig
 from cryorecon.engines.rivals import N_RIVALS, Rivals, weighed
 from cryorecon.engines.rounds import refine_round
 from cryorecon.io.mrc import read_map
 from cryorecon.maps.fsc import fsc_curve
+from cryorecon.physics.masks import Support
 from cryorecon.physics.rotations import exp_map, geodesic_distance_deg, random_rotations
 from cryorecon.physics.symmetry import symmetry_group
+from cryorecon.run.results import report_copies
 
 CONFIG = RefineConfig(search_nside=3)
 NONE = -torch.inf
@@ -137,3 +141,44 @@ def test_rivals_move_as_own_poses_do(generator):
     torch.testing.assert_close(rivals.rotations, before.rotations @ turn)
     torch.testing.assert_close(rivals.offsets_px, before.offsets_px + 1)
     assert torch.equal(rivals.share, before.share)
+
+
+@pytest.mark.parametrize(
+    ("of_copies", "angle_deg", "told"),
+    [
+        (
+            1.0,
+            180.0,
+            "180 degrees away, as copies in a symmetric particle do, or in one that nearly",
+        ),
+        (0.8, 120.0, "--symmetry C3 makes them one"),
+        (0.8, 100.0, "lie one turn of 100 degrees away"),
+        (0.3, 120.0, None),
+        (0.0, 120.0, None),
+    ],
+)
+def test_copies_of_a_symmetric_particle_are_told_of(generator, of_copies, angle_deg, told):
+    """Half of the images may have a pose one turn of the map away, give or take some degrees."""
+    n, said = 2000, []
+    own = random_rotations(n, generator, torch.float32)
+    turn = exp_map(torch.deg2rad(torch.tensor([0.0, 0.6, 0.8]) * angle_deg))
+    either = torch.where((torch.arange(n) % 2 == 0)[:, None, None], turn, turn.mT)
+    jitter = exp_map(0.03 * torch.randn(n, 3, generator=generator))
+    away = own @ either @ jitter
+    scattered = torch.rand(n, generator=generator) >= of_copies
+    away[scattered] = random_rotations(int(scattered.sum()), generator, torch.float32)
+    blank = [torch.zeros(4, 4, 4)] * 2
+    state = Reconstruction(own, torch.zeros(n, 2), torch.arange(n) % 2, blank, 2.0, Support(0.4))
+    assert state.rivals.commonest_turn(own) == (0.0, 0.0)
+    state.rivals.rotations[:, 1], state.rivals.share[::2, 1] = away, 0.4
+    share, angle = state.rivals.commonest_turn(own)
+    assert share == pytest.approx(of_copies, abs=0.05)
+    report_copies(SimpleNamespace(say=said.append), state)
+    if told is None:
+        assert said == []
+        return
+    assert angle == pytest.approx(angle_deg, abs=8)
+    assert said[0].startswith(f"{100 * share:.0f} % of the other poses")
+    state.rivals.share[300:] = 0.0
+    report_copies(SimpleNamespace(say=said.append), state)
+    assert len(said) == 1

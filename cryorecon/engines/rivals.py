@@ -25,6 +25,9 @@ MOST_IN_DOUBT = 0.6
 # Another pose takes the place of an image's own if it is surely likelier.
 _LIKELIER = 1.0
 
+# Turns this near each other are one; rivals and turns that are asked, at most.
+_ONE_TURN_DEG, _RIVALS_ASKED, _TURNS_ASKED = 10.0, 5000, 200
+
 PosePair = tuple[Tensor, Tensor]
 
 
@@ -70,6 +73,37 @@ class Rivals:
     def in_doubt(self) -> float:
         """Share of the images that may have another pose."""
         return float((self.own_share() < SURE).double().mean())
+
+    def commonest_turn(self, own: Tensor) -> tuple[float, float]:
+        """The turn of the map that most rivals lie away from their images' own poses.
+
+        Copies in a symmetric particle are a turn apart that is the same for all images; rivals of
+        other particles lie anywhere.
+
+        Parameters
+        ----------
+        own : Tensor, shape (n, 3, 3)
+
+        Returns
+        -------
+        share : float
+            Of the rivals, 0 where there is none.
+        angle_deg : float
+        """
+        image, rival = torch.nonzero(self.share, as_tuple=True)
+        asked = slice(None, None, max(1, len(image) // _RIVALS_ASKED))
+        image, rival = image[asked], rival[asked]
+        if len(image) == 0:
+            return 0.0, 0.0
+        turns = own[image].mT @ self.rotations[image, rival]
+        share, angle = 0.0, 0.0
+        for turn in turns[:: max(1, len(turns) // _TURNS_ASKED)]:
+            # A turn and its inverse lead from one copy to the other and back.
+            apart = torch.minimum(*(geodesic_distance_deg(turns, t) for t in (turn, turn.mT)))
+            found = float((apart < _ONE_TURN_DEG).double().mean())
+            if found > share:
+                share, angle = found, float(geodesic_distance_deg(turn, torch.eye(3)))
+        return share, angle
 
     def put(self, rows: Tensor, others: Rivals) -> None:
         """Take those of some images from others'."""

@@ -35,7 +35,7 @@ from cryorecon.run.report.page import report_at_end
 from cryorecon.run.results import (
     joint_map,
     recorded_scale,
-    report_offsets,
+    report_poses,
     scaled,
     size_text,
     write_first_poses,
@@ -104,7 +104,7 @@ def _run(job: Job, ready: Prepared, options: AbinitioOptions) -> None:
         state = _reconstruct(stages, images, half, rows, options, particles)
         if job.writes and isinstance(stages, AmortizedStages) and stages.read is not None:
             write_first_poses(job, particles, *stages.read)
-        report_offsets(job, state, config, particles)
+        report_poses(job, state, config, particles)
         return state
 
     def in_c1() -> Reconstruction:

@@ -27,6 +27,9 @@ _HALVES_LABEL = {
     "independent": "independent half maps (gold standard)",
     "shared": "half maps split after a shared search",
 }
+# Images in doubt, and share of their other poses a turn away, from which on copies are told of. Of
+# asymmetric particles less than a tenth lie there.
+_MANY_IN_DOUBT, _MOST_COPIES, _NEARLY_DEG = 0.1, 0.5, 5.0
 # What a mask's rim may ring by in a finer grid.
 _NO_MASK = 0.01
 
@@ -73,6 +76,14 @@ def write_in_full(job: Job, name: str, volume: Tensor, particles: Particles) -> 
     write_map(job.path(name), values, particles.stored_pixel_size_angst)
 
 
+def report_poses(
+    job: Job, state: Reconstruction, config: RefineConfig, particles: Particles
+) -> None:
+    """What the log says of the poses that were found."""
+    report_offsets(job, state, config, particles)
+    report_copies(job, state)
+
+
 def report_offsets(
     job: Job, state: Reconstruction, config: RefineConfig, particles: Particles
 ) -> None:
@@ -87,6 +98,22 @@ def report_offsets(
     )
     if hits > MANY_AT_LIMIT * len(length):
         job.say("WARNING: many particles lie at the limit; give a larger --offset-range")
+
+
+def report_copies(job: Job, state: Reconstruction) -> None:
+    """Whether images that may have another pose have it in a copy, as in a symmetric particle."""
+    own = state.rotations if state.half_poses is None else state.half_poses[0]
+    share, angle_deg = state.rivals.commonest_turn(own)
+    if state.rivals.in_doubt() < _MANY_IN_DOUBT or share < _MOST_COPIES:
+        return
+    fold = round(360 / angle_deg)
+    remedy = ""
+    if abs(360 / fold - angle_deg) < _NEARLY_DEG:
+        angle_deg, remedy = 360 / fold, f": --symmetry C{fold} makes them one"
+    job.say(
+        f"{100 * share:.0f} % of the other poses lie one turn of {angle_deg:.0f} degrees away, as "
+        f"copies in a symmetric particle do, or in one that nearly is{remedy}"
+    )
 
 
 def write_first_poses(
