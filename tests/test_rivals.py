@@ -182,3 +182,11 @@ def test_copies_of_a_symmetric_particle_are_told_of(generator, of_copies, angle_
     state.rivals.share[300:] = 0.0
     report_copies(SimpleNamespace(say=said.append), state)
     assert len(said) == 1
+
+
+def test_poses_beside_an_images_own_one_are_no_copies(generator):
+    own = random_rotations(500, generator, torch.float32)
+    rivals = Rivals.none(500)
+    rivals.rotations[:, 0] = own @ exp_map(torch.tensor([0.0, 0.14, 0.0]))
+    rivals.share[:, 0] = 0.4
+    assert rivals.commonest_turn(own) == (0.0, 0.0)

@@ -78,7 +78,7 @@ class Rivals:
         """The turn of the map that most rivals lie away from their images' own poses.
 
         Copies in a symmetric particle are a turn apart that is the same for all images; rivals of
-        other particles lie anywhere.
+        other particles lie anywhere, and many beside their image's own pose, which is no turn.
 
         Parameters
         ----------
@@ -96,8 +96,9 @@ class Rivals:
         if len(image) == 0:
             return 0.0, 0.0
         turns = own[image].mT @ self.rotations[image, rival]
+        far = turns[geodesic_distance_deg(turns, torch.eye(3)) > 2 * _ONE_TURN_DEG]
         share, angle = 0.0, 0.0
-        for turn in turns[:: max(1, len(turns) // _TURNS_ASKED)]:
+        for turn in far[:: max(1, len(far) // _TURNS_ASKED)]:
             # A turn and its inverse lead from one copy to the other and back.
             apart = torch.minimum(*(geodesic_distance_deg(turns, t) for t in (turn, turn.mT)))
             found = float((apart < _ONE_TURN_DEG).double().mean())
