@@ -151,7 +151,7 @@ def test_rivals_move_as_own_poses_do(generator):
             180.0,
             "180 degrees away, as copies in a symmetric particle do, or in one that nearly",
         ),
-        (0.8, 120.0, "--symmetry C3 makes them one"),
+        (0.8, 120.0, "nearly is (--symmetry C3)"),
         (0.8, 100.0, "lie one turn of 100 degrees away"),
         (0.3, 120.0, None),
         (0.0, 120.0, None),

@@ -219,9 +219,9 @@ class _InMemory:
         """The same with no CTF in the empty shells of each group, shape (groups, n_shells)."""
         others = replace(self.others, empty=empty)
         shell = others.plane.shell
-        for rows in torch.arange(self.first, self.first + len(self.gain)).split(_BLOCK):
-            gain = self.gain[int(rows[0]) - self.first :][: len(rows)]
-            gain.masked_fill_(rows_of(empty, others.group[rows])[:, shell].to(gain.device), 0)
+        group = others.group[self.first :][: len(self.gain)]
+        for gain, of in zip(self.gain.split(_BLOCK), group.split(_BLOCK), strict=True):
+            gain.masked_fill_(rows_of(empty, of)[:, shell].to(gain.device), 0)
         return replace(self, others=others)
 
     def _held(self, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:

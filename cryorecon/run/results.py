@@ -109,7 +109,7 @@ def report_copies(job: Job, state: Reconstruction) -> None:
     fold = round(360 / angle_deg)
     remedy = ""
     if abs(360 / fold - angle_deg) < _NEARLY_DEG:
-        angle_deg, remedy = 360 / fold, f": --symmetry C{fold} makes them one"
+        angle_deg, remedy = 360 / fold, f" (--symmetry C{fold})"
     job.say(
         f"{100 * share:.0f} % of the other poses lie one turn of {angle_deg:.0f} degrees away, as "
         f"copies in a symmetric particle do, or in one that nearly is{remedy}"
