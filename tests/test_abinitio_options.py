@@ -9,7 +9,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import MODEL, cryorecon, simulated
+from conftest import MODEL, cryorecon, simulated, trimer_stack
 from rich.console import Console
 
 from cryorecon.conventions import euler_to_matrix
@@ -298,17 +298,7 @@ def test_a_map_can_take_the_place_of_the_search(large, tmp_path, coarse_alignmen
 
 @pytest.fixture(scope="module")
 def trimer(tmp_path_factory):
-    """300 particles of a map with a threefold axis: 24 px at 3.2 A, SNR 1."""
-    folder = tmp_path_factory.mktemp("trimer")
-    generator = torch.Generator().manual_seed(11)
-    group, box = symmetry_group("C3"), 24
-    places = torch.rand(7, 3, generator=generator).double() * 13 - 6.5
-    places = (group[:, None] @ places[None, :, :, None]).reshape(-1, 3)
-    axis = torch.arange(box, dtype=torch.float64) - box // 2
-    waves = [torch.exp(-((axis - places[:, i, None]) ** 2) / 2.5) for i in range(3)]
-    volume = torch.einsum("px,py,pz->zyx", *waves)
-    write_map(folder / "trimer.mrc", volume.float().numpy(), 3.2)
-    return simulated(folder, 300, 24, 1.0, model=folder / "trimer.mrc", seed=6)
+    return trimer_stack(tmp_path_factory.mktemp("trimer"))
 
 
 def test_symmetry_makes_half_maps_from_poses_before_the_joint_rounds(trimer, tmp_path, monkeypatch):
@@ -328,8 +318,10 @@ def test_symmetry_makes_half_maps_from_poses_before_the_joint_rounds(trimer, tmp
     engine = dataclasses.replace(TINY, joint_rounds=2)
     options = AbinitioOptions(symmetry="C3", engine=engine)
     abinitio(trimer / "particles.star", tmp_path / "job", options, QUIET)
-    (kind, before), (last, after) = seen[-2:]
-    assert (kind, last) == ("half", "symmetry")
+    kinds = [kind for kind, _ in seen]
+    at = kinds.index("symmetry")
+    assert kinds[at - 1 : at + 2] == ["half", "symmetry", "half"]
+    before, after = seen[at - 1][1], seen[at][1]
     turns = before.transpose(-1, -2) @ after
     assert geodesic_distance_deg(turns, turns[:1]).max() < 0.1
 
@@ -347,7 +339,7 @@ def test_symmetry_is_found_and_applied(trimer, tmp_path, coarse_alignment):
     turned = rotate_map(found, symmetry_group("C3")[1])
     assert fsc_curve(found, turned)[1:8].min() > 0.98
     assert (tmp_path / "job" / "initial_model_C1.mrc").exists()
-    parts = ["half-maps", "joint-map", "symmetric-joint-map"]
+    parts = ["half-maps", "joint-map", "symmetric-half-maps", "symmetric-joint-map"]
     assert stages_of(tmp_path / "job") == parts
     assert agreement(tmp_path / "job", trimer, 7, both_hands=False) > 0.95
     with pytest.raises(CryoreconError, match="C1, Cn, Dn, T, O or I"):

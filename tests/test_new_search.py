@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import MODEL, at_true_poses, simulated
+from conftest import MODEL, at_true_poses, simulated, trimer_stack
 
 from cryorecon.engines import new_search
 from cryorecon.engines.new_search import reassign
@@ -15,10 +15,12 @@ from cryorecon.engines.rounds import refine_round
 from cryorecon.engines.shrinking import ShrinkingBatch
 from cryorecon.maps.fsc import fsc_curve
 from cryorecon.physics.rotations import exp_map, geodesic_distance_deg, random_rotations
+from cryorecon.physics.symmetry import distance_under_deg, symmetry_group
 from cryorecon.run.simulate import simulate
 from cryorecon.run.simulate_config import SimulateConfig
 
 CONFIG = RefineConfig(search_nside=2)
+ONE = torch.eye(3)[None]
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +164,7 @@ def test_candidates_of_one_pose_that_are_as_likely_are_its_mean(generator, sign)
     rotations = torch.cat([*near, far])[None]
     offsets_px = torch.arange(16.0, dtype=torch.float64).view(1, 8, 2)
     gain = torch.tensor([[5.0, 5.0 + sign * 1e-6, 4.97, 2.0, 1.0, 0, 0, 0]], dtype=torch.float64)
-    found = new_search._best_apart(gain, (rotations, offsets_px))
+    found = new_search._best_apart(gain, (rotations, offsets_px), ONE)
     assert geodesic_distance_deg(found[1][0, 0], pose[0]) < 1e-3
     torch.testing.assert_close(found[1][0, 1:], far[:2])
     torch.testing.assert_close(found[0][0], gain[0, [0, 3, 4]], atol=2e-6, rtol=0)
@@ -172,6 +174,37 @@ def test_candidates_of_one_pose_that_are_as_likely_are_its_mean(generator, sign)
 def test_a_place_without_a_candidate_holds_a_rotation(generator):
     rotations = random_rotations(8, generator)[None].float()
     gain = torch.full((1, 8), -torch.inf)
-    found = new_search._best_apart(gain, (rotations, torch.zeros(1, 8, 2)))
+    found = new_search._best_apart(gain, (rotations, torch.zeros(1, 8, 2)), ONE)
     assert (found[0] == -torch.inf).all()
     assert geodesic_distance_deg(found[1][0], rotations[0, :3]).max() < 0.05
+
+
+def test_copies_of_candidates_are_one_pose_in_a_symmetric_map(generator):
+    group = symmetry_group("D2")
+    pose = random_rotations(1, generator)
+    others = random_rotations(6, generator)
+    rotations = torch.cat([pose, pose @ exp_map(torch.tensor([[0.02, 0, 0]]).double()), others])
+    rotations = (rotations @ group[torch.arange(8) % 4])[None]
+    gain = torch.tensor([[5.0, 5.0, 4.0, 3.0, 2, 1, 0, 0]], dtype=torch.float64)
+    found = new_search._best_apart(gain, (rotations, torch.zeros(1, 8, 2).double()), group)
+    assert found[0].tolist() == [[5.0, 4.0, 3.0]]
+    assert distance_under_deg(found[1][0, 0], pose[0], group) == pytest.approx(0.573, abs=0.01)
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_copies_are_no_rivals_in_a_symmetric_map(tmp_path, generator, told):
+    images, state = at_true_poses(trimer_stack(tmp_path), CONFIG)
+    truth, group = state.rotations.clone(), symmetry_group("C3").float()
+    state.group = group
+    refine_round(state, images, CONFIG, fsc_curve, joint=False, n_steps=0)
+    state.group = group if told else ONE
+    wrong = torch.arange(300) % 5 == 0
+    state.rotations[wrong] = random_rotations(60, generator, torch.float32)
+    share = reassign(state, images, CONFIG, fsc_curve, generator)
+    error = distance_under_deg(state.rotations, truth, group)
+    assert (error < 6).float().mean() > 0.95
+    if told:
+        assert 0.15 < share < 0.25
+        assert state.rivals.in_doubt() < 0.1
+    else:
+        assert state.rivals.in_doubt() > 0.9

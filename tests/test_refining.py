@@ -37,6 +37,8 @@ class Told(Refining):
         del images, joint
         return RoundReport(state.band, 0.1, 0.0, self.likelihood(number), state.band)
 
+    axes_follow = False
+
     def rounds(self):
         """How many were made against half maps."""
         blank = torch.zeros(4, 4, 4)
@@ -69,3 +71,12 @@ def test_new_searches_go_on_while_they_are_worth_it(shares, likelihood, last, ro
     told = Told(RefineConfig(), shares, likelihood)
     assert told.rounds() == rounds
     assert told.searched[-1] == last
+
+
+@pytest.mark.parametrize(("rise", "searched"), [(1.06, [3, 5, 7, 9]), (1.04, [3])])
+def test_before_axes_are_looked_for_searches_end_once_they_bring_little(rise, searched):
+    """What they find in the map of a symmetric particle are copies; they go on once it has axes."""
+    told = Told(RefineConfig(half_rounds=10), [0.9] * 20, lambda number: rise ** (number / 2))
+    told.axes_follow = True
+    told.rounds()
+    assert told.searched == searched

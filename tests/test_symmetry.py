@@ -12,8 +12,13 @@ from cryorecon.maps.align import rotate_map
 from cryorecon.maps.symmetry import find_symmetry
 from cryorecon.physics.fourier import lowpass
 from cryorecon.physics.masks import soft_ball
-from cryorecon.physics.rotations import geodesic_distance_deg, random_rotations
-from cryorecon.physics.symmetry import symmetry_group
+from cryorecon.physics.rotations import exp_map, geodesic_distance_deg, random_rotations, so3_grid
+from cryorecon.physics.symmetry import (
+    distance_under_deg,
+    distinct_rotations,
+    nearest_copies,
+    symmetry_group,
+)
 
 
 def relions_group(name):
@@ -90,3 +95,33 @@ def test_axes_and_centre_are_found_in_noise(name, generator):
 
 def test_a_map_without_the_symmetry_scores_low(molecule_32):
     assert find_symmetry(molecule_32, symmetry_group("D3"), 10.0).correlation < 0.35
+
+
+@pytest.mark.parametrize("name", ["C1", "C4", "D3", "T", "O", "I"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_grid_holds_one_of_all_poses_that_are_equal(name, dtype, generator):
+    group = symmetry_group(name).to(dtype)
+    turned = so3_grid(3, dtype)[0] @ random_rotations(1, generator).to(dtype)[0]
+    few = distinct_rotations(turned, group)
+    assert len(few) == pytest.approx(len(turned) / len(group), rel=0.2)
+    asked = random_rotations(100, generator).to(dtype)
+    away = distance_under_deg(few[:, None], asked, group).amin(0)
+    whole = geodesic_distance_deg(turned[:, None], asked).amin(0)
+    # Rotations are 20 degrees apart: as near as the whole grid's, but for where classes meet.
+    assert away.max() < 20
+    assert away.median() < whole.median() + 1.5
+
+
+@pytest.mark.parametrize("name", ["C1", "C5", "D2", "O"])
+def test_the_nearest_copy_is_one_and_none_is_nearer(name, generator):
+    group = symmetry_group(name)
+    poses, to = random_rotations(30, generator), random_rotations(30, generator)
+    found = nearest_copies(poses, to, group)
+    copies = poses[:, None] @ group
+    assert geodesic_distance_deg(copies, found[:, None]).amin(1).max() < 1e-5
+    nearest = geodesic_distance_deg(copies, to[:, None]).amin(1)
+    torch.testing.assert_close(geodesic_distance_deg(found, to), nearest)
+    torch.testing.assert_close(distance_under_deg(poses, to, group), nearest)
+    turn = exp_map(torch.tensor([0.1, 0.2, -0.3]).double())
+    moved = distance_under_deg(turn @ poses @ group[-1], turn @ to, group)
+    torch.testing.assert_close(moved, nearest)

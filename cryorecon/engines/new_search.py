@@ -36,7 +36,8 @@ from cryorecon.engines.shrinking import ShrinkingBatch
 from cryorecon.image_table import ROWS
 from cryorecon.physics.fourier import max_band
 from cryorecon.physics.pose_derivatives import Derivatives, derivatives
-from cryorecon.physics.rotations import geodesic_distance_deg, grid_step_deg, mean_rotation
+from cryorecon.physics.rotations import grid_step_deg, mean_rotation
+from cryorecon.physics.symmetry import distance_under_deg, nearest_copies
 
 # Share of the tried poses that are left at each higher band, at least how many, and steps of each.
 _RUNGS = ((1.0, 1, 1), (0.3, 8, 1), (0.12, 6, 2), (0.04, 4, 4))
@@ -75,6 +76,8 @@ def reassign(
     particle is nearly symmetric, half maps may have settled on different copies, and would change
     places for ever.
 
+    Of the poses that a symmetric map (`state.group`) cannot tell apart one is tried.
+
     Parameters
     ----------
     agreement : callable
@@ -97,7 +100,8 @@ def reassign(
     state.offset_range = config.offset_range
     limit = agreement_band(state.fsc) + 2
     unseen = images.apart(torch.nonzero(state.half == 1)[:, 0])
-    grid = telling_grid(unseen, without_solvent(state.maps[0], config), config, limit)
+    start = without_solvent(state.maps[0], config)
+    grid = telling_grid(unseen, start, config, limit, state.group)
     for half in (0, 1):
         if half == 1:
             band = state.band
@@ -106,7 +110,7 @@ def reassign(
         members = torch.nonzero(state.half == half)[:, 0]
         reference = without_solvent(state.maps[1 - half], config)
         own = images.apart(members)
-        ladder = _Ladder.of(reference, config, grid, limit)
+        ladder = _Ladder.of(reference, config, grid, limit, state.group)
         tried = grid_poses(own, reference, config, grid, generator, tell, grid.candidates)
         held = state.rotations[members], state.offsets_px[members]
         n_moved += _move(state, own, members, list(_climbed(own, ladder, held, tried)))
@@ -129,9 +133,12 @@ class _Ladder:
 
     model: Derivatives
     rungs: list[_Rung]
+    group: Tensor
 
     @staticmethod
-    def of(reference: Tensor, config: RefineConfig, grid: PoseGrid, limit: float) -> _Ladder:
+    def of(
+        reference: Tensor, config: RefineConfig, grid: PoseGrid, limit: float, group: Tensor
+    ) -> _Ladder:  # fmt: skip
         """For candidates of a grid, and a map that can be trusted up to a shell."""
         most = float(max_band(reference.shape[-1]))
         half_step_rad = math.radians(grid_step_deg(grid.nside)) / 2
@@ -141,7 +148,7 @@ class _Ladder:
         for number, (share, least, n_steps) in enumerate(_RUNGS):
             band = low * (high / low) ** (number / (len(_RUNGS) - 1))
             rungs.append(_Rung(band, max(least, round(share * grid.candidates)), n_steps))
-        return _Ladder(derivatives(reference, 2, high), rungs)
+        return _Ladder(derivatives(reference, 2, high), rungs, group.to(reference))
 
     @property
     def band(self) -> float:
@@ -172,7 +179,7 @@ class _Ladder:
         for rung in self.rungs:
             near = PoseObjective(batch.within(rung.band), self.model)
             # Many candidates come back to the pose that is held.
-            going = gain.isfinite() & _away(found[0], held[0])
+            going = gain.isfinite() & self._away(found[0], held[0])
             going &= gain >= gain.where(going, -torch.inf).topk(rung.most).values[:, -1:]
             found, likelihood = self._refined_where(going, near, rung.n_steps, found)
             alone = (held[0][:, None], held[1][:, None])
@@ -180,7 +187,12 @@ class _Ladder:
             gain = (likelihood - own).where(going, -torch.inf)
             best = gain.amax(1, keepdim=True).clamp(min=0.0)
             gain = gain.where(gain > best - _HOPELESS, -torch.inf)
-        return _best_apart(gain.where(_away(found[0], held[0]), -torch.inf), found)
+        gain = gain.where(self._away(found[0], held[0]), -torch.inf)
+        return _best_apart(gain, found, self.group)
+
+    def _away(self, rotations: Tensor, held: Tensor) -> Tensor:
+        """Which of several poses an image are other ones than its own."""
+        return distance_under_deg(rotations, held[:, None], self.group) > SAME_DEG
 
     def _refined_where(
         self, chosen: Tensor, images: PoseObjective, n_steps: int, poses: _Pairs
@@ -200,7 +212,9 @@ class _Ladder:
         return (rotations, offsets_px), likelihood
 
 
-def _best_apart(gain: Tensor, poses: _Pairs) -> tuple[Tensor, Tensor, Tensor]:
+def _best_apart(
+    gain: Tensor, poses: _Pairs, group: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The likeliest poses (b, k) of several (b, c) an image that are not the same.
 
     Several come to the same one from different sides, and stay as far from it as a step gains
@@ -210,7 +224,7 @@ def _best_apart(gain: Tensor, poses: _Pairs) -> tuple[Tensor, Tensor, Tensor]:
     rows = torch.arange(len(gain), device=gain.device)[:, None]
     gain, best = gain.topk(min(_LOOKED_AT, gain.shape[1]))
     rotations, offsets_px = (table[rows, best] for table in poses)
-    apart = geodesic_distance_deg(rotations[:, :, None], rotations[:, None])
+    apart = distance_under_deg(rotations[:, None], rotations[:, :, None], group)
     same = (apart < SAME_DEG) & gain[:, None].isfinite()
     behind = (gain[:, :, None] - gain[:, None]).abs() / LEAST_GAIN
     shares = torch.where(same, 1 - behind, 0.0).clamp(min=0.0)
@@ -220,12 +234,8 @@ def _best_apart(gain: Tensor, poses: _Pairs) -> tuple[Tensor, Tensor, Tensor]:
         gain[:, k] = gain[:, k].where(~taken.any(1), -torch.inf)
     gain, best = gain.topk(N_RIVALS)
     shares = shares[rows, best] / shares[rows, best].sum(-1, keepdim=True)
-    return gain, mean_rotation(rotations[:, None], shares), shares @ offsets_px
-
-
-def _away(rotations: Tensor, held: Tensor) -> Tensor:
-    """Which of several poses an image are other ones than its own."""
-    return geodesic_distance_deg(rotations, held[:, None]) > SAME_DEG
+    alike = nearest_copies(rotations[:, None], rotations[rows, best][:, :, None], group)
+    return gain, mean_rotation(alike, shares), shares @ offsets_px
 
 
 def _climbed(

@@ -26,6 +26,7 @@ from cryorecon.physics.masks import Support
 from cryorecon.physics.projection import extract_slices, padded_transform
 from cryorecon.physics.resampling import resample_sums
 from cryorecon.physics.rotations import random_rotations, so3_grid
+from cryorecon.physics.symmetry import distinct_rotations
 
 Agreement = Callable[[Tensor, Tensor], Tensor]
 Progress = Callable[[int], None]
@@ -183,7 +184,12 @@ def offsets_for(config: RefineConfig, box: int, band: float) -> Tensor:
 
 
 def outline_offsets(
-    images: Observations, volume: Tensor, config: RefineConfig, turn: Tensor, shifts: Tensor
+    images: Observations,
+    volume: Tensor,
+    config: RefineConfig,
+    turn: Tensor,
+    shifts: Tensor,
+    group: Tensor | None = None,
 ) -> Tensor:
     """Offsets that images may have by half of their detail; shape (n, s), bool.
 
@@ -197,12 +203,14 @@ def outline_offsets(
         Of the grid of rotations that tells.
     shifts : Tensor, shape (s, 2)
         Offsets that may be tried at that band; few are all tried.
+    group : Tensor, shape (g, 3, 3), optional
+        Rotations that leave the map as it is.
     """
     box, band = images.plane.box, math.ceil(float(images.plane.radius[-1]) / 2)
     rough = offsets_for(config, box, band).to(shifts)
     if _WORTHWHILE * len(rough) > len(shifts):
         return torch.ones(len(images), len(shifts), dtype=torch.bool, device=shifts.device)
-    grid = so3_grid(_ROUGH_NSIDE, torch.float32)[0].to(turn) @ turn
+    grid = PoseGrid(band, _ROUGH_NSIDE, group=group).rotations(turn)
     posterior = posterior_of(images.within(band), volume, grid, rough)
     return offsets_to_try(posterior.offset_shares, rough, shifts)
 
@@ -220,14 +228,35 @@ class PoseGrid:
     ----------
     candidates : int
         How many of an image's poses deserve a closer look.
+    group : Tensor, shape (g, 3, 3), optional
+        Rotations that leave the map as it is: one of g equal poses is tried.
     """
 
     band: int
     nside: int
     candidates: int = _MOST_TRIED
+    group: Tensor | None = field(default=None, compare=False)
+
+    def rotations(self, turn: Tensor) -> Tensor:
+        """Those that are tried once the grid has been turned, shape (r, 3, 3)."""
+        turned = so3_grid(self.nside, torch.float32)[0].to(turn) @ turn
+        return turned if self.group is None else distinct_rotations(turned, self.group)
+
+    def among(self, poses: float) -> int:
+        """How many of an image's poses deserve a closer look where so many are likely."""
+        order = 1 if self.group is None else len(self.group)
+        # As many in any turn of a symmetric map's grid.
+        most = min(_MOST_TRIED, 72 * self.nside**3 // (2 * order))
+        return round(min(max(_TRIED * poses, _LEAST_TRIED), most))
 
 
-def telling_grid(images: ImageSet, volume: Tensor, config: RefineConfig, limit: float) -> PoseGrid:
+def telling_grid(
+    images: ImageSet,
+    volume: Tensor,
+    config: RefineConfig,
+    limit: float,
+    group: Tensor | None = None,
+) -> PoseGrid:
     """The coarsest grid that leaves few poses likely, of those whose detail the map holds.
 
     Parameters
@@ -235,6 +264,8 @@ def telling_grid(images: ImageSet, volume: Tensor, config: RefineConfig, limit: 
     volume : Tensor, shape (M, M, M)
     limit : float
         How far the map can be trusted, in cycles per box.
+    group : Tensor, shape (g, 3, 3), optional
+        Rotations that leave the map as it is.
 
     Returns
     -------
@@ -245,14 +276,14 @@ def telling_grid(images: ImageSet, volume: Tensor, config: RefineConfig, limit: 
     coarse = config.assign_band(box)
     bands = [coarse, *(min(round(further * coarse), max_band(box)) for further in _FINER)]
     bands = [band for band in bands if band == coarse or band <= limit]
-    chosen = PoseGrid(bands[-1], config.search_nside + 1)
+    finest = PoseGrid(bands[-1], config.search_nside + 1, group=group)
+    chosen = replace(finest, candidates=finest.among(torch.inf))
     for band in bands[: len(_FINER)]:
         poses = _likely_poses(images, volume, config, replace(chosen, band=band))
         if math.isnan(poses):
             return chosen
         if poses <= _FEW or band == bands[-1]:
-            tried = min(max(round(_TRIED * poses), _LEAST_TRIED), _MOST_TRIED)
-            return replace(chosen, band=band, candidates=tried)
+            return replace(chosen, band=band, candidates=chosen.among(poses))
     return chosen
 
 
@@ -260,7 +291,7 @@ def _likely_poses(images: ImageSet, volume: Tensor, config: RefineConfig, tried:
     """How many poses of a grid an image leaves likely, the median; NaN if any image's are."""
     rows = torch.arange(len(images))[:: max(1, len(images) // _ASKED)]
     small = resample_sums(volume, min(images.plane.box, 2 * (tried.band + 5)))
-    grid = so3_grid(tried.nside, torch.float32)[0]
+    grid = tried.rotations(torch.eye(3))
     shifts = offsets_for(config, images.plane.box, tried.band)
     found = evidence(images.select(rows, tried.band), small, grid, shifts)
     return images.ranks.numbers(*found)[2]
@@ -286,7 +317,7 @@ def grid_poses(
     offsets_px : Tensor, shape (b, count, 2)
     """
     images, device, band = images.within(chosen.band), images.device, float(chosen.band)
-    plane, grid = images.plane, so3_grid(chosen.nside, torch.float32)[0].to(device)
+    plane = images.plane
     shifts = offsets_for(config, plane.box, band).to(device)
     coarse = resample_sums(volume, min(plane.box, 2 * (chosen.band + 5)))
     transform = padded_transform(coarse, band=band)
@@ -294,13 +325,14 @@ def grid_poses(
     blocks = [*everyone.split(TURNED_TOGETHER), everyone[:0]]
     for number, (block, following) in enumerate(pairwise(blocks), 1):
         # Drawn for every block, whoever works on it.
-        turned = grid @ random_rotations(1, generator, torch.float32)[0].to(device)
+        turn = random_rotations(1, generator, torch.float32)[0].to(device)
         rows = images.mine(block)
         if len(rows) > 0:
+            turned = chosen.rotations(turn)
             templates = extract_slices(transform, turned, plane)
             images.expect(images.mine(following))
             batch = images.select(rows)
-            likely = outline_offsets(batch, coarse, config, turned[0], shifts)
+            likely = outline_offsets(batch, coarse, config, turned[0], shifts, chosen.group)
             rotation, offset = best_grid_pose(batch, templates, shifts, None, count, likely)
             yield rows, turned[rotation], shifts[offset]
         if progress is not None:

@@ -7,7 +7,7 @@ import re
 import torch
 from torch import Tensor
 
-from cryorecon.physics.rotations import exp_map
+from cryorecon.physics.rotations import exp_map, geodesic_distance_deg
 
 # Axes (fold, direction) that generate each polyhedral group. T: threefold on z; O: fourfold on z;
 # I: twofold on z, the fivefold nearest to it in the xz plane (RELION's I, its I2).
@@ -20,6 +20,8 @@ _ICOSAHEDRAL = (
     (3, (0.0, 1 / (_GOLDEN * 3**0.5), _GOLDEN / 3**0.5)),
 )
 _LARGEST = 120
+# Traces of rotations that differ by less are of one that lies between two classes.
+_SAME_TRACE = 1e-5
 
 
 def symmetry_group(name: str) -> Tensor:
@@ -54,6 +56,56 @@ def symmetry_group(name: str) -> Tensor:
         if len(found) > _LARGEST:
             raise ValueError(f"symmetry {name} does not close")
     return torch.stack(found)
+
+
+def distinct_rotations(rotations: Tensor, group: Tensor) -> Tensor:
+    """Of poses that a symmetric map cannot tell apart, the one nearest to no rotation.
+
+    Parameters
+    ----------
+    rotations : Tensor, shape (n, 3, 3)
+        A; a map with the group looks the same at all A g.
+    group : Tensor, shape (g, 3, 3)
+
+    Returns
+    -------
+    Tensor, shape (about n / g, 3, 3)
+        In order.
+    """
+    if len(group) == 1:
+        return rotations
+    traces = _traces(rotations, group)
+    own = torch.diagonal(rotations, dim1=-2, dim2=-1).sum(-1)
+    return rotations[own >= traces.amax(-1) - _SAME_TRACE]
+
+
+def nearest_copies(rotations: Tensor, to: Tensor, group: Tensor) -> Tensor:
+    """Of all poses A g, equal to A in a symmetric map, the one nearest to another pose.
+
+    Parameters
+    ----------
+    rotations, to : Tensor, shape (..., 3, 3)
+        Shapes broadcast.
+    group : Tensor, shape (g, 3, 3)
+
+    Returns
+    -------
+    Tensor, shape (..., 3, 3)
+    """
+    if len(group) == 1:
+        return rotations
+    group = group.to(rotations)
+    return rotations @ group[_traces(to.mT @ rotations, group).argmax(-1)]
+
+
+def distance_under_deg(first: Tensor, second: Tensor, group: Tensor) -> Tensor:
+    """Angle in degrees from one pose to the nearest of those equal to another; shapes broadcast."""
+    return geodesic_distance_deg(nearest_copies(first, second, group), second)
+
+
+def _traces(rotations: Tensor, group: Tensor) -> Tensor:
+    """Of all A g, shape (..., g): the larger, the nearer to no rotation."""
+    return rotations.flatten(-2) @ group.to(rotations).mT.flatten(-2).T
 
 
 def _axes(name: str) -> tuple[tuple[int, tuple[float, float, float]], ...]:

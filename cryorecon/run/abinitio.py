@@ -83,21 +83,12 @@ def abinitio(
 def _run(job: Job, ready: Prepared, options: AbinitioOptions) -> None:
     particles, rows, config = ready[:3]
     generator = torch.Generator().manual_seed(options.seed)
-    pixel = particles.pixel_size_angst
     job.say(f"{len(particles)} particles, {size_text(particles)}, {ready.width_text}")
     for doubt in ready.doubts:
         job.say(f"WARNING: {doubt}")
-    device = own_device(options.device, job.ranks)
-    if device != "cpu":
-        job.say(f"computing on {device_text(device)}")
-    with job.bar("Reading", len(particles)) as bar:
-        where = options.keep, job.ranks, device
-        images = load_observations(particles, config.diameter, lambda done, _: bar(done), *where)
-    for text in empty_text(images, pixel):
-        job.say(f"WARNING: {text}")
-    _set_contrast(job, images, config, options.contrast)
+    images = _read_images(job, particles, config, options)
     half = half_sets(particles, generator, job.say)
-    stages = _stages(job, config, generator, pixel, options, particles)
+    stages = _stages(job, config, generator, options, particles)
     factor = recorded_scale(images, particles)
 
     def without_symmetry() -> Reconstruction:
@@ -114,7 +105,8 @@ def _run(job: Job, ready: Prepared, options: AbinitioOptions) -> None:
         return state
 
     if len(point_group(options.symmetry)) > 1:
-        state = stages.symmetrise(in_c1, images, options.symmetry.upper())
+        apart = options.halves == "independent"
+        state = stages.symmetrise(in_c1, images, options.symmetry.upper(), independent=apart)
     else:
         state = without_symmetry()
     if job.writes:
@@ -123,11 +115,26 @@ def _run(job: Job, ready: Prepared, options: AbinitioOptions) -> None:
         report_at_end(job, particles.as_stored())
 
 
+def _read_images(
+    job: Job, particles: Particles, config: RefineConfig, options: AbinitioOptions
+) -> ImageSet:
+    """All images on the job's device, their particles white."""
+    device = own_device(options.device, job.ranks)
+    if device != "cpu":
+        job.say(f"computing on {device_text(device)}")
+    with job.bar("Reading", len(particles)) as bar:
+        where = options.keep, job.ranks, device
+        images = load_observations(particles, config.diameter, lambda done, _: bar(done), *where)
+    for text in empty_text(images, particles.pixel_size_angst):
+        job.say(f"WARNING: {text}")
+    _set_contrast(job, images, config, options.contrast)
+    return images
+
+
 def _stages(
     job: Job,
     config: RmfnConfig | AmortizedConfig,
     generator: torch.Generator,
-    pixel_size_angst: float,
     options: AbinitioOptions,
     particles: Particles,
 ) -> RmfnStages | AmortizedStages:
@@ -135,9 +142,9 @@ def _stages(
     mask = None if mask is None else mask.to(job.ranks.device(options.device))
     stages: RmfnStages | AmortizedStages
     if isinstance(config, RmfnConfig):
-        stages = RmfnStages(job, config, generator, pixel_size_angst, mask)
+        stages = RmfnStages(job, config, generator, particles.pixel_size_angst, mask)
     else:
-        stages = AmortizedStages(job, config, generator, pixel_size_angst, mask)
+        stages = AmortizedStages(job, config, generator, particles.pixel_size_angst, mask)
     first = particles.first_with_image()
     stages.first_with_image = None if first is None else torch.from_numpy(first)
     return stages

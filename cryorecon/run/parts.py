@@ -66,6 +66,8 @@ class Parts(ABC):
         The one that is going on.
     first_with_image : Tensor, shape (n,), int64, optional
         First particle that shows the same image, of each; None if all images differ.
+    axes_follow : bool
+        Whether a symmetric part follows the one that is going on.
     """
 
     job: Job
@@ -75,6 +77,7 @@ class Parts(ABC):
     mask: torch.Tensor | None = None
     part: str = "map"
     first_with_image: torch.Tensor | None = None
+    axes_follow: bool = False
 
     @abstractmethod
     def engine_state(self) -> Entry:

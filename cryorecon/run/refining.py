@@ -19,6 +19,9 @@ from cryorecon.run.parts import Parts, Place
 _ENOUGH_FOUND = 0.02
 # After so many rounds new searches go on only while one brings this share of the log-likelihood.
 _LONG, _STILL_RISING = 18, 0.01
+# Where a symmetric part with cheaper searches follows, they go on from the second on while one
+# brings this share: in a map that is not symmetric yet they mostly find copies.
+_RISING_TO_AXES = 0.05
 # What ``rounds.star`` puts before the stage's name: rounds are counted anew in each part.
 _IN_TABLE = {
     "half set 1": "half-set-1-",
@@ -36,8 +39,7 @@ class Refining(Parts):
         """Rounds against the half maps until they settle, then against the joint map."""
         while not place.settled and place.number < self.config.half_rounds:
             if place.number == place.search_after:
-                share = self.search_again(state, images)
-                again = share > _ENOUGH_FOUND and self._worth_it(place)
+                again = self._search_if_worth_it(state, images, place)
                 place.search_after = place.number + 2 if again else -1
                 self.save(state, images, place)
             place.number += 1
@@ -48,11 +50,18 @@ class Refining(Parts):
             self.save(state, images, place)
         self.finish(state, images, place)
 
-    def _worth_it(self, place: Place) -> bool:
-        """Whether to search again, although many rounds are done: a hard set may still be won."""
+    def _search_if_worth_it(self, state: Reconstruction, images: ImageSet, place: Place) -> bool:
+        """Search again, if axes are not to be looked for now; whether to do so once more.
+
+        Although many rounds are done, a hard set may still be won.
+        """
         before, place.searched_at = place.searched_at, place.likelihood
-        rising = place.likelihood - before > _STILL_RISING * abs(before)
-        return place.number < _LONG or rising
+        rise = place.likelihood - before
+        if self.axes_follow and rise <= _RISING_TO_AXES * abs(before):
+            return False
+        found = self.search_again(state, images)
+        rising = rise > _STILL_RISING * abs(before)
+        return found > _ENOUGH_FOUND and (place.number < _LONG or rising)
 
     def finish(self, state: Reconstruction, images: ImageSet, place: Place) -> None:
         """Rounds against the map of all images."""

@@ -243,9 +243,14 @@ class Stages(Refining):
         )
 
     def symmetrise(
-        self, first: Callable[[], Reconstruction], images: ImageSet, name: str
+        self,
+        first: Callable[[], Reconstruction],
+        images: ImageSet,
+        name: str,
+        *,
+        independent: bool,
     ) -> Reconstruction:
-        """Find the axes in the map, move poses onto them, and finish with every image's copies.
+        """Find the axes in the map, move poses onto them, and go on with every image's copies.
 
         The half maps are made anew from the poses before any joint round.
 
@@ -253,12 +258,18 @@ class Stages(Refining):
         ----------
         first : callable
             Gives the state without symmetry.
+        independent : bool
+            Whether half sets have not seen each other: then neither is searched in the other's map.
         """
 
         def begin() -> Reconstruction:
-            return self._on_axes(first(), images, name)
+            self.axes_follow = not independent
+            state = first()
+            self.axes_follow = False
+            return self._on_axes(state, images, name)
 
-        return self.go_through("symmetry", images, begin, self.finish, ("map", "all", "both"))
+        work = self.finish if independent else self.refine
+        return self.go_through("symmetry", images, begin, work, ("map", "all", "both"))
 
     def _on_axes(self, state: Reconstruction, images: ImageSet, name: str) -> Reconstruction:
         group = symmetry_group(name)
