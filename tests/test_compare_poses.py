@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from cryorecon.maps.poses import (
     shift_origins,
 )
 from cryorecon.physics.rotations import exp_map, geodesic_distance_deg, random_rotations
+from cryorecon.physics.symmetry import distance_under_deg, symmetry_group
+from cryorecon.run.compare_poses import turned_text
 
 
 def generator_of(seed: int) -> torch.Generator:
@@ -137,3 +140,29 @@ def test_wrong_input_is_refused() -> None:
         compare_pose_sets(poses[:0], poses[:0])
     with pytest.raises(ValueError, match="both sets"):
         compare_pose_sets(poses, poses, torch.zeros(4, 2))
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+@pytest.mark.parametrize("name", ["C3", "D2", "O"])
+def test_copies_in_a_symmetric_particle_are_one_pose(name: str, flipped: bool) -> None:
+    generator, group, n = generator_of(5), symmetry_group(name), 600
+    b, turn = random_rotations(n, generator), random_rotations(1, generator)[0]
+    copy = group[torch.randint(len(group), (n,), generator=generator)]
+    there = rotate_poses(mirror_poses(b) if flipped else b, turn)
+    a = disturbed(there, 1.0, generator) @ copy
+    a[: n // 4] = random_rotations(n // 4, generator)
+    shift = torch.tensor([2.0, 0.0, -1.0]).double()
+    origins = torch.zeros(n, 2).double()
+    moved = shift_origins(origins, there, shift)
+    found = compare_pose_sets(a, b, moved, origins, group)
+    assert found.flipped == flipped
+    assert found.angles_deg[n // 4 :].max() < 6
+    assert found.offsets_angst[n // 4 :].norm(dim=-1).median() < 0.1
+    assert distance_under_deg(turn.mT, found.rotation.mT, group) < 0.5
+    assert turned_text(found) is None
+    alone = compare_pose_sets(a, b, moved, origins)
+    assert alone.angles_deg.median() > 60
+    told = turned_text(alone)
+    if name == "C3":
+        assert re.match(r"(4|5)\d % of the poses differ by one turn of 120 degrees", told)
+        assert "such as C3" in told

@@ -28,13 +28,11 @@ from cryorecon.maps.agreement import (
     map_agreement,
     mean_rotations,
     moved_poses,
-    nearest_copies,
 )
 from cryorecon.maps.align import Alignment, apply_alignment
 from cryorecon.physics.fourier import lowpass, radius_grid
 from cryorecon.physics.masks import Support
 from cryorecon.physics.rotations import exp_map, geodesic_distance_deg, random_rotations
-from cryorecon.physics.symmetry import symmetry_group
 from cryorecon.run.compare_poses import read_pose_table
 from cryorecon.run.consensus import agreed
 from cryorecon.run.consensus.compare import ConsensusOptions, consensus
@@ -82,16 +80,6 @@ def test_mean_rotation_lies_halfway(generator):
     step = torch.tensor([0.0, 0.2, 0.1], dtype=torch.float64)
     mean = mean_rotations([first, first @ exp_map(step)])
     assert torch.allclose(mean, first @ exp_map(step / 2), atol=1e-10)
-
-
-def test_the_nearest_copy_undoes_symmetry(generator):
-    group = symmetry_group("D2").double()
-    poses = random_rotations(8, generator)
-    turned = poses @ group[3]
-    found, angles = nearest_copies(turned, poses, group)
-    assert angles.max() < 1e-4
-    assert torch.allclose(found, poses, atol=1e-6)
-    assert nearest_copies(turned, poses)[1].min() > 90
 
 
 def test_shared_noise_agrees_between_joint_maps_and_not_between_crossed_half_sets(

@@ -20,7 +20,7 @@ from cryorecon.io.cryodrgn_input import read_ctf, read_poses
 from cryorecon.io.mrc import read_map, stack_writer
 from cryorecon.io.particles import read_particles
 from cryorecon.io.pickled_arrays import read_pickled_arrays
-from cryorecon.io.star import read_star
+from cryorecon.io.star import read_star, write_star
 
 CTF = ["defocus_u_angst", "defocus_v_angst", "defocus_angle_deg", "voltage_kv"]
 CTF += ["spherical_aberration_mm", "amplitude_contrast", "phase_shift_deg"]
@@ -114,6 +114,11 @@ def test_poses_go_into_a_star_file(folder: Path, table: str) -> None:
     dump(folder / "new.pkl", turned)
     assert run(folder, "import", table, "--poses", "new.pkl", "-o", "out/p.star").exit_code == 0
     before, after = read_star(table), read_star("out/p.star")
+    said = {"rlnMaxValueProbDistribution": "0.9", "rlnAngleTiltPrior": "90"}
+    tables = {**before, list(before)[-1]: before[list(before)[-1]].assign(**said)}
+    write_star("said.star", tables)
+    run(folder, "import", "said.star", "--poses", "new.pkl", "-o", "out/q.star")
+    assert not set(said) & set(read_star("out/q.star")[list(before)[-1]])
     assert list(before) == list(after)
     kept = [c for c in before[list(before)[-1]] if "Angle" not in c and "Origin" not in c]
     assert len(kept) >= 4

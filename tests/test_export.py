@@ -370,15 +370,24 @@ def test_the_other_hand_has_no_priors_of_this_one(job: Path, source: str, dialec
     export(job, "-o", job / "old.star", "--to", "relion", "--relion30")
     tables = read_star(job / source)
     name = next(name for name, table in tables.items() if "rlnImageName" in table)
-    told = {"rlnMaxValueProbDistribution": "0.5", "rlnOriginXPriorAngst": "1.5"}
+    unit, other = ("", "Angst") if source == "old.star" else ("Angst", "")
+    told = {"rlnMaxValueProbDistribution": "0.5", f"rlnOriginXPrior{unit}": "1.5"}
     priors = {f"rlnAngle{axis}Prior": "30" for axis in ("Rot", "Tilt", "Psi")}
     tables[name] = tables[name].assign(**told, **priors)
     write_star(job / "helix.star", tables)
-    for words, kept in (((), {*told, *priors}), (("--flip",), set(told))):
+    # Lengths come in the unit of the dialect.
+    written = "rlnOriginXPrior" if dialect else "rlnOriginXPriorAngst"
+    told = {"rlnMaxValueProbDistribution", written}
+    names = {*told, *priors, f"rlnOriginXPrior{unit}", f"rlnOriginXPrior{other}"}
+    for words, kept in (((), {*told, *priors}), (("--flip",), told)):
         target = job / f"helix{len(words)}.star"
         export(job / "helix.star", "-o", target, "--to", "relion", *dialect, *words)
         found = next(table for table in read_star(target).values() if "rlnImageName" in table)
-        assert {*told, *priors} & set(found) == kept
+        assert names & set(found) == kept
+        factor = (PIXEL if written != f"rlnOriginXPrior{unit}" and dialect == () else 1) / (
+            PIXEL if written != f"rlnOriginXPrior{unit}" and dialect else 1
+        )
+        np.testing.assert_allclose(found[written].astype(float), 1.5 * factor, rtol=1e-5)
 
 
 def test_the_mask_of_a_job_goes_along_with_its_map(job: Path) -> None:

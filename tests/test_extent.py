@@ -142,6 +142,13 @@ def test_columns_that_nobody_listens_to_are_named(wide, monkeypatch):
     told = run("abinitio", "stretched.star", "-o", "no", "--dry-run", "--diameter", 75)
     assert told.returncode == 0, told.stderr
     assert "rlnMagMat01 of stretched.star are not modelled" in " ".join(told.stdout.split())
+    flat, bent = "[0,0.0]", "[0,-1.5e-2]"
+    tables["optics"] = tables["optics"].assign(
+        rlnMagMat01="0", rlnOddZernike=flat, rlnEvenZernike=bent
+    )
+    write_star(wide.parent / "bent.star", tables)
+    told = run("abinitio", "bent.star", "-o", "no", "--dry-run", "--diameter", 75)
+    assert " rlnEvenZernike of bent.star are not modelled" in " ".join(told.stdout.split())
     assert (
         "not modelled"
         not in run("abinitio", wide, "-o", "no", "--dry-run", "--diameter", 75).stdout

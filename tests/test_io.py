@@ -654,6 +654,50 @@ def test_subtomograms_are_no_images(folder):
     assert len(read_particles(star(folder, group=optics(rlnImageDimensionality=2)))) == 3
 
 
+@pytest.mark.parametrize("sections", [1, 3])
+def test_names_without_a_number_are_of_one_image(folder, sections):
+    """A volume or a tilt series of each particle has several sections."""
+    for name in "ab":
+        write_stack(folder / f"{name}.mrc", np.random.default_rng(1).normal(size=(sections, N, N)))
+    table = rows(2).assign(rlnImageName=["a.mrc", "b.mrc"])
+    if sections == 1:
+        assert read_particles(star(folder, table)).images([0, 1]).shape == (2, N, N)
+        return
+    with pytest.raises(
+        CryoreconError, match=r"a\.mrc without the number of an image, and it holds"
+    ):
+        read_particles(star(folder, table))
+
+
+def test_images_of_the_project_that_is_named_come_first(tmp_path, monkeypatch):
+    """Job folders have the same names in all projects."""
+    for number, project in enumerate(("A", "B")):
+        (tmp_path / project / "Extract").mkdir(parents=True)
+        write_stack(
+            tmp_path / project / "Extract" / "s.mrcs", np.full((3, N, N), number) + noise(3)
+        )
+        star(tmp_path / project, rows(stack="Extract/s.mrcs"))
+    monkeypatch.chdir(tmp_path / "B")
+    found = read_particles("../A/p.star", project="../A")
+    assert found.images([0, 1, 2]).mean() == pytest.approx(0, abs=0.3)
+    assert read_particles("../A/p.star").images([0]).mean() == pytest.approx(1, abs=0.3)
+
+
+@pytest.mark.parametrize(("other", "taken"), [(2.0001, True), (2.001, False)])
+def test_pixel_sizes_that_differ_in_the_last_digits_are_one(folder, other, taken):
+    group = pd.concat([optics(), optics(rlnOpticsGroup=2, rlnImagePixelSize=other)])
+    path = star(folder, rows().assign(rlnOpticsGroup=[1, 2, 1]), group)
+    if taken:
+        assert read_particles(path).pixel_size_angst == 2.0
+        return
+    with pytest.raises(CryoreconError, match=r"mixes pixel sizes \(2, 2\.001 A\)"):
+        read_particles(path)
+
+
+def noise(n):
+    return 0.5 * np.random.default_rng(2).normal(size=(n, N, N))
+
+
 def test_groups_without_particles_may_hold_anything(folder):
     spare = optics(rlnOpticsGroup=2, rlnVoltage="None", rlnImageSize=9, rlnImageDimensionality=3)
     group = pd.concat([spare, optics()], ignore_index=True)

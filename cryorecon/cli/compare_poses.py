@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 from rich.markup import escape
 from rich.table import Table
 
-from cryorecon.cli.command import INPUT, examples
-from cryorecon.cli.console import console, print_json
+from cryorecon.cli.command import INPUT, MOLECULE, examples
+from cryorecon.cli.console import console, messages, print_json
 from cryorecon.cli.options import Json, JsonFile, Plot, argument, option
 
 if TYPE_CHECKING:
@@ -25,6 +25,10 @@ EXAMPLES = examples(
         "cryorecon compare-poses a.star b.star --common --plot errors.png",
     ),
     (
+        "of a symmetric particle, from a job that ran with --symmetry C4",
+        "cryorecon compare-poses job002/run_data.star refined.star --symmetry C4",
+    ),
+    (
         "the median error alone, for a script",
         "cryorecon compare-poses a.star b.star --json | jq .median_deg",
     ),
@@ -37,6 +41,10 @@ def compare_poses(
     common: Annotated[
         bool, option(INPUT, "Compare only the particles that are in both files.", "--common")
     ] = False,
+    symmetry: Annotated[
+        str,
+        option(MOLECULE, "Point group of A's map, on its axes: C1, C4, D2, ...", metavar="GROUP"),
+    ] = "C1",
     plot: Plot = None,
     json: Json = False,
     json_file: JsonFile = None,
@@ -44,17 +52,18 @@ def compare_poses(
     """Differences between the poses of two files, after one common rotation, hand included.
 
     Images are matched by rlnImageName. The global rotation, the hand and the shift of the map
-    that bring the second set closest to the first are found robustly and taken out.
+    that bring the second set closest to the first are found robustly and taken out. With a
+    symmetry the nearest of A's equal poses counts.
     """
     # torch takes seconds to load: only when the command runs.
-    from cryorecon.run.compare_poses import compare_pose_files, poses_as_dict
+    from cryorecon.run.compare_poses import compare_pose_files, poses_as_dict, turned_text
     from cryorecon.run.curves import write_json
 
     if plot is not None:
         from cryorecon.run.plots import picture_kind, pose_error_figure, save_figure
 
         picture_kind(plot)  # Before the work: an ending that cannot be drawn is refused.
-    comparison = compare_pose_files(first, second, common_only=common)
+    comparison = compare_pose_files(first, second, common_only=common, symmetry=symmetry)
     # Files first: whoever reads the output may stop reading early.
     if json_file is not None:
         write_json(json_file, poses_as_dict(comparison))
@@ -64,6 +73,9 @@ def compare_poses(
         print_json(poses_as_dict(comparison))
     else:
         console.print(_summary(f"{first.name} and {second.name}", comparison))
+    doubt = turned_text(comparison)
+    if doubt is not None:
+        messages(json).print(doubt, markup=False)
 
 
 def _summary(title: str, comparison: PoseComparison) -> Table:

@@ -6,9 +6,12 @@ import contextlib
 import io
 import os
 import shlex
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -172,7 +175,8 @@ def main() -> None:
         # A path that the terminal's encoding lacks is no reason to fail.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    status = _run(sys.argv[1:])
+    with _ending_well():
+        status = _run(sys.argv[1:])
     _tell_relion(sys.argv[1:], status)
     if status == 0 and "torch.distributed" in sys.modules and _in_several():
         # Threads of torch's that outlive the group would abort a process whose work is done.
@@ -180,6 +184,25 @@ def main() -> None:
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
+
+
+@contextlib.contextmanager
+def _ending_well() -> Iterator[None]:
+    """Take SIGTERM, by which batch queues end jobs, as Ctrl-C: what was begun is cleared away."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        del number, frame
+        raise KeyboardInterrupt
+
+    free = threading.current_thread() is threading.main_thread()
+    if not free or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _in_several() -> bool:

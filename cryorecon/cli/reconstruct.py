@@ -60,11 +60,11 @@ def reconstruct_command(
         float,
         option(
             EXPERT, "Regularisation, as a fraction of a shell's mean weight.", metavar="X",
-            hidden=True,
+            hidden=True, min=0,
         ),
     ] = 1e-3,
     padding: Annotated[
-        int, option(COMPUTE, "Oversampling of the transform.", metavar="N", hidden=True)
+        int, option(COMPUTE, "Oversampling of the transform.", metavar="N", hidden=True, min=1)
     ] = 2,
     device: Device = "cpu",
     project: Project = None,
@@ -130,7 +130,8 @@ def _reconstruct(
     import torch
 
     from cryorecon.io.mrc import write_map
-    from cryorecon.maps.fsc import fsc_curve, resolution_at
+    from cryorecon.maps.fsc import fsc_curve
+    from cryorecon.run.curves import FscCurve
     from cryorecon.run.half_sets import half_sets
     from cryorecon.run.reconstruct import reconstruct
 
@@ -157,7 +158,7 @@ def _reconstruct(
     for name, volume in zip(names, result.halves, strict=True):
         write_map(name, volume.numpy(), pixel)
         told.print(str(name))
-    curve = fsc_curve(*result.halves)
-    resolution = resolution_at(curve, 0.143, source.box, pixel)
-    told.print(f"FSC 0.143 between the half maps, unmasked, poses as given: {resolution:.2f} A")
-    return figures | {"half_maps": names, "resolution_angst": {"0.143": resolution}}
+    curve = FscCurve(fsc_curve(*result.halves), source.box, pixel, "half maps")
+    told.print(f"half maps, unmasked, poses as given: {curve.resolution_text(0.143)}")
+    resolution = {"0.143": curve.resolution_angst(0.143)}
+    return figures | {"half_maps": names, "resolution_angst": resolution}

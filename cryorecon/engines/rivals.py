@@ -11,6 +11,7 @@ from torch import Tensor
 from cryorecon.engines.observations import taken_to
 from cryorecon.image_table import ROWS, image_table, kept
 from cryorecon.physics.rotations import geodesic_distance_deg
+from cryorecon.physics.symmetry import commonest_turn
 
 # Rivals of an image that are kept. Log-likelihoods count for less by this factor, since the map
 # that they are found in has noise of its own; smaller shares are not worth the work.
@@ -25,8 +26,8 @@ MOST_IN_DOUBT = 0.6
 # Another pose takes the place of an image's own if it is surely likelier.
 _LIKELIER = 1.0
 
-# Turns this near each other are one; rivals and turns that are asked, at most.
-_ONE_TURN_DEG, _RIVALS_ASKED, _TURNS_ASKED = 10.0, 5000, 200
+# Rivals that are asked for the turn they lie away, at most.
+_RIVALS_ASKED = 5000
 
 PosePair = tuple[Tensor, Tensor]
 
@@ -93,18 +94,7 @@ class Rivals:
         image, rival = torch.nonzero(self.share, as_tuple=True)
         asked = slice(None, None, max(1, len(image) // _RIVALS_ASKED))
         image, rival = image[asked], rival[asked]
-        if len(image) == 0:
-            return 0.0, 0.0
-        turns = own[image].mT @ self.rotations[image, rival]
-        far = turns[geodesic_distance_deg(turns, torch.eye(3)) > 2 * _ONE_TURN_DEG]
-        share, angle = 0.0, 0.0
-        for turn in far[:: max(1, len(far) // _TURNS_ASKED)]:
-            # A turn and its inverse lead from one copy to the other and back.
-            apart = torch.minimum(*(geodesic_distance_deg(turns, t) for t in (turn, turn.mT)))
-            found = float((apart < _ONE_TURN_DEG).double().mean())
-            if found > share:
-                share, angle = found, float(geodesic_distance_deg(turn, torch.eye(3)))
-        return share, angle
+        return commonest_turn(own[image].mT @ self.rotations[image, rival])
 
     def put(self, rows: Tensor, others: Rivals) -> None:
         """Take those of some images from others'."""

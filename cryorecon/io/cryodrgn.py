@@ -15,7 +15,7 @@ from torch import Tensor
 from cryorecon.errors import CryoreconError
 from cryorecon.io.cryodrgn_input import pose_columns
 from cryorecon.io.files import replacing
-from cryorecon.io.particles import Particles
+from cryorecon.io.particles import SAID_OF_ANGLES, SAID_OF_ORIGINS, Particles
 from cryorecon.io.text_table import TextTable
 
 
@@ -72,8 +72,9 @@ def write_ctf(path: str | Path, particles: Particles) -> None:
 def with_poses(particles: Particles, path: str | Path) -> Particles:
     """Particles with the poses of a ``poses.pkl``, of the same images in the same order.
 
-    Angles, and origins in the unit of the table's dialect, are replaced or added; the other columns
-    stay. A file without shifts sets the origins to 0.
+    Angles, and origins in the unit of the table's dialect, are replaced or added; what was said of
+    the poses before is left out, the other columns stay. A file without shifts sets the origins
+    to 0.
 
     Raises
     ------
@@ -93,4 +94,5 @@ def with_poses(particles: Particles, path: str | Path) -> Particles:
         name: np.array([f"{value:.6f}" for value in column], dtype=object)
         for name, column in zip(names, values.T, strict=True)
     }
-    return replace(particles, table=TextTable.gather(particles.table.frames(text)))
+    stale = (SAID_OF_ANGLES | SAID_OF_ORIGINS) - set(text)
+    return replace(particles, table=TextTable.gather(particles.table.frames(text, stale)))

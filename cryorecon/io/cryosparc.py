@@ -49,6 +49,17 @@ _MICROSCOPE = {
     "ctf/amp_contrast": "rlnAmplitudeContrast",
     "blob/psize_A": "rlnImagePixelSize",
 }
+# What changes an image and is not read, with the value that changes nothing.
+_UNREAD = {
+    "ctf/tilt_A": 0.0,
+    "ctf/trefoil_A": 0.0,
+    "ctf/tetra_A": 0.0,
+    "ctf/anisomag": 0.0,
+    "ctf/shift_A": 0.0,
+    "ctf/bfactor": 0.0,
+    "ctf/scale": 1.0,
+    "ctf/scale_const": 0.0,
+}
 _NEEDED = ("blob/path", "blob/idx", *_CTF, *_MICROSCOPE)
 _PASSTHROUGH = (
     "It may be in the job's passthrough file: join both with cryorecon export FILE.cs "
@@ -97,6 +108,24 @@ def read_fields(path: str | Path, passthrough: str | Path | None = None) -> Fiel
             "Give the passthrough file of the same job",
         )
     return {**{name: values[rows] for name, values in more.items()}, **fields}
+
+
+def unread_fields(path: str | Path) -> list[str]:
+    """Fields of a file that change images and are not read.
+
+    Raises
+    ------
+    CryoreconError
+        As :func:`read_fields`.
+    """
+    fields = _fields_of(_load(path))
+    return [
+        name
+        for name, neutral in _UNREAD.items()
+        if name in fields
+        and fields[name].dtype.kind in "fiu"
+        and bool((np.abs(fields[name].astype(np.float64) - neutral) > 1e-6).any())
+    ]
 
 
 def _load(path: str | Path) -> NDArray[np.void]:

@@ -76,7 +76,7 @@ def _repeated(values: NDArray[np.generic], count: int) -> NDArray[np.generic]:
 
 def _blob(particles: Particles) -> dict[str, NDArray[np.generic]]:
     count = len(particles)
-    stack_of, sections, names = parse_image_names(particles.path, particles.table)
+    stack_of, sections, names, _ = parse_image_names(particles.path, particles.table)
     paths = np.array([name.encode() for name in names])
     sign = np.ones(count)
     if SIGN_COLUMN in particles.table:

@@ -6,9 +6,11 @@ import errno
 import fcntl
 import hashlib
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TextIO
 
 from cryorecon.errors import CryoreconError
@@ -74,16 +76,20 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a temporary name beside `path`; rename it to `path` on success, else remove it.
 
     What was written is on the disk before it takes the name, so that a power cut leaves either the
-    old file or the new one.
+    old file or the new one. A link stays, and what it points to is replaced; a pipe or a device
+    gets what was written.
 
     Raises
     ------
     CryoreconError
         If `path` is a directory, its folder is missing, or the disk is full.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     if path.is_dir():
         raise CryoreconError(f"{path} is a directory", "Give the name of a file to write")
+    if _is_special(path):
+        yield from _poured(path)
+        return
     if not path.parent.is_dir():
         raise CryoreconError(
             f"The folder {path.parent} does not exist",
@@ -105,6 +111,24 @@ def replacing(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def _is_special(path: Path) -> bool:
+    """Whether a pipe, a device or a socket has this name."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
+def _poured(path: Path) -> Iterator[Path]:
+    with TemporaryDirectory() as folder:
+        temporary = Path(folder) / path.name
+        yield temporary
+        try:
+            with temporary.open("rb") as source, path.open("wb") as sink:
+                shutil.copyfileobj(source, sink)
+        except OSError as error:
+            raise CryoreconError(
+                f"{path} could not be written: {_reason(error)}", "Give the name of a file"
+            ) from error
+
+
 def require_folders(outputs: Iterable[Path | None]) -> None:
     """Stop a command before it works for files that it has no folder to put into.
 
@@ -113,7 +137,7 @@ def require_folders(outputs: Iterable[Path | None]) -> None:
     CryoreconError
     """
     for output in outputs:
-        if output is None:
+        if output is None or _is_special(output):
             continue
         if not output.parent.is_dir():
             raise CryoreconError(f"The folder {output.parent} does not exist", "Create it first")
@@ -143,7 +167,7 @@ def refuse_to_replace(
                 f"{output} is what this command reads, and would be written over",
                 "Choose another name",
             )
-        if not overwrite:
+        if not overwrite and not _is_special(output):
             raise CryoreconError(f"{output} exists", "Choose another name or add --overwrite")
 
 

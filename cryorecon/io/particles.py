@@ -14,7 +14,7 @@ from cryorecon.errors import CryoreconError
 from cryorecon.io.mrc import Header, StackReader
 from cryorecon.io.optics import of_groups, optics_index, pixel_size_of, require_within
 from cryorecon.io.particle_tables import particle_tables
-from cryorecon.io.stacks import check_stacks, one_a_file, parse_image_names, resolve_stacks
+from cryorecon.io.stacks import find_images
 from cryorecon.io.star import Tables, integers, numbers, write_star
 from cryorecon.io.text_table import TextTable
 from cryorecon.physics.ctf import CtfParameters
@@ -366,7 +366,7 @@ def read_particles(
     ----------
     path : path of the STAR or ``.cs`` file
     project : path, optional
-        Folder that image paths are relative to; tried after the current directory.
+        Folder that image paths are relative to; tried before the current directory.
     passthrough : path, optional
         Second cryoSPARC file with further fields of the same particles.
     ctf : path, optional
@@ -379,9 +379,7 @@ def read_particles(
     """
     path = Path(path)
     blocks, name, table = particle_tables(path, passthrough, ctf)
-    stack_of, section, names = parse_image_names(path, table)
-    stacks, stack_of = one_a_file(resolve_stacks(path, names, project), stack_of)
-    headers = check_stacks(path, stacks, stack_of, section)
+    stack_of, section, stacks, headers = find_images(path, table, project)
     box = headers[0].shape[2]
     pixel_size = pixel_size_of(path, table, blocks.get("optics"), stacks[0], box)
     rows = np.arange(len(table), dtype=np.int32)

@@ -29,6 +29,11 @@ _OPTICS = (
     "rlnBeamTiltClass",
     "rlnMtfFileName",
 )
+# Lengths in pixels in 3.0; in 3.1 in angstrom, and named so.
+_LENGTHS = (
+    *(f"rlnOrigin{axis}{kind}" for kind in ("", "Prior") for axis in "XYZ"),
+    "rlnHelicalTrackLength",
+)
 _SCALE_30 = ("rlnDetectorPixelSize", "rlnMagnification", "rlnPixelSize")
 # With it, rlnDetectorPixelSize in micrometres is the pixel size in angstrom.
 _MAGNIFICATION = 10_000.0
@@ -69,10 +74,10 @@ def relion31(
         }
     )
     new = {**new, "rlnOpticsGroup": group + 1}
-    if {"rlnOriginX", "rlnOriginY"} & set(table):
-        origins = particles.origins_angst()
-        new |= {f"rlnOrigin{axis}Angst": origins[:, k] for k, axis in enumerate("XY")}
-    dropped = [*stale, *moved, *_SCALE_30, "rlnOriginX", "rlnOriginY"]
+    pixel = particles.stored_pixel_size_angst
+    for name in (name for name in _LENGTHS if name in table and name not in stale):
+        new[f"{name}Angst"] = numbers(particles.path, table, name) * pixel
+    dropped = [*stale, *moved, *_SCALE_30, *_LENGTHS]
     blocks = {n: t for n, t in particles.blocks.items() if n not in ("optics", "particles")}
     return {"optics": optics, **blocks, "particles": _without(particles, new, dropped)}
 
@@ -101,12 +106,10 @@ def relion30(
                 new[str(name)] = optics[name].to_numpy(object)[index]
         new["rlnDetectorPixelSize"] = np.full(len(particles), particles.pixel_size_angst)
         new["rlnMagnification"] = np.full(len(particles), _MAGNIFICATION)
-    angst = ["rlnOriginXAngst", "rlnOriginYAngst"]
-    if set(angst) <= set(particles.table):
-        for axis, name in zip("XY", angst, strict=True):
-            values = numbers(particles.path, particles.table, name)
-            new[f"rlnOrigin{axis}"] = values / particles.pixel_size_angst
-    dropped = angst if optics is not None else []
+    pixel, dropped = particles.stored_pixel_size_angst, [f"{name}Angst" for name in _LENGTHS]
+    for name, angst in zip(_LENGTHS, dropped, strict=True):
+        if angst in particles.table and angst not in stale:
+            new[name] = numbers(particles.path, particles.table, angst) / pixel
     return {"": _without(particles, new, [*stale, *dropped])}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -48,7 +49,7 @@ def _is_of_the_folder(name: str) -> bool:
 def resolve_stacks(star: Path, names: list[str], project: str | Path | None) -> list[Path]:
     """Find each stack, never by its base name alone.
 
-    A relative name is looked for from the current directory, then from `project`, then from the
+    A relative name is looked for from `project`, then from the current directory, then from the
     ancestors of the STAR file's folder, nearest first, then from that folder; a name without
     folders, or that begins with ``..``, from that folder before its ancestors. A job's table has
     the names of the particles that the job was given: these are looked for from their folder, too.
@@ -60,7 +61,7 @@ def resolve_stacks(star: Path, names: list[str], project: str | Path | None) -> 
     """
     own, above = _places(star)
     of_job = _of_job(star)
-    first = [Path()] if project is None else [Path(), Path(project)]
+    first = [Path()] if project is None else [Path(project), Path()]
     found: list[Path] = []
     missing: list[str] = []
     for name in names:
@@ -96,10 +97,27 @@ def one_a_file(
     return list(first.values()), np.array([place[file] for file in files], np.int32)[stack_of]
 
 
-def parse_image_names(
-    path: Path, table: TextTable
-) -> tuple[NDArray[np.int32], NDArray[np.int32], list[str]]:
-    """Stack and section of each particle, both from 0, and the names of the stacks.
+class ImageNames(NamedTuple):
+    """Where a table's images are.
+
+    Attributes
+    ----------
+    stack_of, section : array of int32, shape (n,)
+        Stack and section of each particle, both from 0.
+    stacks : list of str
+        Names of the stacks.
+    whole : set of int
+        Stacks that a row names without the number of an image, as a file that holds one.
+    """
+
+    stack_of: NDArray[np.int32]
+    section: NDArray[np.int32]
+    stacks: list[str]
+    whole: set[int]
+
+
+def parse_image_names(path: Path, table: TextTable) -> ImageNames:
+    """What the names of a table's images say.
 
     Raises
     ------
@@ -109,6 +127,7 @@ def parse_image_names(
     section = np.empty(len(table), np.int32)
     stack_of = np.empty(len(table), np.int32)
     number_of: dict[str, int] = {}
+    whole: set[int] = set()
     done = 0
     for names in table.text("rlnImageName"):
         parts = names.str.extract(r"^(?:(\d+)@)?(.+)$")
@@ -128,8 +147,34 @@ def parse_image_names(
         codes, stacks = pd.factorize(parts[1])
         known = [number_of.setdefault(str(stack), len(number_of)) for stack in stacks]
         stack_of[here] = np.array(known, np.int32)[codes]
+        whole.update(stack_of[here][parts[0].isna().to_numpy()].tolist())
         done += len(names)
-    return stack_of, section, list(number_of)
+    return ImageNames(stack_of, section, list(number_of), whole)
+
+
+def find_images(
+    path: Path, table: TextTable, project: str | Path | None
+) -> tuple[NDArray[np.int32], NDArray[np.int32], list[Path], tuple[Header, ...]]:
+    """Stack and section of each particle, the stacks, each once, and their headers.
+
+    Raises
+    ------
+    CryoreconError
+        If images cannot be found, or are not as the table says.
+    """
+    named = parse_image_names(path, table)
+    resolved = resolve_stacks(path, named.stacks, project)
+    stacks, stack_of = one_a_file(resolved, named.stack_of)
+    headers = check_stacks(path, stacks, stack_of, named.section)
+    for stack in (resolved[number] for number in named.whole):
+        count = read_header(stack).shape[0]
+        if count > 1:
+            raise CryoreconError(
+                f"{path} names {stack} without the number of an image, and it holds {count}",
+                "Name each image as NUMBER@STACK; volumes and the tilt series of a particle are "
+                "not read as images",
+            )
+    return stack_of, named.section, stacks, headers
 
 
 def check_stacks(

@@ -18,7 +18,6 @@ from cryorecon.maps.chance import beyond_chance
 from cryorecon.maps.fsc import fsc_curve
 from cryorecon.maps.poses import mirror_poses, rotate_poses, shift_origins
 from cryorecon.physics.fourier import fft_centred, ifft_centred, radius_grid
-from cryorecon.physics.rotations import geodesic_distance_deg
 
 
 @dataclass(frozen=True)
@@ -134,32 +133,6 @@ def moved_poses(
     poses = mirror_poses(rotations) if alignment.flipped else rotations
     poses = rotate_poses(poses, alignment.rotation)
     return poses, shift_origins(origins, poses, alignment.shift_px * pixel_size)
-
-
-def nearest_copies(
-    rotations: Tensor, reference: Tensor, group: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Poses among symmetry copies nearest to others, and how far they are from them.
-
-    Parameters
-    ----------
-    rotations, reference : Tensor, shape (n, 3, 3)
-        Of the same images, in one frame.
-    group : Tensor, shape (g, 3, 3), optional
-        Rotations that leave the map as it is.
-
-    Returns
-    -------
-    Tensor, shape (n, 3, 3), and Tensor, shape (n,)
-        Poses, and angles in degrees.
-    """
-    best, angles = rotations, geodesic_distance_deg(rotations, reference)
-    for turn in [] if group is None else group:
-        copies = rotations @ turn.to(rotations)
-        found = geodesic_distance_deg(copies, reference)
-        best = torch.where((found < angles)[:, None, None], copies, best)
-        angles = torch.minimum(found, angles)
-    return best, angles
 
 
 def mean_rotations(sets: Sequence[Tensor]) -> Tensor:

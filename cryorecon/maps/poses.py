@@ -20,10 +20,13 @@ import torch
 from torch import Tensor
 
 from cryorecon.physics.rotations import geodesic_distance_deg, of_quaternions
+from cryorecon.physics.symmetry import commonest_turn, nearest_copies
 
 # Candidates for the common rotation, and images that vote on them.
 _N_CANDIDATES = 1024
 _N_VOTERS = 2048
+# Images that are asked whether their poses lie one turn apart.
+_N_TURNS = 5000
 # Misfit at which an image's vote has fallen to one quarter; also the widest and narrowest scale
 # of the refinement.
 _VOTE_SCALE_DEG = 12.0
@@ -88,6 +91,9 @@ class PoseComparison:
         `offsets_angst`.
     offsets_angst : Tensor, shape (n, 2), float64, or None
         What is left of first minus second origin.
+    turned : tuple of float
+        Share of the images whose poses lie one turn of the map apart, and its angle in degrees: as
+        copies in a symmetric particle do.
     """
 
     rotation: Tensor
@@ -95,6 +101,7 @@ class PoseComparison:
     angles_deg: Tensor
     shift_angst: Tensor | None
     offsets_angst: Tensor | None
+    turned: tuple[float, float] = (0.0, 0.0)
 
     @property
     def median_deg(self) -> float:
@@ -123,19 +130,22 @@ def _spread(n: int, count: int) -> Tensor:
     return torch.linspace(0, n - 1, min(n, count), dtype=torch.float64).round().long()
 
 
-def _votes(candidates: Tensor, voters: Tensor) -> Tensor:
-    """Robust agreement of each candidate with all voters, shape (c,), from 0 to 1."""
-    # For rotations trace(P.T Q) = 1 + 2 cos(angle), so one matrix product gives all angles.
-    cosine = (candidates.flatten(1) @ voters.flatten(1).T - 1) / 2
+def _votes(candidates: Tensor, voters: Tensor, group: Tensor) -> Tensor:
+    """Robust agreement of each candidate with all voters' nearest copies, shape (c,), 0 to 1."""
+    # For rotations trace(P.T Q) = 1 + 2 cos(angle), so one matrix product gives all angles; of a
+    # copy Q g it is trace((P g.T).T Q).
+    largest = candidates.new_full((len(candidates), len(voters)), -1.0)
+    for turn in group:
+        largest = torch.maximum(largest, (candidates @ turn.mT).flatten(1) @ voters.flatten(1).T)
     scale = 2 - 2 * math.cos(math.radians(_VOTE_SCALE_DEG))
-    return ((1 + (2 - 2 * cosine).clamp(min=0) / scale) ** -2).mean(-1)
+    return ((1 + (3 - largest).clamp(min=0) / scale) ** -2).mean(-1)
 
 
-def _consensus(relative: Tensor) -> tuple[Tensor, float]:
-    """The rotation most others lie near, and its vote."""
+def _consensus(relative: Tensor, group: Tensor) -> Tensor:
+    """The rotation that most others, or copies of theirs, lie near."""
     candidates = relative[_spread(len(relative), _N_CANDIDATES)]
-    votes = _votes(candidates, relative[_spread(len(relative), _N_VOTERS)])
-    return candidates[votes.argmax()], float(votes.max())
+    votes = _votes(candidates, relative[_spread(len(relative), _N_VOTERS)], group)
+    return candidates[votes.argmax()]
 
 
 def _robust_mean(relative: Tensor, start: Tensor) -> Tensor:
@@ -193,6 +203,7 @@ def compare_pose_sets(
     rotations_b: Tensor,
     offsets_a_angst: Tensor | None = None,
     offsets_b_angst: Tensor | None = None,
+    group: Tensor | None = None,
 ) -> PoseComparison:
     """Compare two sets of poses of the same images, in the same order, up to frame and hand.
 
@@ -202,7 +213,7 @@ def compare_pose_sets(
     its mirror image, and the hand with more votes stays. Half of the images may be outliers.
     The map's shift t changes origins by ``(A_i t)_xy``; it is found by least absolute
     deviations, over images whose rotations agree, and taken out. Symmetry is not looked for:
-    poses that differ by a symmetry of the particle count as different.
+    poses that differ by a symmetry of the particle count as different, unless `group` is given.
 
     Parameters
     ----------
@@ -210,6 +221,9 @@ def compare_pose_sets(
         n >= 1; any float type, computed in float64.
     offsets_a_angst, offsets_b_angst : Tensor, shape (n, 2), optional
         RELION origins in angstrom; both or none.
+    group : Tensor, shape (g, 3, 3), optional
+        Symmetry of the particle, on whose axes the first set's map lies: of its equal poses A g the
+        one nearest to the second set's counts.
 
     Raises
     ------
@@ -221,18 +235,22 @@ def compare_pose_sets(
     if (offsets_a_angst is None) != (offsets_b_angst is None):
         raise ValueError("give the origins of both sets or of none")
     a, b = rotations_a.double(), rotations_b.to(rotations_a.device).double()
+    group = (torch.eye(3)[None] if group is None else group).to(a)
     found = []
     for flipped, poses in ((False, b), (True, mirror_poses(b))):
-        relative = poses.transpose(-1, -2) @ a
-        start, _ = _consensus(relative)
-        mean = _robust_mean(relative, start)
-        votes = float(_votes(mean[None], relative))
-        found.append((votes, flipped, mean, geodesic_distance_deg(relative, mean)))
-    _, flipped, mean, angles = max(found, key=lambda entry: entry[0])
+        relative = poses.mT @ a
+        start = _consensus(relative, group)
+        mean = _robust_mean(nearest_copies(relative, start, group), start)
+        found.append((float(_votes(mean[None], relative, group)), flipped, poses @ mean, mean))
+    _, flipped, there, mean = max(found, key=lambda entry: entry[0])
+    a = nearest_copies(a, there, group)
+    angles = geodesic_distance_deg(a, there)
+    some = _spread(len(a), _N_TURNS)
+    turned = commonest_turn(there[some].mT @ a[some])
     shift = left = None
     if offsets_a_angst is not None and offsets_b_angst is not None:
         differences = offsets_a_angst.to(a) - offsets_b_angst.to(a)
         trusted = (1 + (angles / _SCALE_RANGE_DEG[1]) ** 2) ** -2
         shift = _common_shift(a, differences, trusted)
         left = differences - a[:, :2, :] @ shift
-    return PoseComparison(mean.T, flipped, angles, shift, left)
+    return PoseComparison(mean.T, flipped, angles, shift, left, turned)

@@ -22,6 +22,8 @@ _ICOSAHEDRAL = (
 _LARGEST = 120
 # Traces of rotations that differ by less are of one that lies between two classes.
 _SAME_TRACE = 1e-5
+# Turns this near each other are one, turns that are asked at most; how near one is to a fold's.
+_ONE_TURN_DEG, _TURNS_ASKED, _NEARLY_DEG = 10.0, 200, 5.0
 
 
 def symmetry_group(name: str) -> Tensor:
@@ -101,6 +103,39 @@ def nearest_copies(rotations: Tensor, to: Tensor, group: Tensor) -> Tensor:
 def distance_under_deg(first: Tensor, second: Tensor, group: Tensor) -> Tensor:
     """Angle in degrees from one pose to the nearest of those equal to another; shapes broadcast."""
     return geodesic_distance_deg(nearest_copies(first, second, group), second)
+
+
+def commonest_turn(turns: Tensor) -> tuple[float, float]:
+    """The turn that most of several lie near, or its inverse; those near none do not count.
+
+    Poses of copies in a symmetric particle are a turn apart that is the same for all images.
+
+    Parameters
+    ----------
+    turns : Tensor, shape (n, 3, 3)
+
+    Returns
+    -------
+    share : float
+        Of all, 0 where there is none.
+    angle_deg : float
+    """
+    one = torch.eye(3, dtype=turns.dtype, device=turns.device)
+    far = turns[geodesic_distance_deg(turns, one) > 2 * _ONE_TURN_DEG]
+    share, angle = 0.0, 0.0
+    for turn in far[:: max(1, len(far) // _TURNS_ASKED)]:
+        # A turn and its inverse lead from one copy to the other and back.
+        apart = torch.minimum(*(geodesic_distance_deg(turns, t) for t in (turn, turn.mT)))
+        found = float((apart < _ONE_TURN_DEG).double().mean())
+        if found > share:
+            share, angle = found, float(geodesic_distance_deg(turn, one))
+    return share, angle
+
+
+def fold_of(angle_deg: float) -> int | None:
+    """Fold of an axis that turns by about an angle, where it divides the circle."""
+    fold = round(360 / angle_deg)
+    return fold if abs(360 / fold - angle_deg) < _NEARLY_DEG else None
 
 
 def _traces(rotations: Tensor, group: Tensor) -> Tensor:

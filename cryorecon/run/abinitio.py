@@ -20,7 +20,6 @@ from cryorecon.run.abinitio_input import (
     Contrast,
     Prepared,
     given_mask,
-    point_group,
     prepared,
     starting_map,
 )
@@ -43,6 +42,7 @@ from cryorecon.run.results import (
     write_results,
 )
 from cryorecon.run.rmfn_stages import RmfnStages
+from cryorecon.run.settings import point_group
 
 
 def abinitio(

@@ -17,12 +17,12 @@ from cryorecon.errors import CryoreconError
 from cryorecon.io.particles import Particles, read_particles
 from cryorecon.physics.masks import soft_ball
 from cryorecon.physics.resampling import resample_volume
-from cryorecon.physics.symmetry import symmetry_group
 from cryorecon.ranks import ALONE, Ranks
 from cryorecon.run.device import usable_device
 from cryorecon.run.extent import particle_extent
 from cryorecon.run.image_checks import not_modelled_text
 from cryorecon.run.load import Keep, map_like
+from cryorecon.run.settings import point_group
 
 Halves = Literal["independent", "shared", "none"]
 Contrast = Literal["auto", "white", "black"]
@@ -112,7 +112,7 @@ def _resolved(options: AbinitioOptions, particles: Particles) -> RmfnConfig | Am
     config = options.engine
     if options.diameter_angst is not None:
         least = _LEAST_PIXELS * particles.pixel_size_angst
-        if options.diameter_angst < least:
+        if not options.diameter_angst >= least:
             raise CryoreconError(
                 f"A particle of {options.diameter_angst:g} A is no wider than "
                 f"{_LEAST_PIXELS} pixels of {particles.path}",
@@ -290,22 +290,6 @@ def _refuse_contradictions(options: AbinitioOptions, particles: Particles) -> No
             "Particles outside a subset cannot join independent half sets",
             "Leave out --subset or --halves independent, or give --no-assign-all",
         )
-
-
-def point_group(symmetry: str) -> Tensor:
-    """Rotations of a point group, shape (g, 3, 3).
-
-    Raises
-    ------
-    CryoreconError
-        If there is none of this name.
-    """
-    try:
-        return symmetry_group(symmetry)
-    except ValueError as error:
-        raise CryoreconError(
-            f"--symmetry {symmetry} is unknown", "Give C1, Cn, Dn, T, O or I, such as C4 or D2"
-        ) from error
 
 
 def given_map(path: Path, particles: Particles, what: str) -> Tensor:

@@ -198,10 +198,16 @@ class Checkpoint:
         whole |= {"parts": entries, "counts": self._counts}
         with replacing(self.path) as temporary:
             try:
-                torch.save(whole, temporary)
+                with temporary.open("wb") as file:
+                    torch.save(whole, file)
             except RuntimeError as error:
-                # torch's writer tells a full disk by a RuntimeError.
-                raise OSError(None, f"{error}".splitlines()[0]) from error
+                # On a full disk torch says only where in its code it stopped.
+                raise _disk_error(error) from error
+
+
+def _disk_error(error: RuntimeError) -> OSError:
+    found = error.__context__
+    return found if isinstance(found, OSError) else OSError(None, f"{error}".splitlines()[0])
 
 
 def _read(path: Path) -> tuple[dict[str, Entry], dict[str, int]]:

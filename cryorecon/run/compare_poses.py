@@ -17,8 +17,12 @@ from cryorecon.io.cryosparc import is_cryosparc_file, read_cryosparc
 from cryorecon.io.optics import pixel_sizes_angst, require_within
 from cryorecon.io.star import Tables, numbers, read_star
 from cryorecon.maps.poses import FRACTION_LIMITS_DEG, PoseComparison, compare_pose_sets
+from cryorecon.physics.symmetry import fold_of
 from cryorecon.run.curves import matrix_as_list
+from cryorecon.run.settings import point_group
 
+# Share of all poses that one turn must explain to be told of; of unlike poses some percent.
+_MANY_TURNED = 0.2
 _ANGLES = ["rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi"]
 
 
@@ -139,9 +143,16 @@ def match_tables(a: PoseTable, b: PoseTable, *, common_only: bool) -> tuple[Pose
 
 
 def compare_pose_files(
-    first_path: Path, second_path: Path, *, common_only: bool = False
+    first_path: Path, second_path: Path, *, common_only: bool = False, symmetry: str = "C1"
 ) -> PoseComparison:
-    """Compare the poses of two STAR files; origins too when both have them."""
+    """Compare the poses of two STAR files; origins too when both have them.
+
+    Parameters
+    ----------
+    symmetry : str
+        Point group, on whose axes the first file's map lies.
+    """
+    group = point_group(symmetry)
     a, b = match_tables(
         read_pose_table(first_path), read_pose_table(second_path), common_only=common_only
     )
@@ -151,6 +162,22 @@ def compare_pose_files(
         b.rotations,
         a.origins_angst if both else None,
         b.origins_angst if both else None,
+        group,
+    )
+
+
+def turned_text(comparison: PoseComparison) -> str | None:
+    """What to try where many poses differ by one turn, as copies in a symmetric particle do."""
+    share, angle_deg = comparison.turned
+    if share < _MANY_TURNED:
+        return None
+    fold = fold_of(angle_deg)
+    group = "of the particle"
+    if fold is not None:
+        angle_deg, group = 360 / fold, f"such as C{fold}"
+    return (
+        f"{100 * share:.0f} % of the poses differ by one turn of {angle_deg:.0f} degrees, as those "
+        f"of a symmetric particle may: give its --symmetry, {group}"
     )
 
 

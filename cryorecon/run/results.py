@@ -18,6 +18,7 @@ from cryorecon.maps.fsc import MaskedFsc, crossing_shell, masked_fsc, without_ma
 from cryorecon.physics.fourier import max_band
 from cryorecon.physics.masks import solvent_mask
 from cryorecon.physics.resampling import resample_volume
+from cryorecon.physics.symmetry import fold_of
 from cryorecon.run.curves import FscCurve, write_fsc_star, write_fsc_xml
 from cryorecon.run.job import Job, write_output_nodes
 from cryorecon.run.plots import fsc_figure, map_figure, save_figure, viewing_direction_figure
@@ -29,7 +30,7 @@ _HALVES_LABEL = {
 }
 # Images in doubt, and share of their other poses a turn away, from which on copies are told of. Of
 # asymmetric particles less than a tenth lie there.
-_MANY_IN_DOUBT, _MOST_COPIES, _NEARLY_DEG = 0.1, 0.5, 5.0
+_MANY_IN_DOUBT, _MOST_COPIES = 0.1, 0.5
 # What a mask's rim may ring by in a finer grid.
 _NO_MASK = 0.01
 
@@ -106,9 +107,8 @@ def report_copies(job: Job, state: Reconstruction) -> None:
     share, angle_deg = state.rivals.commonest_turn(own)
     if state.rivals.in_doubt() < _MANY_IN_DOUBT or share < _MOST_COPIES:
         return
-    fold = round(360 / angle_deg)
-    remedy = ""
-    if abs(360 / fold - angle_deg) < _NEARLY_DEG:
+    fold, remedy = fold_of(angle_deg), ""
+    if fold is not None:
         angle_deg, remedy = 360 / fold, f" (--symmetry C{fold})"
     job.say(
         f"{100 * share:.0f} % of the other poses lie one turn of {angle_deg:.0f} degrees away, as "

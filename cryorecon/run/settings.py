@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
 import yaml
+from torch import Tensor
 
 from cryorecon.errors import CryoreconError, require_file
+from cryorecon.physics.symmetry import symmetry_group
 
 # Lists that hold each other, in eight lines of YAML, have more words than fit anywhere.
 _SHOWN = reprlib.Repr()
@@ -19,6 +21,22 @@ _SHOWN.maxlevel = 2
 # Settings take a few lines; yaml takes long over megabytes.
 _LARGEST_FILE = 2**16
 Settings = TypeVar("Settings")
+
+
+def point_group(symmetry: str) -> Tensor:
+    """Rotations of a point group, shape (g, 3, 3), float64.
+
+    Raises
+    ------
+    CryoreconError
+        If there is none of this name.
+    """
+    try:
+        return symmetry_group(symmetry)
+    except ValueError as error:
+        raise CryoreconError(
+            f"--symmetry {symmetry} is unknown", "Give C1, Cn, Dn, T, O or I, such as C4 or D2"
+        ) from error
 
 
 def with_settings(config: Settings, path: Path | None, pairs: list[str]) -> Settings:

@@ -15,10 +15,11 @@ from cryorecon.maps.agreement import (
     mean_map,
     mean_rotations,
     moved_poses,
-    nearest_copies,
 )
 from cryorecon.maps.align import Alignment
 from cryorecon.physics.fourier import lowpass
+from cryorecon.physics.rotations import geodesic_distance_deg
+from cryorecon.physics.symmetry import nearest_copies
 from cryorecon.run.compare_poses import PoseTable
 from cryorecon.run.consensus.inputs import POSES, Candidate
 from cryorecon.run.consensus.pairs import Verdict
@@ -58,7 +59,7 @@ def write_agreed_poses(
     frame: Frame,
     members: list[int],
     within_deg: float,
-    group: Tensor | None,
+    group: Tensor,
 ) -> bool:
     """All rows of the first agreeing job that has poses, in the common frame.
 
@@ -110,14 +111,15 @@ def _placed(
 
 
 def _merged(
-    sets: list[tuple[Tensor, Tensor]], within_deg: float, group: Tensor | None
+    sets: list[tuple[Tensor, Tensor]], within_deg: float, group: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Poses, origins, and the largest distance from the first set's pose, infinite if missing."""
     rotations, origins = sets[0]
     spread = rotations.new_zeros(len(rotations))
     copies = [rotations]
     for poses, _ in sets[1:]:
-        nearest, angles = nearest_copies(poses, rotations, group)
+        nearest = nearest_copies(poses, rotations, group)
+        angles = geodesic_distance_deg(nearest, rotations)
         angles = torch.where(angles.isnan(), torch.inf, angles)
         copies.append(torch.where(angles.isinf()[:, None, None], rotations, nearest))
         spread = torch.maximum(spread, angles)

@@ -14,7 +14,6 @@ from cryorecon.conventions import angst_to_shell
 from cryorecon.errors import CryoreconError
 from cryorecon.maps.chance import chance_fsc
 from cryorecon.physics.masks import Support
-from cryorecon.physics.symmetry import symmetry_group
 from cryorecon.run.consensus.agreed import write_agreed_map, write_agreed_poses
 from cryorecon.run.consensus.inputs import MAP, POSES, Candidate, read_candidates
 from cryorecon.run.consensus.pairs import Pairing, Verdict, all_pairs, judge
@@ -27,6 +26,7 @@ from cryorecon.run.consensus.results import (
     write_pictures,
 )
 from cryorecon.run.job import Job, Task, open_job, write_output_nodes
+from cryorecon.run.settings import point_group
 
 # Agreement that counts reaches this many cycles per particle diameter: a cycle beyond what any
 # unlike maps of one size were seen to reach once chance was taken out (docs/consensus.md).
@@ -90,7 +90,7 @@ def consensus(
     CryoreconError
         If the jobs cannot be compared, or no majority agrees.
     """
-    group = _group(options.symmetry)
+    group = point_group(options.symmetry)
     jobs, without = read_candidates(paths)
     without |= failed or {}
     if not jobs and inputs is None:
@@ -115,7 +115,7 @@ def _run(
     jobs: list[Candidate],
     without: dict[str, str],
     options: ConsensusOptions,
-    group: Tensor | None,
+    group: Tensor,
 ) -> None:
     diameter = _diameter(jobs, options)
     needed = _needed(jobs, diameter, options)
@@ -179,16 +179,6 @@ _REMEDY = (
 )
 
 
-def _group(symmetry: str) -> Tensor | None:
-    try:
-        group = symmetry_group(symmetry)
-    except ValueError as error:
-        raise CryoreconError(
-            f"--symmetry {symmetry} is unknown", "Give C1, Cn, Dn, T, O or I, such as C4 or D2"
-        ) from error
-    return group if len(group) > 1 else None
-
-
 def _side_angst(jobs: list[Candidate]) -> float:
     return jobs[0].box * jobs[0].pixel_size_angst
 
@@ -243,7 +233,7 @@ def _compare(
     job: Job,
     jobs: list[Candidate],
     mask: Tensor,
-    group: Tensor | None,
+    group: Tensor,
     options: ConsensusOptions,
 ) -> list[Pairing]:
     if len(jobs) < 2:

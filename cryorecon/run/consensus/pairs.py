@@ -15,10 +15,10 @@ from cryorecon.maps.agreement import (
     largest_cluster,
     map_agreement,
     moved_poses,
-    nearest_copies,
 )
 from cryorecon.maps.fsc import crossing_shell
 from cryorecon.physics.rotations import log_map
+from cryorecon.physics.symmetry import distance_under_deg
 from cryorecon.run.consensus.inputs import Candidate, common_rows, half_sets_match
 from cryorecon.run.curves import FscCurve
 
@@ -94,7 +94,7 @@ def pair_of(
     second: int,
     mask: Tensor,
     chance: Tensor,
-    group: Tensor | None,
+    group: Tensor,
 ) -> Pairing:
     """Move the second job onto the first and compare maps and poses.
 
@@ -102,7 +102,7 @@ def pair_of(
     ----------
     mask : Tensor, shape (N, N, N)
     chance : Tensor, shape (N // 2 + 1,)
-    group : Tensor, shape (g, 3, 3), optional
+    group : Tensor, shape (g, 3, 3)
         Symmetry of the particle.
     """
     one, two = jobs[first], jobs[second]
@@ -119,7 +119,7 @@ def pair_of(
     both = common_rows(one, two)
     if both is not None:
         poses, _ = moved_poses(both[1].rotations, torch.zeros(1, 2), found.alignment)
-        _, angles = nearest_copies(poses, both[0].rotations, group)
+        angles = distance_under_deg(poses, both[0].rotations, group)
     return Pairing(first, second, (one.name, two.name), found, curve, angles)
 
 
@@ -202,8 +202,6 @@ def _voice(
     return bool(shells) and sum(shells) / len(shells) >= wanted
 
 
-def all_pairs(
-    jobs: list[Candidate], mask: Tensor, chance: Tensor, group: Tensor | None
-) -> list[Pairing]:
+def all_pairs(jobs: list[Candidate], mask: Tensor, chance: Tensor, group: Tensor) -> list[Pairing]:
     """Every two jobs, the later one moved onto the earlier."""
     return [pair_of(jobs, i, j, mask, chance, group) for i, j in combinations(range(len(jobs)), 2)]

@@ -1,0 +1,96 @@
+"""Files that are written: links stay, pipes and devices get what was meant for them."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import MODEL, cryorecon
+
+from cryorecon.errors import CryoreconError
+from cryorecon.io.files import refuse_to_replace, replacing, require_folders
+from cryorecon.run.checkpoint import _disk_error
+
+
+def written(path: Path, text: str = "new") -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text)
+
+
+def test_a_link_stays_and_what_it_points_to_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "scratch").mkdir()
+    target, link = tmp_path / "scratch" / "map.mrc", tmp_path / "map.mrc"
+    target.write_text("old")
+    link.symlink_to(Path("scratch") / "map.mrc")
+    written(link)
+    assert link.is_symlink()
+    assert target.read_text() == "new"
+    assert [path.name for path in target.parent.iterdir()] == ["map.mrc"]
+
+
+def test_a_pipe_gets_what_is_written(tmp_path: Path) -> None:
+    pipe, heard = tmp_path / "pipe", []
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: heard.append(pipe.read_text()))
+    reader.start()
+    require_folders([pipe])
+    refuse_to_replace([pipe], [], overwrite=False)
+    written(pipe)
+    reader.join(10)
+    assert heard == ["new"]
+    assert pipe.is_fifo()
+
+
+def test_a_device_stays_one() -> None:
+    before = os.stat(os.devnull)
+    written(Path(os.devnull))
+    assert os.stat(os.devnull).st_rdev == before.st_rdev
+    with pytest.raises(CryoreconError, match="/dev/full could not be written: No space left"):
+        written(Path("/dev/full"))
+
+
+def test_a_full_disk_is_told_where_torch_tells_another_thing() -> None:
+    class Full(io.BytesIO):
+        def write(self, data):
+            if self.tell() + len(data) > 1000:
+                raise OSError(errno.ENOSPC, "full")
+            return super().write(data)
+
+    with pytest.raises(RuntimeError) as told:
+        torch.save(torch.zeros(100_000), Full())
+    assert _disk_error(told.value).errno == errno.ENOSPC
+    assert str(_disk_error(RuntimeError("one\ntwo"))) == "[Errno None] one"
+
+
+def test_a_command_that_a_queue_ends_leaves_nothing(tmp_path: Path) -> None:
+    words = "-m", "cryorecon", "simulate", MODEL, "-o", "out", "--n", "200000", "--box", "32"
+    process = subprocess.Popen([sys.executable, *map(str, words)], cwd=tmp_path, text=True)
+    end = time.monotonic() + 60
+    while not list(tmp_path.glob("out/.simulate-*/*.mrcs")) and time.monotonic() < end:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 3
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--padding", "0"),
+        ("--wiener", "-1"),
+        ("--wiener", "nan"),
+    ],
+)
+def test_numbers_that_make_no_map_are_refused(tmp_path: Path, words: tuple[str, str]) -> None:
+    done = cryorecon("reconstruct", "p.star", "-o", "m.mrc", *words, cwd=tmp_path)
+    assert done.returncode == 2
+    assert words[0] in done.stderr
