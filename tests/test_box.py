@@ -204,7 +204,7 @@ def test_jobs_of_cropped_images_agree_no_further_than_they_go(few, tmp_path):
     ended = map_agreement(*same, crossed=False, last_shell=SMALL // 2)
     assert torch.equal(ended.curve[: SMALL // 2 + 1], whole.curve[: SMALL // 2 + 1])
     assert not ended.curve[SMALL // 2 + 1 :].any()
-    pair = pair_of(found, 0, 1, ball, torch.zeros(BOX // 2 + 1), None)
+    pair = pair_of(found, 0, 1, ball, torch.zeros(BOX // 2 + 1), torch.eye(3)[None])
     assert not pair.curve.values[SMALL // 2 + 1 :].any()
 
 

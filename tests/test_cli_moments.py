@@ -11,12 +11,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import MODEL
 from typer.testing import CliRunner
 
 from cryorecon.cli.main import app, main
 from cryorecon.errors import CryoreconError
 from cryorecon.io.moments_file import MomentsData, read_moments_data, write_moments
 from cryorecon.io.mrc import stack_writer
+from cryorecon.io.particles import read_particles
 from cryorecon.io.star import read_star, write_star
 from cryorecon.run.moments.estimate import (
     MomentsOptions,
@@ -26,6 +28,8 @@ from cryorecon.run.moments.estimate import (
     state_path,
 )
 from cryorecon.run.moments.store import merge_moments, read_moments
+from cryorecon.run.simulate import simulate
+from cryorecon.run.simulate_config import SimulateConfig
 from cryorecon.run.stopping import StoppedError
 
 
@@ -252,6 +256,49 @@ def test_origins_are_undone_up_to_part_pixels(generator):
     assert torch.equal(back, image)
     assert torch.allclose(rest, torch.tensor([[-0.25, 0.25]]))
     assert centred_images(image, torch.zeros(1, 2))[1] is None
+
+
+def test_particles_off_centre_have_the_moments_of_centred_ones(tmp_path):
+    """What lies outside a particle is told once it is in the middle, not its signal for noise."""
+    shape = {"n_particles": 300, "box": 32, "pixel_size_angst": 4.0, "snr": 1.0, "seed": 3}
+    simulate(MODEL, tmp_path / "s", SimulateConfig(**shape, shift_angst=40.0))
+    star = tmp_path / "s" / "particles.star"
+    tables = read_star(star)
+    particles = read_particles(star)
+    whole = np.rint(particles.origins_angst() / 4.0).astype(int)
+    images = particles.images(np.arange(300))
+    with stack_writer(tmp_path / "rolled.mrcs", 32, 4.0) as stack:
+        for image, (x, y) in zip(images, whole, strict=True):
+            stack.append(np.roll(image, (y, x), (0, 1))[None])
+    left = particles.origins_angst() - 4.0 * whole
+    names = [f"{k + 1}@{tmp_path / 'rolled.mrcs'}" for k in range(300)]
+    tables["particles"] = tables["particles"].assign(
+        rlnImageName=names, rlnOriginXAngst=left[:, 0], rlnOriginYAngst=left[:, 1]
+    )
+    write_star(tmp_path / "rolled.star", tables)
+    options = MomentsOptions(max_radius=5, diameter_angst=70.0)
+    found = estimate_moments(star, tmp_path / "a.h5", options)
+    expected = estimate_moments(tmp_path / "rolled.star", tmp_path / "b.h5", options)
+    torch.testing.assert_close(found.second, expected.second, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found.first, expected.first, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["steerable", "full"])
+def test_a_level_changes_nothing_where_the_noise_is_given(tmp_path, stack_32, form):
+    star = _star(tmp_path, stack_32, "p.star", slice(0, 300), 1)
+    particles = read_particles(star)
+    images = particles.images(np.arange(300)) + 25.0
+    with stack_writer(tmp_path / "raised.mrcs", particles.box, particles.pixel_size_angst) as stack:
+        stack.append(images)
+    tables = read_star(star)
+    names = [f"{k + 1}@{tmp_path / 'raised.mrcs'}" for k in range(300)]
+    tables["particles"] = tables["particles"].assign(rlnImageName=names)
+    write_star(tmp_path / "raised.star", tables)
+    options = MomentsOptions(form=form, max_radius=4, noise_std=1.0)
+    found = estimate_moments(tmp_path / "raised.star", tmp_path / "a.h5", options)
+    expected = estimate_moments(star, tmp_path / "b.h5", options)
+    near = {"rtol": 1e-3, "atol": 1e-3 * float(expected.second.abs().max())}
+    torch.testing.assert_close(found.second, expected.second, **near)
 
 
 def test_black_particles_are_told_from_white_ones(tmp_path, stack_32):

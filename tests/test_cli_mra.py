@@ -15,6 +15,7 @@ from PIL import Image
 from cryorecon.engines.mra.problem import observe, orbit_error
 from cryorecon.engines.mra.training import draw_pairs
 from cryorecon.physics.mixtures import MixtureConfig
+from cryorecon.run.mra.jobs import _log
 
 
 @pytest.fixture
@@ -52,6 +53,56 @@ def test_solve_finds_signal_density_and_noise(method, limit, cryorecon, observed
     code, _, err = cryorecon("mra", "solve", path, "-o", out)
     assert code == 1
     assert "--overwrite" in err
+
+
+@pytest.mark.parametrize(("method", "limit"), [("direct", 0.06), ("spectral", 0.2)])
+@pytest.mark.parametrize("baseline", [-30.0, 1000.0])
+def test_a_baseline_changes_nothing(method, limit, baseline, cryorecon, observed, tmp_path):
+    """Raw counts: what noise makes of a baseline is far larger than the signal's moments."""
+    path, signal, density = observed
+    np.save(tmp_path / "raised.npy", np.load(path).astype(np.float64) + baseline)
+    words = "mra", "solve", tmp_path / "raised.npy", "-o", tmp_path / "out", "--method", method
+    assert cryorecon(*words)[0] == 0
+    found = torch.from_numpy(np.load(tmp_path / "out" / "signal.npy"))
+    assert float(orbit_error(found - baseline, signal)) < limit
+    shifts = torch.from_numpy(np.load(tmp_path / "out" / "density.npy"))
+    assert float(orbit_error(shifts, density)) < 3 * limit
+
+
+def test_options_of_another_method_are_refused(cryorecon, observed, tmp_path):
+    solve = "mra", "solve", observed[0], "-o", tmp_path / "out"
+    for words in (("--method", "spectral", "--starts", 2), ("--iterations", 5)):
+        code, _, err = cryorecon(*solve, *words)
+        assert code == 2
+        assert "belongs to --method" in err
+
+
+def test_nothing_of_an_earlier_call_is_left_by_one_that_fails(cryorecon, observed, tmp_path):
+    out, model = tmp_path / "out", tmp_path / "model"
+    assert cryorecon("mra", "solve", observed[0], "-o", out)[0] == 0
+    np.save(tmp_path / "noise.npy", np.random.default_rng(1).normal(size=(5000, 32)))
+    assert cryorecon("mra", "solve", tmp_path / "noise.npy", "-o", out, "--overwrite")[0] == 1
+    assert list(out.iterdir()) == []
+    train = ["mra", "train", "-o", model, "--points", 8, "--batch", 32, "--epochs", 1,
+             "--pairs", 320, "--set", "encoder.hidden=[32]",
+             "--set", "mixture.narrowest=0.1"]  # fmt: skip
+    assert cryorecon(*train)[0] == 0
+    code, _, err = cryorecon(*train, "--learning-rate", 1e30, "--overwrite")
+    assert code == 1
+    assert "diverged" in err
+    assert not {"encoder.safetensors", "training.json"} & {path.name for path in model.iterdir()}
+
+
+def test_a_training_that_goes_on_has_a_line_for_each_epoch(tmp_path):
+    for epoch in (1, 2, 3, 2, 3):
+        _log(tmp_path, epoch, [0.5, 0.25 * epoch])
+    with (tmp_path / "training.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+    # An epoch that is missing hides none that follow.
+    (tmp_path / "training.csv").write_text("epoch,signal_loss,density_loss\n1,0,0\n3,0,0\n")
+    _log(tmp_path, 4, [0.5, 0.5])
+    assert (tmp_path / "training.csv").read_text().count("\n") == 4
 
 
 def test_solve_takes_other_number_types_and_a_given_noise(cryorecon, observed, tmp_path):
@@ -233,6 +284,11 @@ def test_reproduce_writes_its_tables_and_keeps_finished_trainings(tmp_path):
         model = tmp_path / "r" / "encoder_2_gaussians" / "encoder.safetensors"
         written.append(model.stat().st_mtime_ns)
     assert written[0] == written[1]
+    words[words.index("300")] = "301"
+    again = [*command[:3], *words]
+    done = subprocess.run(again, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "holds an encoder of a training with other settings" in done.stderr
     with (tmp_path / "r" / "table1.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["gaussians"] for row in rows] == ["1", "2", "3"]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import math
+import shlex
 import signal
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -208,16 +210,24 @@ FEW = ["--starts", 2, "--radius", 4, "--set", "iterations=4", "--set", "settling
 
 
 def test_moments_that_no_start_explains_give_no_map(
-    tmp_path, stack_32, coarse_alignment, no_pictures
+    tmp_path, stack_32, coarse_alignment, no_pictures, monkeypatch
 ):
     """Two blobs after a few steps agree with each other, and say nothing of the molecule."""
     moments = _file(tmp_path / "m.h5", stack_32)
     job = tmp_path / "job"
-    with pytest.raises(CryoreconError, match="No start explains"):
+    with pytest.raises(CryoreconError, match="No start explains") as told:
         run("moments", "reconstruct", moments, "-o", job, *FEW)
     assert not (job / "initial_model.mrc").exists()
     assert (job / "RELION_JOB_EXIT_FAILURE").exists()
     assert len(read_star(job / "starts.star")["starts"]) == 2
+    # Without repeating the fits, as the message says.
+    again = shlex.split(told.value.remedy.split(": ")[-1])
+    assert again[1:] == ["abinitio", "--continue", str(job), "--allow-ambiguous"]
+    monkeypatch.setattr(sys, "argv", again)
+    result = run(*again[1:])
+    assert result.exit_code == 0, result.output
+    assert "taken from the checkpoint" in (job / "run.log").read_text()
+    assert "AMBIGUOUS: no start explains the moments" in (job / "fsc.star").read_text()
     result = run("moments", "reconstruct", moments, "-o", job, *FEW, "--allow-ambiguous",
                  "--overwrite", "--reference", stack_32 / "map.mrc")  # fmt: skip
     assert result.exit_code == 0, result.output
@@ -285,6 +295,20 @@ def test_a_map_ends_where_starts_cease_to_agree(tmp_path, stack_32, monkeypatch,
     with pytest.raises(CryoreconError, match="No start explains"):
         run("moments", "reconstruct", moments, "-o", job, *FEW, "--overwrite")
     assert not list(job.glob("*.mrc"))
+
+
+@pytest.mark.parametrize(
+    ("unmeasured", "faint", "visible"), [([0], [], 4), ([0], [2], 2), ([3], [], 3)]
+)
+def test_radii_that_the_ctf_leaves_nothing_of_are_passed_over(exact, unmeasured, faint, visible):
+    """As the first one, without amplitude contrast."""
+    measured, second = exact.measured.clone(), exact.second.clone()
+    measured[unmeasured], measured[:, unmeasured] = False, False
+    second[:, faint] = 0
+    error = torch.full_like(second.real, 1e-9)
+    error[:, ~measured] = torch.inf
+    found = replace(exact, measured=measured, second=second, second_error=error)
+    assert visible_radius(found) == visible
 
 
 def test_noise_has_no_signal(tmp_path, generator):

@@ -144,6 +144,20 @@ def test_sums_do_not_depend_on_the_blocks(generator):
     torch.testing.assert_close(whole.moments(1.0).second_noise, parts.moments(1.0).second_noise)
 
 
+def test_a_constant_is_added_to_moments_as_to_observations(generator):
+    images = torch.randn(400, 6, generator=generator, dtype=torch.float64) + torch.arange(6)
+    low, high = ShiftMomentSums(6), ShiftMomentSums(6)
+    high.baseline = -7.5
+    low.add(images)
+    high.add(images)
+    found, expected = low.moments(1.0).plus(7.5), high.moments(1.0)
+    torch.testing.assert_close(found.first, expected.first)
+    torch.testing.assert_close(found.second, expected.second)
+    # Errors that are not independent are bounded.
+    assert (found.second_noise >= 0.9 * expected.second_noise).all()
+    assert (found.second_noise <= 3 * expected.second_noise).all()
+
+
 @pytest.mark.parametrize("noise_std", [0.3, 1.0, 5.0])
 def test_noise_is_told_from_the_smallest_eigenvalues(noise_std, generator):
     signal, density = (part[0] for part in problems(1, 32, generator))

@@ -31,16 +31,17 @@ def _go_on(context: typer.Context, folder: Path) -> None:
     """
     # torch takes seconds to load: only when a job goes on.
     from cryorecon.ranks import joined
-    from cryorecon.run.continuing import begun_with, continue_job, threads_of
+    from cryorecon.run.continuing import begun_with, continue_job, is_of_moments, threads_of
 
     given = _given(context, sys.argv)
     json = given.pop("json", None) is not None
+    allowed = is_of_moments(folder) and given.pop("allow_ambiguous", None) is not None
     before = _given(context, begun_with(folder)) if given else {}
     for name, value in given.items():
         _refuse_other(context.command, name, value, before, folder)
     use_threads(threads_of(folder))
     with joined() as ranks:
-        continue_job(folder, messages(json), ranks)
+        continue_job(folder, messages(json), ranks, allow_ambiguous=allowed)
     print_job(folder, json)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -10,6 +12,7 @@ import typer
 from cryorecon.cli.command import COMPUTE, EXPERT, INPUT, Command, Group, examples
 from cryorecon.cli.console import (
     count_progress,
+    error_console,
     messages,
     prepare_folder,
     print_json,
@@ -76,17 +79,23 @@ def solve_command(
         option(INPUT, "Folder of mra train, for --method encoder.", metavar="DIR"),
     ] = None,
     noise_std: NoiseStd = None,
-    iterations: Annotated[int, option(COMPUTE, ITERATIONS_HELP, metavar="N", min=1)] = 3000,
-    learning_rate: Annotated[float, option(EXPERT, LEARNING_RATE_HELP, metavar="X")] = 1e-4,
+    iterations: Annotated[
+        int | None,
+        option(COMPUTE, ITERATIONS_HELP, metavar="N", min=1, default="3000"),
+    ] = None,
+    learning_rate: Annotated[
+        float | None, option(EXPERT, LEARNING_RATE_HELP, metavar="X", default="1e-4")
+    ] = None,
     starts: Annotated[
-        int,
+        int | None,
         option(
             COMPUTE,
             "Random starts besides the spectral solution, of method direct.",
             metavar="N",
             min=0,
+            default="4",
         ),
-    ] = 4,
+    ] = None,
     seed: Seed = 0,
     threads: Threads = None,
     json: Json = False,
@@ -108,17 +117,28 @@ def solve_command(
             "Method encoder and --model go together",
             "Give --method encoder --model DIR, or neither",
         )
-    if learning_rate <= 0:
+    _refuse(method, "direct", **{"--starts": starts})
+    _refuse(method, "encoder", **{"--iterations": iterations, "--learning-rate": learning_rate})
+    refine, direct = RefineConfig(iterations or 3000, learning_rate or 1e-4), DirectConfig()
+    if starts is not None:
+        direct = DirectConfig(starts=starts)
+    if learning_rate is not None and not learning_rate > 0:
         raise CryoreconError(f"--learning-rate {learning_rate} is not positive", "Try 1e-4")
     prepare_folder(output, overwrite)
     with count_progress(f"Reading {observations.name}", "observations") as bar:
         solved = solve_file(
-            observations, output, method, noise_std, model, DirectConfig(starts=starts),
-            RefineConfig(iterations, learning_rate), seed, bar,
+            observations, output, method, noise_std, model, direct, refine, seed, bar
         )  # fmt: skip
     _tell(solved, output, messages(json))
     if json:
         print_json(solved.figures | {"folder": output})
+
+
+def _refuse(method: str, its_method: str, **options: float | None) -> None:
+    """Options that another method has, and this one would not listen to."""
+    for name, value in options.items():
+        if value is not None and method != its_method:
+            raise typer.BadParameter(f"{name} belongs to --method {its_method}")
 
 
 def _tell(solved: Solved, output: Path, out: Console) -> None:
@@ -191,8 +211,13 @@ def train_command(
         raise CryoreconError(str(error), "Change the settings") from error
     if not continued:
         prepare_folder(output, overwrite)
-    with count_progress("Training", "batches") as bar:
-        told = train_encoders(training, output, continued, 10_000, bar)
+    try:
+        with count_progress("Training", "batches") as bar:
+            told = train_encoders(training, output, continued, 10_000, bar)
+    except KeyboardInterrupt:
+        again = shlex.join(["cryorecon", *(a for a in sys.argv[1:] if a != "--continue")])
+        error_console.print(f"Go on with:\n{again} --continue", markup=False)
+        raise
     useless = [
         f"{what} {told[f'{what}_error_mean']:.4f} against {told[f'{what}_error_of_the_mean']:.4f}"
         for what in ("signal", "density")

@@ -101,7 +101,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
         _on_disk(temporary)
         os.replace(temporary, path)
     except OSError as error:
-        full = error.errno in (None, errno.ENOSPC, errno.EDQUOT)
+        full = error.errno in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         remedy = "Free some space or choose another folder" if full else "Choose another folder"
         raise CryoreconError(
             f"{path} could not be written: {_reason(error)}",

@@ -28,6 +28,7 @@ from cryorecon.run.moments.reconstruct import (
 from cryorecon.run.paper_protocol import PaperOptions, abinitio_perturbed
 
 Options = TypeVar("Options")
+_OF_MOMENTS = ("moments", "moments-fit")
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -70,13 +71,23 @@ def threads_of(folder: Path) -> int | None:
     return threads if isinstance(threads, int) and threads > 0 else None
 
 
-def continue_job(folder: Path, console: Console, ranks: Ranks = ALONE) -> None:
+def is_of_moments(folder: Path) -> bool:
+    """Whether a job is one of engine moments."""
+    return read_record(folder).get("kind") in _OF_MOMENTS
+
+
+def continue_job(
+    folder: Path, console: Console, ranks: Ranks = ALONE, *, allow_ambiguous: bool = False
+) -> None:
     """Go on with a job of any engine to the result of an uninterrupted one.
 
     Parameters
     ----------
     ranks : Ranks
         Processes that share the job from now on, however many there were before.
+    allow_ambiguous : bool
+        Of engine moments: write a map that the moments do not determine, too, although the job
+        was begun without.
 
     Raises
     ------
@@ -95,7 +106,15 @@ def continue_job(folder: Path, console: Console, ranks: Ranks = ALONE) -> None:
             "Bring the old file back, or start anew with --overwrite",
         )
     _tell_differences(record, console, ranks)
+    if allow_ambiguous:
+        _allow_ambiguous(record)
     _run(record, inputs, folder, base, console, ranks)
+
+
+def _allow_ambiguous(record: dict[str, Any]) -> None:
+    """No start of the fit depends on it."""
+    options = record["options"]
+    (options["fit"] if record["kind"] == "moments" else options)["allow_ambiguous"] = True
 
 
 def _run(

@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 
 from cryorecon.engines.contrast import SURE, contrast_score
+from cryorecon.engines.moments.sums_full import check_full
 from cryorecon.io.particles import Particles, read_particles
 from cryorecon.run.abinitio_input import AbinitioOptions, prepared
 from cryorecon.run.cost import (
@@ -84,6 +85,8 @@ def describe_moments(
     """Tell what ``moments estimate``, with or without a fit, would do; the same as plain data."""
     particles = read_particles(star, wanted.project)
     geometry = resolve_geometry(wanted, particles.box, particles.pixel_size_angst)
+    if geometry.form == "full":
+        check_full(geometry, psutil.virtual_memory().available)
     say = _teller(console)
     share = geometry.diameter_angst / (particles.box * particles.pixel_size_angst)
     found = _tell_particles(particles, share, say, ctf=wanted.ctf)

@@ -26,7 +26,6 @@ from cryorecon.maps.agreement import (
     mean_map,
     mean_rotations,
     moved_poses,
-    nearest_copies,
 )
 from cryorecon.maps.align import align_maps, apply_alignment
 from cryorecon.maps.chance import beyond_chance, chance_fsc
@@ -34,6 +33,7 @@ from cryorecon.maps.fsc import crossing_shell, fsc_curve, resolution_at
 from cryorecon.maps.poses import compare_pose_sets
 from cryorecon.physics.fourier import lowpass, radius_grid
 from cryorecon.physics.masks import Support
+from cryorecon.physics.rotations import geodesic_distance_deg
 from cryorecon.run.consensus.inputs import common_rows, half_sets_match, read_candidates
 from cryorecon.run.load import load_observations
 
@@ -90,7 +90,7 @@ def agreed(star: Path, truth_path: Path, paths: list[Path], project: Path | None
     half = torch.from_numpy(both[0].half_sets).long() - 1
     a, a_origins = both[0].rotations, both[0].origins_angst
     b, b_origins = moved_poses(both[1].rotations, both[1].origins_angst, found.alignment, pixel)
-    same = nearest_copies(b, a)[1] <= 5
+    same = geodesic_distance_deg(b, a) <= 5
 
     def judge(name: str, volume: Tensor) -> None:
         curve = fsc_curve(apply_alignment(volume, placed), truth, mask)

@@ -91,7 +91,8 @@ def _going(
 def visible_radius(moments: Moments) -> int:
     """Largest radius up to which the power, over a particle's orders, stands above its error.
 
-    In cycles per particle box.
+    In cycles per particle box. Radii that the CTF leaves nothing of, as the first one without
+    amplitude contrast, are passed over.
     """
     if isinstance(moments, FullMoments):
         return full_visible(moments, _VISIBLE)
@@ -102,7 +103,9 @@ def visible_radius(moments: Moments) -> int:
     power = (counts * moments.second.diagonal(dim1=-2, dim2=-1).real).sum(0)
     errors = moments.second_error.diagonal(dim1=-2, dim2=-1)
     noise = torch.where(counts > 0, counts * errors, 0.0).square().sum(0).sqrt()
-    return int((power > _VISIBLE * noise).long().cumprod(0).sum())
+    measured = moments.measured.diagonal()
+    seen = ((power > _VISIBLE * noise) | ~measured).long().cumprod(0).bool() & measured
+    return int(seen.nonzero().max()) + 1 if bool(seen.any()) else 0
 
 
 @dataclass(frozen=True)

@@ -177,8 +177,6 @@ class FullSums:
         """
         pseudo[0, 0] -= sums["spread"][0]
         geometry = self.geometry
-        if not geometry.normalised:
-            return
         outside = 1 - soft_ball(
             geometry.box, geometry.diameter / 2 * geometry.box, 2.0, 2, torch.float64
         )

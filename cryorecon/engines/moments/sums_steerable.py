@@ -211,10 +211,8 @@ class SteerableSums:
         geometry, orders = self.geometry, self.geometry.max_order + 1
         spread, met = sums["spread"], ThirdNoise(geometry) if geometry.third_radius else None
         box = geometry.box
-        level = None
-        if geometry.normalised:
-            outside = 1 - soft_ball(box, geometry.diameter / 2 * box, 2.0, 2, torch.float64)
-            level = outside / outside.sum()
+        outside = 1 - soft_ball(box, geometry.diameter / 2 * box, 2.0, 2, torch.float64)
+        level = outside / outside.sum()
         reach = 2 * (_CTF_HARMONICS - 1)
         bias = torch.zeros(orders, *spread.shape[2:], dtype=torch.complex128)
         for shell, covariance in enumerate(noise_by_shell(box, self._grid, level)):

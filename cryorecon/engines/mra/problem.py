@@ -50,6 +50,20 @@ class ShiftMoments:
             self.second_noise.to(dtype),
         )
 
+    def plus(self, constant: float | Tensor) -> ShiftMoments:
+        """Moments of observations that have a constant added, shape (b,) or one for all.
+
+        Errors are those of sums of independent ones, which is no less than they are.
+        """
+        added = torch.as_tensor(constant).to(self.first).expand(len(self.first))[:, None]
+        cross = added[..., None] * self.first[:, :, None].expand_as(self.second)
+        second = self.second + cross + cross.mT + added[..., None].square()
+        n = self.first.shape[-1]
+        crossed = 2 * added[:, 0].abs() * n**0.5 * self.first_noise
+        return ShiftMoments(
+            self.first + added, second, self.first_noise, self.second_noise.hypot(crossed)
+        )
+
     def fourier(self) -> tuple[Tensor, Tensor]:
         """Equation 6: ``F M1`` and ``F M2 F*`` with the unitary transform F, complex."""
         first = torch.fft.fft(self.first, norm="ortho")
@@ -131,10 +145,16 @@ def observe(
 
 
 class ShiftMomentSums:
-    """Sums over observations that come block by block; memory does not grow with their number."""
+    """Sums over observations that come block by block; memory does not grow with their number.
+
+    Attributes
+    ----------
+    baseline : float
+        What is taken from all values first; 0 unless set before the first of them.
+    """
 
     def __init__(self, n: int) -> None:
-        self.count = 0
+        self.count, self.baseline = 0, 0.0
         self._first = torch.zeros(n, dtype=torch.float64)
         self._second = torch.zeros(n, n, dtype=torch.float64)
         self._fourth = torch.zeros(n, n, dtype=torch.float64)
@@ -142,6 +162,8 @@ class ShiftMomentSums:
     def add(self, block: Tensor) -> None:
         """Add observations, shape (m, n)."""
         # A block's sums may be taken in its own precision; the total is kept in float64.
+        if self.baseline != 0:
+            block = (block.double() - self.baseline).to(block.dtype)
         squares = block.square()
         self.count += len(block)
         self._first += block.sum(0).double()
@@ -154,6 +176,8 @@ class ShiftMomentSums:
 
     def moments(self, noise_std: float) -> ShiftMoments:
         """Unbiased estimates (equation 24) with their expected errors, one problem, float64.
+
+        Of the observations less the baseline.
 
         The variance of each mean comes from the observations' own second and fourth powers.
         """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -90,6 +90,19 @@ def solve_spectral(target: ShiftMoments, threshold: float = 1e-2) -> Solution:
         best = found if best is None else _better(best, found)
     assert best is not None
     return best
+
+
+def raised(solve: Callable[[ShiftMoments], Solution], target: ShiftMoments) -> Solution:
+    """Solve for the signals plus constants that give frequency 0 as much power as any other has.
+
+    A signal without a mean, or with nearly none, lacks what its phases are told by; with one far
+    above its own height all else drowns in what noise makes of it.
+    """
+    power = target.fourier()[1].diagonal(dim1=-2, dim2=-1).real
+    n = power.shape[-1]
+    constant = (power[:, 1:].amax(-1).clamp(min=0) / n).sqrt() - target.first.mean(-1)
+    found = solve(target.plus(constant))
+    return replace(found, signal=found.signal - constant[:, None])
 
 
 def _better(one: Solution, other: Solution) -> Solution:

@@ -35,7 +35,7 @@ from cryorecon.physics.masks import soft_ball
 from cryorecon.ranks import ALONE, Ranks
 from cryorecon.run.device import own_device
 from cryorecon.run.image_checks import refuse_unfit
-from cryorecon.run.load import normalised, with_next
+from cryorecon.run.load import levelled, normalised, with_next
 from cryorecon.run.moments.store import Progress, load_progress, new_sums, save_progress
 from cryorecon.run.stopping import Stop, StoppedError, listening
 
@@ -66,8 +66,9 @@ class MomentsOptions:
     third_radius : int
         Third moments too, of radii up to this one, 6 unless told (0 in the full form); 0 for none.
     noise_std : float, optional
-        Standard deviation of white noise, in the units of the file; images are then not
-        normalised. Default: spectra from outside the particle, image by image.
+        Standard deviation of white noise, in the units of the file; images then keep their
+        scale, and only lose their level. Default: spectra from outside the particle, image by
+        image.
     ctf : bool
         Correct for the CTF.
     contrast : "auto", "white" or "black"
@@ -109,6 +110,7 @@ def resolve_geometry(options: MomentsOptions, box: int, pixel_size_angst: float)
             f"{pixel_size_angst:g} A a pixel",
             f"Give --diameter in angstrom, from {least:.3g} to 0.95 of the box",
         )
+    _refuse_contradictions(options)
     steerable = options.form == "steerable"
     side = min(BOX_OVER_DIAMETER * diameter, image_side) if steerable else image_side
     largest = int(max_band(box) * side / image_side + 1e-9)
@@ -119,7 +121,8 @@ def resolve_geometry(options: MomentsOptions, box: int, pixel_size_angst: float)
         raise CryoreconError(
             f"Radius {radius} ({side / max(radius, 1):.1f} A) is not within the images' "
             f"1 to {largest} cycles per {side:.0f} A",
-            f"Give --resolution between {side / largest:.1f} and {side:.0f}, or --max-radius",
+            f"Give --resolution between {np.ceil(10 * side / largest) / 10:.1f} and "
+            f"{np.floor(10 * side) / 10:g}, or --max-radius",
         )
     order = int(np.pi * radius * diameter / side) + 2
     order = (order if options.max_order is None else options.max_order) if steerable else 0
@@ -137,6 +140,13 @@ def resolve_geometry(options: MomentsOptions, box: int, pixel_size_angst: float)
         contrast=options.contrast,
         third_radius=_third_radius(options, radius if steerable else 0),
     )
+
+
+def _refuse_contradictions(options: MomentsOptions) -> None:
+    if options.max_radius is not None and options.resolution_angst is not None:
+        raise CryoreconError("--max-radius and --resolution say the same", "Give one of them")
+    if options.max_order is not None and options.form == "full":
+        raise CryoreconError("The full form has no orders", "Leave --max-order out")
 
 
 def _third_radius(options: MomentsOptions, radius: int) -> int:
@@ -179,27 +189,28 @@ class _Reader:
         )
 
     def read(self, rows: Tensor, frequencies: Tensor, following: Tensor) -> MomentBatch:
-        """Images of some rows, normalised and centred, with CTF and noise.
+        """Images of some rows, centred, then normalised, with CTF and noise.
 
-        The following ones are read while these are worked on.
+        What lies outside a particle is told once it is in the middle. The following images are
+        read while these are worked on.
         """
         geometry, box, device = self.geometry, self.geometry.box, self.outside.device
         self.images.expect(following.numpy())
         images = torch.from_numpy(self.images.images(rows.numpy()))
         refuse_unfit(self.images.particles, rows, images)
-        images = taken_to(images, device)
+        images, rest = centred_images(taken_to(images, device), self.offsets_px[rows])
         if geometry.normalised:
             images = normalised(images, self.outside)
             radius_px = geometry.diameter / 2 * box
             power = noise_powers_outside(images, radius_px, self.plane, self.unmixing)
         else:
+            images = levelled(images, self.outside)
             level = (geometry.noise_std * box) ** 2
             power = torch.full((len(rows), self.plane.n_shells), level, device=device)
         gain = None
         if self.optics is not None:
             optics, at = self.optics[rows].to(device), frequencies.to(device)
             gain = ctf(at, optics, box, geometry.pixel_size_angst)
-        images, rest = centred_images(images, self.offsets_px[rows])
         return MomentBatch(images, rest, gain, power)
 
 

@@ -30,7 +30,7 @@ from cryorecon.ranks import ALONE, Ranks
 from cryorecon.run.curves import FscCurve, write_fsc_star
 from cryorecon.run.device import own_device
 from cryorecon.run.image_checks import checksums
-from cryorecon.run.job import Job, Task, open_job, write_output_nodes
+from cryorecon.run.job import Job, Task, continue_command, open_job, write_output_nodes
 from cryorecon.run.load import map_like
 from cryorecon.run.moments.estimate import MomentsOptions, moments_of, resolve_geometry, state_path
 from cryorecon.run.moments.maps import on_images
@@ -199,7 +199,8 @@ def _fit_and_write(
         raise CryoreconError(
             trust.said,
             "See starts.star; average more particles, raise --starts or --set settling, fit "
-            "fewer radii, or write the best map all the same with --allow-ambiguous",
+            "fewer radii, or write the best map all the same: "
+            f"{continue_command(job.folder)} --allow-ambiguous",
         )
     trusted = _trusted(job, maps[0], geometry, trust)
     _write_result(job, trusted, best.density, geometry, trust)
@@ -296,7 +297,7 @@ def _trusted(job: Job, best: Tensor, geometry: MomentsGeometry, trust: Trust) ->
 
 
 def _label(trust: Trust) -> str:
-    return "" if trust.radius > 0 else "AMBIGUOUS: starts disagree; "
+    return "" if trust.radius > 0 else f"AMBIGUOUS: {trust.label}; "
 
 
 def _write_result(
@@ -327,12 +328,16 @@ def _compare_starts(
     geometry: MomentsGeometry,
     trust: Trust,
 ) -> None:
-    """FSC of the best start and the one, of those that fit as well, that is least like it."""
+    """FSC of the best start and the one, of those that fit as well, that is least like it.
+
+    If none does, of the next one.
+    """
     if len(maps) > 1:
         as_good = {k: agreed for k, agreed in enumerate(agreement) if k > 0 and agreed is not None}
         other = min(as_good, key=lambda k: as_good[k]) if as_good else 1
         values = fsc_curve(maps[other], maps[0])
-        what = f"{_label(trust)}the two least alike of the best starts, no half maps"
+        pair = "the two least alike of the best starts" if as_good else "the two best starts"
+        what = f"{_label(trust)}{pair}, no half maps"
         curve = FscCurve(values, geometry.box, geometry.pixel_size_angst, what, aligned=True)
         write_fsc_star(job.path("fsc.star"), curve, 0.5)
         save_figure(fsc_figure({what: curve}, [0.5]), job.path("fsc.png"))

@@ -30,10 +30,13 @@ class Trust:
         To which the map can be trusted, in cycles per particle box; 0 if it cannot.
     said : str
         Why not as far as the moments were fitted; empty if so far.
+    label : str
+        The same in a few words, of a map that cannot be trusted.
     """
 
     radius: float
     said: str
+    label: str = ""
 
     @staticmethod
     def of(
@@ -51,11 +54,11 @@ class Trust:
         worst = max(best.misfit, best.lower)
         if worst > _EXPLAINED:
             said = f"No start explains the moments: misfit {worst:.3g}, 1 within their errors"
-            return Trust(0.0, said)
+            return Trust(0.0, said, "no start explains the moments")
         known = [agreed for agreed in agreement[1:] if agreed is not None]
         if not known:
             said = "No second start fits the moments as well as the best: it cannot be checked"
-            return Trust(0.0, said)
+            return Trust(0.0, said, "no second start fits as well")
         least = min(known)
         if least >= radius:
             return Trust(float(radius), "")
@@ -63,7 +66,8 @@ class Trust:
         fitted = f"starts that fit them equally well agree to {reach}, not to the "
         fitted += f"{geometry.side_angst / radius:.0f} A that were fitted"
         if least < _LEAST_TRUSTED or len(known) < _LEAST_OTHERS:
-            return Trust(0.0, f"The moments do not determine the map: {fitted}")
+            said = f"The moments do not determine the map: {fitted}"
+            return Trust(0.0, said, "starts disagree")
         return Trust(least, f"The moments determine the map in part: {fitted}")
 
 

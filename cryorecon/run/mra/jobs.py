@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import math
@@ -25,7 +26,13 @@ from cryorecon.engines.mra.problem import (
     estimate_noise_std,
     moment_errors,
 )
-from cryorecon.engines.mra.solvers import DirectConfig, Solution, solve_direct, solve_spectral
+from cryorecon.engines.mra.solvers import (
+    DirectConfig,
+    Solution,
+    raised,
+    solve_direct,
+    solve_spectral,
+)
 from cryorecon.engines.mra.training import (
     EncoderPair,
     Training,
@@ -42,6 +49,9 @@ from cryorecon.run.plots import save_figure
 Method = Literal["spectral", "direct", "encoder"]
 Progress = Callable[[int, int], None]
 _MODEL, _CHECKPOINT, _FIGURES = "encoder.safetensors", "checkpoint.pt", "training.json"
+_LOG = "training.csv"
+_SOLUTION = tuple(f"{name}.npy" for name in ("signal", "density"))
+_SOLUTION = (*_SOLUTION, *(f"solution.{kind}" for kind in ("csv", "png", "json")))
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
@@ -74,10 +84,16 @@ class Solved:
     figures: dict[str, Any]
 
 
-def read_moments(
-    path: Path, noise_std: float | None, progress: Progress
-) -> tuple[ShiftMoments, dict[str, Any]]:
-    """Moments of a file of observations, and what was found on the way.
+def read_sums(
+    path: Path, noise_std: float | None, progress: Progress, *, centred: bool
+) -> tuple[ShiftMomentSums, dict[str, Any]]:
+    """Sums over a file of observations, and what was found on the way.
+
+    Parameters
+    ----------
+    centred : bool
+        Less a constant, near the mean of all values: a problem as good as the given one, whose
+        moments do not drown in what noise makes of a baseline.
 
     Raises
     ------
@@ -87,21 +103,29 @@ def read_moments(
     file = ObservationFile(path)
     sums = ShiftMomentSums(file.points)
     for block in file.blocks():
-        sums.add(torch.from_numpy(block))
+        values = torch.from_numpy(block)
+        if centred and sums.count == 0:
+            sums.baseline = float(values.double().mean())
+        sums.add(values)
         progress(sums.count, file.count)
     found: dict[str, Any] = {"observations": file.count, "points": file.points}
     source = "given"
     if noise_std is None:
         noise_std, dimensions = estimate_noise_std(sums.raw_second(), sums.count)
         if not dimensions:
+            few = file.count < 4 * file.points
+            why = (
+                f"{file.count} observations are few for {file.points} points"
+                if few
+                else f"it fills all {file.points} dimensions or comes without noise"
+            )
             raise CryoreconError(
-                f"{path}: the noise cannot be told from the signal, which fills all "
-                f"{file.points} dimensions or comes without noise",
+                f"{path}: the noise cannot be told from the signal: {why}",
                 "Give its standard deviation with --noise-std",
             )
         source = f"mean of the {dimensions} smallest eigenvalues of the second moment"
     found |= {"noise_std": noise_std, "noise_std_source": source}
-    return sums.moments(noise_std), found
+    return sums, found
 
 
 def solve_file(
@@ -127,11 +151,14 @@ def solve_file(
     Raises
     ------
     CryoreconError
-        See `read_moments` and `load_encoders`; also if the encoder is for another length or the
+        See `read_sums` and `load_encoders`; also if the encoder is for another length or the
         moments hold no signal.
     """
     pair = load_encoders(model) if method == "encoder" and model is not None else None
-    target, found = read_moments(path, noise_std, progress)
+    _remove(folder, *_SOLUTION)
+    # Encoders have learned from signals as they are.
+    sums, found = read_sums(path, noise_std, progress, centred=pair is None)
+    target = sums.moments(found["noise_std"])
     if pair is not None and pair.config.encoder.n != found["points"]:
         raise CryoreconError(
             f"{model} reads {pair.config.encoder.n} points, {path} has {found['points']}",
@@ -139,7 +166,7 @@ def solve_file(
         )
     _require_signal(target, path)
     if method == "spectral":
-        solution = solve_spectral(target)
+        solution = raised(solve_spectral, target)
     elif method == "direct":
         solution = solve_direct(target, torch.Generator().manual_seed(seed), direct)
     elif pair is not None:
@@ -148,6 +175,8 @@ def solve_file(
         raise CryoreconError("Method encoder needs a trained model", "Give --model DIR")
     if not bool(solution.signal.any()):
         raise _no_signal(path, "the signal that fits the moments best is 0 everywhere")
+    solution = dataclasses.replace(solution, signal=solution.signal + sums.baseline)
+    target = target.plus(sums.baseline)
     errors = moment_errors(solution.signal, solution.density, target)
     figures = {
         "program": f"cryorecon {__version__}",
@@ -163,6 +192,12 @@ def solve_file(
     }
     write_solution(folder, solution, figures)
     return Solved(solution, figures)
+
+
+def _remove(folder: Path, *names: str) -> None:
+    """What is left of an earlier call, which the one that begins may not replace."""
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
 
 
 def _require_signal(target: ShiftMoments, path: Path) -> None:
@@ -231,6 +266,8 @@ def train_encoders(
     """
     training = _resumed(folder, config) if resume else Training(config)
     make_folder(folder)
+    if not resume:
+        _remove(folder, _MODEL, _FIGURES, _LOG, _CHECKPOINT)
     total = config.epochs * config.steps_per_epoch
     running = torch.zeros(2, dtype=torch.float64)
     while training.step < total:
@@ -246,13 +283,10 @@ def train_encoders(
         if training.step % config.steps_per_epoch == 0:
             means = (running / config.steps_per_epoch).tolist()
             running.zero_()
-            if training.epoch % checkpoint_every == 0 or training.step == total:
-                # In memory first: a full disk is then an error of the disk, not of the format.
-                state = io.BytesIO()
-                torch.save(training.state(), state)
-                with replacing(folder / _CHECKPOINT) as temporary:
-                    temporary.write_bytes(state.getvalue())
+            # Before the checkpoint: a continued training repeats an epoch, and replaces its line.
             _log(folder, training.epoch, means)
+            if training.epoch % checkpoint_every == 0 or training.step == total:
+                _keep(training, folder)
     save_encoders(training.pair, folder)
     signal, density = held_out_errors(training.pair, test_pairs, config.seed + 1)
     blind = errors_of_the_mean(config, test_pairs, config.seed + 2)
@@ -271,11 +305,20 @@ def train_encoders(
     return figures
 
 
+def _keep(training: Training, folder: Path) -> None:
+    # In memory first: a full disk is then an error of the disk, not of the format.
+    state = io.BytesIO()
+    torch.save(training.state(), state)
+    with replacing(folder / _CHECKPOINT) as temporary:
+        temporary.write_bytes(state.getvalue())
+
+
 def _log(folder: Path, epoch: int, losses: list[float]) -> None:
     """A line an epoch; lines of epochs that a continued training repeats are replaced."""
-    path = folder / "training.csv"
-    lines = path.read_text("utf-8").splitlines()[:epoch] if path.is_file() and epoch > 1 else []
-    lines = lines or ["epoch,signal_loss,density_loss"]
+    path, lines = folder / _LOG, ["epoch,signal_loss,density_loss"]
+    if path.is_file():
+        found = path.read_text("utf-8").splitlines()[1:]
+        lines += [line for line in found if int(line.split(",")[0]) < epoch]
     with replacing(path) as temporary:
         temporary.write_text(
             "\n".join([*lines, f"{epoch},{losses[0]:.6g},{losses[1]:.6g}"]) + "\n", "utf-8"
@@ -288,12 +331,12 @@ def _resumed(folder: Path, config: TrainingConfig) -> Training:
         training = Training.from_state(torch.load(path, weights_only=True))
     except Exception as error:
         raise CryoreconError(
-            f"{path} is no checkpoint of this version", "Begin anew with --overwrite"
+            f"{path} is no checkpoint of this version", "Begin anew in another folder"
         ) from error
     if training.config != config:
         raise CryoreconError(
             f"{path} is of a training with other settings",
-            "Repeat the options of the first call, or begin anew with --overwrite",
+            "Repeat the options of the first call, or begin anew in another folder",
         )
     return training
 

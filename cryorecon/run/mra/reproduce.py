@@ -24,6 +24,7 @@ from cryorecon.engines.mra.problem import (
 )
 from cryorecon.engines.mra.solvers import Solution, solve_direct, solve_spectral
 from cryorecon.engines.mra.training import EncoderPair, TrainingConfig, draw_pairs, held_out_errors
+from cryorecon.errors import CryoreconError
 from cryorecon.run.fit_image import Row, write_table
 from cryorecon.run.mra.jobs import load_encoders, train_encoders
 from cryorecon.run.plots import save_figure
@@ -82,6 +83,11 @@ def table_1(
             resume = (place / "checkpoint.pt").is_file()
             train_encoders(training, place, resume, 1, progress)
         pair = load_encoders(place)
+        if pair.config != training:
+            raise CryoreconError(
+                f"{place} holds an encoder of a training with other settings",
+                "Repeat the options of the first call, or choose another folder",
+            )
         signal, density = held_out_errors(pair, config.test_pairs, config.seed + 1)
         row: Row = {"gaussians": gaussians, "pairs_seen": training.pairs * training.epochs}
         row |= {"signal": float(signal.mean()), "signal_median": float(signal.median())}
