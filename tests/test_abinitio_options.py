@@ -220,9 +220,9 @@ def test_images_read_again_give_the_same_map(few, tmp_path):
 
 
 def test_particles_at_the_offset_limit_are_reported(few, tmp_path):
-    options = AbinitioOptions(offset_range_angst=0.1, engine=TINY)
+    options = AbinitioOptions(offset_range_angst=2.0, engine=TINY)
     abinitio(few / "particles.star", tmp_path / "job", options, QUIET)
-    assert "at the limit of 0.1 A" in log_of(tmp_path / "job")
+    assert "at the limit of 2.0 A" in log_of(tmp_path / "job")
     assert "give a larger --offset-range" in log_of(tmp_path / "job")
 
 

@@ -10,9 +10,9 @@ import torch
 from cryorecon.maps import contour
 from cryorecon.maps.align import mirror_map
 from cryorecon.maps.failures import (
+    at_limit,
     hollowness,
     mass_at_rim,
-    share_at_limit,
     view_spread,
     whiteness,
 )
@@ -79,7 +79,9 @@ def test_view_spread_counts_directions_and_their_opposites(generator):
 
 def test_share_at_the_limit():
     lengths = torch.tensor([0.0, 4.0, 4.6, 5.0])
-    assert share_at_limit(lengths, 5.0, 1.0) == 0.5
+    assert at_limit(lengths, 5.0, 1.0).double().mean() == 0.5
+    # Nothing was searched: nothing lies at its limit.
+    assert not at_limit(lengths, 0.4, 1.0).any()
 
 
 def test_a_good_map_warns_of_nothing(molecule_32, generator):

@@ -58,6 +58,26 @@ def test_a_device_stays_one() -> None:
         written(Path("/dev/full"))
 
 
+@pytest.mark.parametrize("kind", ["append", "write", "pipe"])
+def test_an_open_stream_gets_what_is_written_where_it_is(tmp_path: Path, kind: str) -> None:
+    """The file behind a redirection is not replaced; what is printed goes on behind it."""
+    code = (
+        "from cryorecon.io.files import *; from pathlib import Path\n"
+        "print('before')\n"
+        "with replacing(Path('/dev/stdout')) as temporary: temporary.write_text('new\\n')\n"
+        "print('after')"
+    )
+    log = tmp_path / "log.txt"
+    log.write_text("old\n")
+    if kind == "pipe":
+        found = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True)
+        assert found.stdout == b"before\nnew\nafter\n"
+        return
+    with log.open("a" if kind == "append" else "w") as stream:
+        subprocess.run([sys.executable, "-c", code], stdout=stream, check=True)
+    assert log.read_text() == ("old\n" * (kind == "append")) + "before\nnew\nafter\n"
+
+
 def test_a_full_disk_is_told_where_torch_tells_another_thing() -> None:
     class Full(io.BytesIO):
         def write(self, data):

@@ -16,6 +16,7 @@ from cryorecon.engines.image_fit import (
     psnr_db,
     spectrum_change,
 )
+from cryorecon.errors import CryoreconError
 from cryorecon.networks.mfn import MfnConfig, ResidualMfn
 from cryorecon.networks.sape import Sape
 from cryorecon.run import fit_image as run_fit
@@ -117,6 +118,23 @@ def test_pictures_are_cut_square_and_halved(tmp_path):
     assert read_image(tmp_path / "a.png", 16)[1].shape == (16, 16, 3)
 
 
+def test_pictures_of_more_bits_are_read_to_scale(tmp_path):
+    """Pillow cuts them off at 255."""
+    grey = np.linspace(0, 1, 400).reshape(20, 20)
+    for name, values in (
+        ("a.png", (grey * 65535).astype(np.uint16)),
+        ("b.tif", (grey * 65535).astype(np.uint16)),
+        ("c.tif", grey.astype(np.float32)),
+        ("d.png", (grey * 255).round().astype(np.uint8)),
+    ):
+        Image.fromarray(values).save(tmp_path / name)
+        full = read_image(tmp_path / name, None)[1]
+        assert np.abs(full[..., 1].numpy() - grey).max() < 0.004
+    Image.fromarray(np.full((20, 20), 300, np.float32)).save(tmp_path / "e.tif")
+    with pytest.raises(CryoreconError, match="values from 300 to 300"):
+        read_image(tmp_path / "e.tif", None)
+
+
 def test_means_and_deviations_are_over_images():
     rows = [{"image": n, "method": "sape", "psnr_db": v} for n, v in (("a", 20.0), ("b", 22.0))]
     (line,) = summarise(rows)
@@ -144,6 +162,8 @@ def test_the_command_writes_pictures_and_tables(tmp_path):
         (("none.png",), "does not exist"),
         (("p.png", "--method", "siren"), "Unknown method siren"),
         (("p.png", "--size", "31"), "odd"),
+        (("p.png", "--learning-rate", "nan"), "not positive"),
+        (("p.png", "sub/p.png"), "would be written to one folder"),
         (("p.png", "--iterations", "3,x"), "not a list"),
         (("p.png", "--iterations", "3,3,3,3"), "too few frequencies for 4 scales"),
     ):

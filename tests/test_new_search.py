@@ -208,3 +208,11 @@ def test_copies_are_no_rivals_in_a_symmetric_map(tmp_path, generator, told):
         assert state.rivals.in_doubt() < 0.1
     else:
         assert state.rivals.in_doubt() > 0.9
+
+
+def test_few_rotations_are_enough_for_a_large_group(case, generator):
+    """A coarse grid leaves fewer candidates than a rung keeps."""
+    images, state, _ = case
+    state.group = symmetry_group("I").float()
+    reassign(state, images, replace(CONFIG, search_nside=1), fsc_curve, generator)
+    assert state.rotations.isfinite().all()

@@ -20,6 +20,7 @@ from cryorecon.engines.rmfn import RmfnConfig, scaled_to_images
 from cryorecon.io.mrc import read_map
 from cryorecon.io.particles import read_particles
 from cryorecon.physics.rotations import geodesic_distance_deg
+from cryorecon.physics.symmetry import symmetry_group
 from cryorecon.run.load import load_observations
 
 BOX, COUNT = 32, 60
@@ -66,6 +67,21 @@ def test_the_more_poses_are_likely_the_more_are_tried(tmp_path):
     assert tried == sorted(tried)
     assert tried[0] == 24
     assert tried[-1] == 200
+
+
+@pytest.mark.parametrize(("name", "nside"), [("C1", 4), ("D2", 5), ("O", 6), ("I", 7)])
+def test_a_symmetric_map_is_searched_on_a_finer_grid(tmp_path, name, nside):
+    """Of which one of all equal poses is tried: details are alike within a few degrees."""
+    images, truth, _ = observed(tmp_path, 1.0)
+    found = telling_grid(images, truth, CONFIG, 16.0, symmetry_group(name))
+    assert found.nside == nside
+    turn = torch.eye(3)
+    assert (
+        len(found.rotations(turn))
+        < len(telling_grid(images, truth, CONFIG, 16.0).rotations(turn)) * 1.1
+    )
+    coarse = telling_grid(images, truth, CONFIG, CONFIG.assign_band(BOX), symmetry_group(name))
+    assert coarse.nside == 4
 
 
 @pytest.mark.parametrize("chosen", [COARSE, FINER])

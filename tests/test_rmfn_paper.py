@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
-from conftest import simulated
+from conftest import cryorecon, simulated
 from rich.console import Console
 
 from cryorecon.conventions import euler_to_matrix
 from cryorecon.engines.observations import Observations
 from cryorecon.engines.rmfn_paper import PaperConfig, PaperProtocol, gaussian_filtered, perturbed
-from cryorecon.io.mrc import read_map
+from cryorecon.errors import CryoreconError
+from cryorecon.io.mrc import read_map, stack_writer
 from cryorecon.io.particles import read_particles
+from cryorecon.io.star import read_star, write_star
 from cryorecon.maps.poses import compare_pose_sets
 from cryorecon.physics.fourier import half_plane, max_band
 from cryorecon.physics.rotations import geodesic_distance_deg, random_rotations
@@ -84,6 +89,55 @@ def test_few_poses_move_while_the_structure_sees_many_images(stack, generator, m
         assert torch.equal(all_rows[: len(own)], own)
 
 
+def test_black_particles_are_made_white(stack, tmp_path):
+    """Only positive density is kept: without that, the map stays empty."""
+    particles = read_particles(stack / "particles.star")
+    with stack_writer(tmp_path / "black.mrcs", particles.box, particles.pixel_size_angst) as black:
+        black.append(-particles.images(np.arange(len(particles))))
+    tables = read_star(stack / "particles.star")
+    names = [f"{k + 1}@{tmp_path / 'black.mrcs'}" for k in range(len(particles))]
+    tables["particles"] = tables["particles"].assign(rlnImageName=names)
+    write_star(tmp_path / "black.star", tables)
+    config = PaperConfig(epochs=(2, 0, 0), batch=200, width=16, structure_steps=2, pose_steps=2)
+    options, quiet = PaperOptions(engine=config, seed=1), Console(quiet=True)
+    abinitio_perturbed(stack / "particles.star", tmp_path / "white", options, quiet)
+    abinitio_perturbed(tmp_path / "black.star", tmp_path / "job", options, quiet)
+    found, expected = (read_map(tmp_path / j / "scale1.mrc").data for j in ("job", "white"))
+    np.testing.assert_allclose(found, expected, atol=1e-3 * expected.max())
+    assert "BLACK ON WHITE" in (tmp_path / "job" / "run.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"epochs": ()}, "No training has epochs"),
+        ({"epochs": (0, 0)}, "No training has epochs"),
+        ({"batch": 0}, "batches and steps of 0"),
+        ({"epochs": (1,) * 6}, "have no 6 scales"),
+        ({"coarsest": 40}, "scales from 40 cycles"),
+    ],
+)
+def test_settings_that_make_no_training_are_refused_before_anything_is_written(
+    stack, tmp_path, changed, words
+):
+    options = PaperOptions(engine=replace(PaperConfig(), **changed))
+    with pytest.raises(CryoreconError, match=words):
+        abinitio_perturbed(stack / "particles.star", tmp_path / "j", options, Console(quiet=True))
+    wide = PaperOptions(diameter_angst=1000.0)
+    with pytest.raises(CryoreconError, match="does not fit the images"):
+        abinitio_perturbed(stack / "particles.star", tmp_path / "j", wide, Console(quiet=True))
+    assert not (tmp_path / "j").exists()
+
+
+def test_options_that_the_protocol_has_not_are_refused(stack, tmp_path):
+    done = cryorecon(
+        "abinitio-rmfn", stack / "particles.star", "-o", "j", "--init", "perturbed",
+        "--symmetry", "C7", "--box", 16, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "--init perturbed has no --symmetry, --box" in " ".join(done.stderr.split())
+
+
 def test_the_job_starts_from_the_files_poses_and_says_so(stack, tmp_path):
     star = stack / "particles.star"
     config = PaperConfig(epochs=(1, 1, 1), batch=200, width=16, structure_steps=1, pose_steps=2)
@@ -91,7 +145,7 @@ def test_the_job_starts_from_the_files_poses_and_says_so(stack, tmp_path):
     abinitio_perturbed(star, tmp_path / "job", options, Console(quiet=True))
     for name in ("scale1.mrc", "scale2.mrc", "scale3.mrc", "initial_model.mrc"):
         assert read_map(tmp_path / "job" / name).data.std() > 0
-    for name in ("pose_errors.png", "run_data.star", "RELION_JOB_EXIT_SUCCESS"):
+    for name in ("pose_errors.png", "run_data.star", "report.html", "RELION_JOB_EXIT_SUCCESS"):
         assert (tmp_path / "job" / name).exists()
     log = (tmp_path / "job" / "run.log").read_text()
     assert "45 to 90 degrees FROM THOSE IN" in log

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import typer
 
 from cryorecon.cli.abinitio_options import (
@@ -91,8 +93,10 @@ def abinitio_rmfn_command(
 
     No pose column of the STAR file is read. Half sets (rlnRandomSubset) are honoured. --init
     perturbed runs the published protocol instead, which starts 45 to 90 degrees from the poses
-    in the file; of the options it takes --diameter, --project, --seed, --set and --config.
+    in the file; of the options it takes --diameter, --contrast, --project, --seed, --set and
+    --config.
     """
+    given = dict(locals())
     del continue_job  # Then another function runs instead.
     # torch takes seconds to load: only when the command runs.
     from cryorecon.engines.rmfn import RmfnConfig
@@ -111,9 +115,10 @@ def abinitio_rmfn_command(
             raise typer.BadParameter("--init perturbed has no --dry-run")
         if device not in ("cpu", "auto"):
             raise typer.BadParameter("--init perturbed computes on the CPU")
+        _refuse_others(given)
         paper = with_settings(PaperConfig(), config, settings or [])
         prepare_folder(output, overwrite)
-        paper_options = PaperOptions(diameter, project, seed, paper)
+        paper_options = PaperOptions(diameter, project, seed, paper, contrast)
         abinitio_perturbed(particles, output, paper_options, told)
         print_job(output, json)
         return
@@ -147,3 +152,21 @@ def abinitio_rmfn_command(
         prepare_folder(output, overwrite, ranks)
         abinitio(particles, output, options, told, ranks=ranks)
     print_job(output, json)
+
+
+# What the published protocol listens to, or need not.
+_OF_PAPER = {
+    *("particles", "output", "init", "diameter", "contrast", "project", "device", "seed"),
+    *("threads", "settings", "config", "json", "overwrite", "continue_job", "dry_run"),
+}
+
+
+def _refuse_others(given: dict[str, object]) -> None:
+    parameters = inspect.signature(abinitio_rmfn_command).parameters
+    others = [
+        name for name, value in given.items()
+        if name not in _OF_PAPER and value != parameters[name].default
+    ]  # fmt: skip
+    if others:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in others)
+        raise typer.BadParameter(f"--init perturbed has no {names}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -88,6 +89,13 @@ def fit_image_command(
     if unknown:
         raise CryoreconError(f"Unknown method {unknown[0]}", f"Known: {', '.join(METHODS)}")
     config = _config(size, width, iterations, learning_rate)
+    named = {path.stem: path for path in reversed(images)}
+    other = next((path for path in images if named[path.stem] != path), None)
+    if other is not None:
+        raise CryoreconError(
+            f"{named[other.stem]} and {other} would be written to one folder, {other.stem}",
+            "Rename one, or give them one by one",
+        )
     chosen = [m for m in METHODS if not method or m in method]
     for path in images:
         read_image(path, size)
@@ -122,6 +130,8 @@ def _config(size: int | None, width: int, iterations: str, learning_rate: float)
 
     if size is not None and size % 2:
         raise CryoreconError(f"--size {size} is odd", "Give an even number")
+    if not 0 < learning_rate < math.inf:
+        raise CryoreconError(f"--learning-rate {learning_rate} is not positive", "Try 5e-3")
     try:
         return ImageFitConfig(tuple(map(int, iterations.split(","))), width, learning_rate)
     except ValueError as error:

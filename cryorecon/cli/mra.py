@@ -215,8 +215,9 @@ def train_command(
         with count_progress("Training", "batches") as bar:
             told = train_encoders(training, output, continued, 10_000, bar)
     except KeyboardInterrupt:
-        again = shlex.join(["cryorecon", *(a for a in sys.argv[1:] if a != "--continue")])
-        error_console.print(f"Go on with:\n{again} --continue", markup=False)
+        if (output / "checkpoint.pt").is_file():
+            again = shlex.join(["cryorecon", *(a for a in sys.argv[1:] if a != "--continue")])
+            error_console.print(f"Go on with:\n{again} --continue", markup=False)
         raise
     useless = [
         f"{what} {told[f'{what}_error_mean']:.4f} against {told[f'{what}_error_of_the_mean']:.4f}"

@@ -22,7 +22,7 @@ from cryorecon.engines.reconstruction import RefineConfig
 from cryorecon.engines.reverse_task import ReverseTask
 from cryorecon.engines.shrinking import ShrinkingBatch
 from cryorecon.engines.stream import Stream, read_ahead
-from cryorecon.networks.encoders import EncoderConfig, Kind, PoseEncoder
+from cryorecon.networks.encoders import LEAST_INPUT_PX, EncoderConfig, Kind, PoseEncoder
 from cryorecon.physics.fourier import max_band, shift_phases
 from cryorecon.physics.masks import Support
 from cryorecon.physics.projection import Transform, extract_slices
@@ -108,7 +108,7 @@ class AmortizedConfig(RefineConfig):
         """Side of the encoder's images in pixels."""
         if self.input_size:
             return self.input_size
-        least = 64 if self.encoder == "paper" else 8
+        least = max(8, LEAST_INPUT_PX[self.encoder])
         return max(least, 2 * int(self.band(box, 1.0)) + 4)
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
 from cryorecon.engines.observations import ImageSet
 from cryorecon.physics.fourier import radius_grid, to_coefficients
+
+Contrast = Literal["auto", "white", "black"]
 
 # The contrast counts as told from this many standard errors on.
 SURE = 4.0

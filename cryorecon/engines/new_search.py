@@ -147,7 +147,8 @@ class _Ladder:
         rungs = []
         for number, (share, least, n_steps) in enumerate(_RUNGS):
             band = low * (high / low) ** (number / (len(_RUNGS) - 1))
-            rungs.append(_Rung(band, max(least, round(share * grid.candidates)), n_steps))
+            most = min(grid.candidates, max(least, round(share * grid.candidates)))
+            rungs.append(_Rung(band, most, n_steps))
         return _Ladder(derivatives(reference, 2, high), rungs, group.to(reference))
 
     @property

@@ -273,10 +273,13 @@ def telling_grid(
         The same in all processes.
     """
     box = images.plane.box
-    coarse = config.assign_band(box)
+    coarse, order = config.assign_band(box), 1 if group is None else len(group)
+    # One of all equal poses is tried: so more of them can be, and must, where details are alike.
+    finer = min(order ** (1 / 6), max(1.0, limit / coarse))
+    coarse, nside = round(finer * coarse), round(finer * config.search_nside)
     bands = [coarse, *(min(round(further * coarse), max_band(box)) for further in _FINER)]
     bands = [band for band in bands if band == coarse or band <= limit]
-    finest = PoseGrid(bands[-1], config.search_nside + 1, group=group)
+    finest = PoseGrid(bands[-1], nside + 1, group=group)
     chosen = replace(finest, candidates=finest.among(torch.inf))
     for band in bands[: len(_FINER)]:
         poses = _likely_poses(images, volume, config, replace(chosen, band=band))

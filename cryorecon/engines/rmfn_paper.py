@@ -90,7 +90,8 @@ def gaussian_filtered(observations: Observations, band: float) -> Observations:
     return replace(within, coefficients=within.coefficients * gain, ctf=within.ctf * gain)
 
 
-def _bands(last: int, config: PaperConfig) -> tuple[int, ...]:
+def scale_bands(last: int, config: PaperConfig) -> tuple[int, ...]:
+    """Band of each scale in cycles per box, the last of them Nyquist's."""
     n = len(config.epochs)
     if config.coarsest == 0:
         return paper_bands(last, n)
@@ -120,7 +121,7 @@ class PaperProtocol:
     ) -> None:
         self.config, self.observations, self.generator = config, observations, generator
         self.rotations, self.offsets_px = rotations.clone(), offsets_px
-        self.bands = _bands(max_band(observations.plane.box), config)
+        self.bands = scale_bands(max_band(observations.plane.box), config)
         network = MfnConfig(self.bands, config.width)
         fit = FitConfig(learning_rate=config.structure_rate)
         self.map = NetworkMap(network, Support(config.diameter / 2), generator, fit)

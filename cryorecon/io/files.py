@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +39,8 @@ def make_folder(folder: Path) -> None:
         ) from error
 
 
+# Links that lead from one to the next, at most.
+_MOST_LINKS = 40
 # What a job, or all engines in turn, hold while they work in a folder.
 JOB_LOCK, METHODS_LOCK = "run.log", "methods.lock"
 # What every engine of `--method all` was told.
@@ -84,12 +87,12 @@ def replacing(path: str | Path) -> Iterator[Path]:
     CryoreconError
         If `path` is a directory, its folder is missing, or the disk is full.
     """
+    if _is_special(Path(path)):
+        yield from _poured(Path(path))
+        return
     path = Path(os.path.realpath(path))
     if path.is_dir():
         raise CryoreconError(f"{path} is a directory", "Give the name of a file to write")
-    if _is_special(path):
-        yield from _poured(path)
-        return
     if not path.parent.is_dir():
         raise CryoreconError(
             f"The folder {path.parent} does not exist",
@@ -112,16 +115,34 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def _is_special(path: Path) -> bool:
-    """Whether a pipe, a device or a socket has this name."""
-    return path.exists() and not path.is_file() and not path.is_dir()
+    """Whether a pipe, a device, or what this process has open, has this name."""
+    other = path.exists() and not path.is_file() and not path.is_dir()
+    return other or _descriptor(path) is not None
+
+
+def _descriptor(path: Path) -> int | None:
+    """The open stream that a name such as /dev/stdout or /dev/fd/9 leads to, if any."""
+    own = f"/proc/{os.getpid()}/fd"
+    for _ in range(_MOST_LINKS):
+        folder = os.path.realpath(path.parent)
+        if folder == own and path.name.isdecimal():
+            return int(path.name)
+        if not path.is_symlink():
+            return None
+        path = Path(folder) / path.readlink()
+    return None
 
 
 def _poured(path: Path) -> Iterator[Path]:
     with TemporaryDirectory() as folder:
         temporary = Path(folder) / path.name
         yield temporary
+        stream = _descriptor(path)
         try:
-            with temporary.open("rb") as source, path.open("wb") as sink:
+            # What was printed before comes first, and what will be goes on behind it.
+            sys.stdout.flush()
+            place = path if stream is None else os.dup(stream)
+            with temporary.open("rb") as source, open(place, "wb") as sink:
                 shutil.copyfileobj(source, sink)
         except OSError as error:
             raise CryoreconError(

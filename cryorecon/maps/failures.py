@@ -126,8 +126,10 @@ def view_spread(views: Tensor, weights: Tensor | None = None) -> float:
     return float(1 - cosine) / max(share, 1e-9)
 
 
-def share_at_limit(lengths: Tensor, limit: float, step: float) -> float:
-    """Share of in-plane offsets that are as long as was searched, within half a step.
+def at_limit(lengths: Tensor, limit: float, step: float) -> Tensor:
+    """Which in-plane offsets are as long as was searched, within half a step.
+
+    None of them where not even half a step was searched.
 
     Parameters
     ----------
@@ -135,7 +137,7 @@ def share_at_limit(lengths: Tensor, limit: float, step: float) -> float:
     limit, step : float
         In the same unit.
     """
-    return float((lengths > limit - step / 2).double().mean())
+    return (lengths > limit - step / 2) & (limit >= step / 2)
 
 
 def _shape(volume: Tensor) -> Tensor:

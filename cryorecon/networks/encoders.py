@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 Kind = Literal["dense", "small", "paper"]
+# Side of the images that each reads at least.
+LEAST_INPUT_PX: dict[Kind, int] = {"dense": 4, "small": 8, "paper": 64}
 
 _PAPER_CHANNELS = (64, 128, 256, 1024, 2048)
 _SMALL_CHANNELS = (16, 32, 64)
@@ -49,7 +51,7 @@ class EncoderConfig:
     shift_scale_angst: float = 5.0
 
     def __post_init__(self) -> None:
-        least = {"dense": 4, "small": 8, "paper": 64}[self.kind]
+        least = LEAST_INPUT_PX[self.kind]
         if self.input_size < least or self.heads < 1:
             raise ValueError(f"a {self.kind} encoder needs {least} px and a head, got {self}")
 

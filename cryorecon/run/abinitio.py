@@ -9,7 +9,6 @@ from rich.console import Console
 from torch import Tensor
 
 from cryorecon.engines.amortized import AmortizedConfig
-from cryorecon.engines.contrast import SURE, contrast_score
 from cryorecon.engines.observations import ImageSet
 from cryorecon.engines.reconstruction import Reconstruction, RefineConfig
 from cryorecon.engines.rmfn import RmfnConfig
@@ -17,13 +16,13 @@ from cryorecon.io.particles import Particles
 from cryorecon.ranks import ALONE, Ranks
 from cryorecon.run.abinitio_input import (
     AbinitioOptions,
-    Contrast,
     Prepared,
     given_mask,
     prepared,
     starting_map,
 )
 from cryorecon.run.amortized_stages import AmortizedStages
+from cryorecon.run.contrast import set_contrast
 from cryorecon.run.device import device_text, own_device
 from cryorecon.run.empty_shells import empty_text
 from cryorecon.run.half_sets import half_sets
@@ -95,7 +94,6 @@ def _run(job: Job, ready: Prepared, options: AbinitioOptions) -> None:
         state = _reconstruct(stages, images, half, rows, options, particles)
         if job.writes and isinstance(stages, AmortizedStages) and stages.read is not None:
             write_first_poses(job, particles, *stages.read)
-        report_poses(job, state, config, particles)
         return state
 
     def in_c1() -> Reconstruction:
@@ -109,6 +107,7 @@ def _run(job: Job, ready: Prepared, options: AbinitioOptions) -> None:
         state = stages.symmetrise(in_c1, images, options.symmetry.upper(), independent=apart)
     else:
         state = without_symmetry()
+    report_poses(job, state, config, particles)
     if job.writes:
         scales = [volume * factor for volume in stages.scale_maps(joint_map(state))]
         write_results(job, particles, scaled(state, factor), scales, options.halves, config)
@@ -127,7 +126,7 @@ def _read_images(
         images = load_observations(particles, config.diameter, lambda done, _: bar(done), *where)
     for text in empty_text(images, particles.pixel_size_angst):
         job.say(f"WARNING: {text}")
-    _set_contrast(job, images, config, options.contrast)
+    set_contrast(job, images, config.diameter, options.contrast)
     return images
 
 
@@ -182,23 +181,3 @@ def _first_map(
         start = starting_map(options.init_map, particles, stages.config.diameter)
         return stages.from_map(images, half, start)
     return stages.from_scratch(images, half)
-
-
-def _set_contrast(job: Job, images: ImageSet, config: RefineConfig, contrast: Contrast) -> None:
-    """Make particles white, and say what was found."""
-    score = contrast_score(images, config.diameter)
-    seen = "white on black" if score > 0 else "BLACK ON WHITE"
-    # Nor if it is NaN.
-    if not abs(score) >= SURE:
-        job.say(f"contrast cannot be told from the images ({score:.1f} standard errors)")
-        seen = "white on black"
-    else:
-        job.say(f"particles look {seen} ({abs(score):.0f} standard errors)")
-    if contrast != "auto":
-        given = "white on black" if contrast == "white" else "BLACK ON WHITE"
-        if given != seen:
-            job.say(f"WARNING: they are taken as {given}, as --contrast says")
-        seen = given
-    if seen != "white on black":
-        job.say("the CTF is inverted for the reconstruction; the map will be white on black")
-        images.gain.neg_()

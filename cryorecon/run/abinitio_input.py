@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from cryorecon.engines.amortized import AmortizedConfig
+from cryorecon.engines.contrast import Contrast
 from cryorecon.engines.reconstruction import RefineConfig
 from cryorecon.engines.rmfn import RmfnConfig
 from cryorecon.errors import CryoreconError
 from cryorecon.io.particles import Particles, read_particles
+from cryorecon.networks.encoders import LEAST_INPUT_PX
 from cryorecon.physics.masks import soft_ball
 from cryorecon.physics.resampling import resample_volume
 from cryorecon.ranks import ALONE, Ranks
@@ -25,7 +27,6 @@ from cryorecon.run.load import Keep, map_like
 from cryorecon.run.settings import point_group
 
 Halves = Literal["independent", "shared", "none"]
-Contrast = Literal["auto", "white", "black"]
 Assign = Literal["none", "read", "refine"]
 # Samples a side that a first map has at most, if nobody asks for more: a particle's width in 80 or
 # 100 parts. Time and memory grow as the cube.
@@ -110,21 +111,11 @@ def worked_box(stored_box: int, wanted: int | None) -> int:
 def _resolved(options: AbinitioOptions, particles: Particles) -> RmfnConfig | AmortizedConfig:
     side_angst = particles.box * particles.pixel_size_angst
     config = options.engine
+    if isinstance(config, AmortizedConfig):
+        _refuse_small_input(config)
     if options.diameter_angst is not None:
-        least = _LEAST_PIXELS * particles.pixel_size_angst
-        if not options.diameter_angst >= least:
-            raise CryoreconError(
-                f"A particle of {options.diameter_angst:g} A is no wider than "
-                f"{_LEAST_PIXELS} pixels of {particles.path}",
-                f"Give --diameter in angstrom, at least {least:.3g}",
-            )
-        if options.diameter_angst > 0.95 * side_angst:
-            raise CryoreconError(
-                f"A particle of {options.diameter_angst:g} A does not fit the images of "
-                f"{options.project or particles.path}, {side_angst:.0f} A wide",
-                "Give --diameter in angstrom, at most 0.95 of the box",
-            )
-        config = dataclasses.replace(config, diameter=options.diameter_angst / side_angst)
+        share = diameter_share(options.diameter_angst, particles)
+        config = dataclasses.replace(config, diameter=share)
     if options.offset_range_angst is not None:
         share = options.offset_range_angst / side_angst
         config = dataclasses.replace(config, offset_range=share, farthest_offset=share)
@@ -135,6 +126,40 @@ def _resolved(options: AbinitioOptions, particles: Particles) -> RmfnConfig | Am
             f"Give --offset-range in angstrom, from 0 to {side_angst / 2:.4g}",
         )
     return config
+
+
+def diameter_share(diameter_angst: float, particles: Particles) -> float:
+    """A particle's diameter as a share of the box side.
+
+    Raises
+    ------
+    CryoreconError
+        If it is no wider than a pixel or two, or does not fit the images.
+    """
+    side_angst = particles.box * particles.pixel_size_angst
+    least = _LEAST_PIXELS * particles.pixel_size_angst
+    if not diameter_angst >= least:
+        raise CryoreconError(
+            f"A particle of {diameter_angst:g} A is no wider than {_LEAST_PIXELS} pixels of "
+            f"{particles.path}",
+            f"Give --diameter in angstrom, at least {least:.3g}",
+        )
+    if diameter_angst > 0.95 * side_angst:
+        raise CryoreconError(
+            f"A particle of {diameter_angst:g} A does not fit the images of {particles.path}, "
+            f"{side_angst:.0f} A wide",
+            "Give --diameter in angstrom, at most 0.95 of the box",
+        )
+    return diameter_angst / side_angst
+
+
+def _refuse_small_input(config: AmortizedConfig) -> None:
+    least = LEAST_INPUT_PX[config.encoder]
+    if 0 < config.input_size < least or config.input_size < 0:
+        raise CryoreconError(
+            f"A {config.encoder} encoder does not read images of {config.input_size} px",
+            f"Give --input-size {least} or more",
+        )
 
 
 def _banded(

@@ -46,7 +46,7 @@ def read_image(path: str | Path, size: int | None) -> tuple[Tensor, Tensor]:
                 raise CryoreconError(
                     f"{path} has {opened.width} x {opened.height} pixels", "Give a smaller picture"
                 )
-            picture = opened.convert("RGB")
+            picture = _eight_bits(opened, path).convert("RGB")
     except CryoreconError:
         raise
     except Exception as error:
@@ -64,6 +64,21 @@ def read_image(path: str | Path, size: int | None) -> tuple[Tensor, Tensor]:
     train = full.resize((side // 2, side // 2), Image.Resampling.LANCZOS)
     half, whole = (torch.from_numpy(np.asarray(p, np.float32) / 255) for p in (train, full))
     return half, whole
+
+
+def _eight_bits(picture: Image.Image, path: Path) -> Image.Image:
+    """Grey values of more bits, which Pillow would cut off at 255."""
+    if picture.mode != "F" and not picture.mode.startswith("I"):
+        return picture
+    values = np.asarray(picture, np.float64)
+    most = 1.0 if picture.mode == "F" else 65535.0
+    if not (values.min() >= 0 and values.max() <= most):
+        raise CryoreconError(
+            f"{path} holds values from {values.min():g} to {values.max():g}, of which 0 to "
+            f"{most:g} can be shown",
+            "Give a picture of 8 or 16 bits, or scale it to 0 to 1",
+        )
+    return Image.fromarray((values / most * 255).round().astype(np.uint8))
 
 
 def write_picture(path: Path, values: Tensor) -> None:

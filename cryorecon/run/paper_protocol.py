@@ -6,22 +6,29 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
 from cryorecon.conventions import euler_to_matrix, matrix_to_euler, shell_to_angst
+from cryorecon.engines.contrast import Contrast
 from cryorecon.engines.observations import Observations
-from cryorecon.engines.rmfn_paper import PaperConfig, PaperProtocol, perturbed
+from cryorecon.engines.rmfn_paper import PaperConfig, PaperProtocol, perturbed, scale_bands
+from cryorecon.errors import CryoreconError
 from cryorecon.io.mrc import write_map
 from cryorecon.io.particles import Particles, read_particles
 from cryorecon.maps.poses import compare_pose_sets
+from cryorecon.physics.fourier import max_band
+from cryorecon.run.abinitio_input import diameter_share
 from cryorecon.run.checkpoint import Entry, broken
+from cryorecon.run.contrast import set_contrast
 from cryorecon.run.image_checks import checksums
 from cryorecon.run.job import Job, Task, open_job, write_output_nodes
 from cryorecon.run.load import load_observations
 from cryorecon.run.plots import map_figure, pose_error_figure, save_figure
+from cryorecon.run.report.page import report_at_end
 
 LEAST_DEG, MOST_DEG = 45.0, 90.0
 
@@ -36,12 +43,14 @@ class PaperOptions:
         Of the soft mask; default 0.9 of the box.
     project : Path, optional
         Folder that image paths are relative to.
+    contrast : "auto", "white" or "black"
     """
 
     diameter_angst: float | None = None
     project: Path | None = None
     seed: int = 0
     engine: PaperConfig = field(default_factory=PaperConfig)
+    contrast: Contrast = "auto"
 
 
 def abinitio_perturbed(
@@ -63,10 +72,11 @@ def abinitio_perturbed(
         If the file has no poses or cannot be used.
     """
     particles = read_particles(star, options.project)
-    side_angst = particles.box * particles.pixel_size_angst
     config = options.engine
     if options.diameter_angst is not None:
-        config = dataclasses.replace(config, diameter=options.diameter_angst / side_angst)
+        share = diameter_share(options.diameter_angst, particles)
+        config = dataclasses.replace(config, diameter=share)
+    _refuse_settings(config, particles.box)
     given = euler_to_matrix(torch.from_numpy(particles.euler_deg())).float()
     task = Task(
         "perturbed", Path(star), len(particles), config, options, options.seed, checksums(particles)
@@ -75,9 +85,27 @@ def abinitio_perturbed(
         job.say(f"poses start {LEAST_DEG:g} to {MOST_DEG:g} degrees FROM THOSE IN {star}")
         with job.bar("Reading", len(particles)) as bar:
             observations = load_observations(particles, config.diameter, lambda n, _: bar(n))
+        set_contrast(job, observations, config.diameter, options.contrast)
         run = _begin(particles, observations.whole(), config, given, options.seed)
         _train(job, run, particles)
         _write(job, run, particles, given)
+        report_at_end(job, particles)
+
+
+def _refuse_settings(config: PaperConfig, box: int) -> None:
+    """Settings that no training can be made with, before anything is written."""
+    epochs, steps = config.epochs, (config.batch, config.structure_steps, config.pose_steps)
+    if not epochs or min(epochs) < 0 or sum(epochs) == 0 or min(steps) < 1:
+        raise CryoreconError(
+            f"No training has epochs {list(epochs)}, batches and steps of {min(steps)}",
+            "Give --set epochs=[25,25,50], and batch, structure_steps and pose_steps of 1 or more",
+        )
+    bands = scale_bands(max_band(box), config) if config.coarsest >= 0 else ()
+    if len(bands) < len(epochs) or any(a >= b for a, b in pairwise(bands)):
+        raise CryoreconError(
+            f"Images of {box} px have no {len(epochs)} scales from {config.coarsest} cycles on",
+            "Give fewer --set epochs, or another coarsest",
+        )
 
 
 def _begin(

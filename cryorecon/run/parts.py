@@ -67,7 +67,8 @@ class Parts(ABC):
     first_with_image : Tensor, shape (n,), int64, optional
         First particle that shows the same image, of each; None if all images differ.
     axes_follow : bool
-        Whether a symmetric part follows the one that is going on.
+        Whether a symmetric part follows: poses are searched anew there alone, since what is found
+        in a map that is not symmetric yet are mostly copies.
     """
 
     job: Job
@@ -112,7 +113,8 @@ class Parts(ABC):
         if saved is not None and "state" in saved:
             state, place = self._unpack(saved, images)
         else:
-            state, place = begin(), Place()
+            state = begin()
+            place = Place(search_after=-1 if self.axes_follow else FIRST_NEW_SEARCH)
             self.part = part
             checkpoint.drop(*instead_of)
             self.save(state, images, place, force=True)

@@ -19,9 +19,6 @@ from cryorecon.run.parts import Parts, Place
 _ENOUGH_FOUND = 0.02
 # After so many rounds new searches go on only while one brings this share of the log-likelihood.
 _LONG, _STILL_RISING = 18, 0.01
-# Where a symmetric part with cheaper searches follows, they go on from the second on while one
-# brings this share: in a map that is not symmetric yet they mostly find copies.
-_RISING_TO_AXES = 0.05
 # What ``rounds.star`` puts before the stage's name: rounds are counted anew in each part.
 _IN_TABLE = {
     "half set 1": "half-set-1-",
@@ -37,9 +34,11 @@ class Refining(Parts):
 
     def refine(self, state: Reconstruction, images: ImageSet, place: Place) -> None:
         """Rounds against the half maps until they settle, then against the joint map."""
-        while not place.settled and place.number < self.config.half_rounds:
+        # A state of an older version may lie in the joint rounds.
+        while place.joint < 0 and not place.settled and place.number < self.config.half_rounds:
             if place.number == place.search_after:
-                again = self._search_if_worth_it(state, images, place)
+                share = self.search_again(state, images)
+                again = share > _ENOUGH_FOUND and self._worth_it(place)
                 place.search_after = place.number + 2 if again else -1
                 self.save(state, images, place)
             place.number += 1
@@ -50,18 +49,11 @@ class Refining(Parts):
             self.save(state, images, place)
         self.finish(state, images, place)
 
-    def _search_if_worth_it(self, state: Reconstruction, images: ImageSet, place: Place) -> bool:
-        """Search again, if axes are not to be looked for now; whether to do so once more.
-
-        Although many rounds are done, a hard set may still be won.
-        """
+    def _worth_it(self, place: Place) -> bool:
+        """Whether to search again, although many rounds are done: a hard set may still be won."""
         before, place.searched_at = place.searched_at, place.likelihood
-        rise = place.likelihood - before
-        if self.axes_follow and rise <= _RISING_TO_AXES * abs(before):
-            return False
-        found = self.search_again(state, images)
-        rising = rise > _STILL_RISING * abs(before)
-        return found > _ENOUGH_FOUND and (place.number < _LONG or rising)
+        rising = place.likelihood - before > _STILL_RISING * abs(before)
+        return place.number < _LONG or rising
 
     def finish(self, state: Reconstruction, images: ImageSet, place: Place) -> None:
         """Rounds against the map of all images."""

@@ -14,6 +14,7 @@ from cryorecon.engines.reconstruction import MANY_AT_LIMIT, Reconstruction, Refi
 from cryorecon.engines.rivals import MOST_IN_DOUBT
 from cryorecon.io.mrc import write_map
 from cryorecon.io.particles import Particles
+from cryorecon.maps.failures import at_limit
 from cryorecon.maps.fsc import MaskedFsc, crossing_shell, masked_fsc, without_mask_effect
 from cryorecon.physics.fourier import max_band
 from cryorecon.physics.masks import solvent_mask
@@ -92,7 +93,7 @@ def report_offsets(
     pixel = particles.pixel_size_angst
     length = state.offsets_px.norm(dim=-1) * pixel
     limit = state.searched_to(config) * particles.box * pixel
-    hits = int((length > limit - pixel / 2).sum())
+    hits = int(at_limit(length, limit, pixel).sum())
     job.say(
         f"particles lie {float(length.median()):.1f} A off centre (median); {hits} of "
         f"{len(length)} at the limit of {limit:.1f} A"

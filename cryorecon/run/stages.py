@@ -33,7 +33,7 @@ from cryorecon.run.refining import Refining
 # The axes are looked for where half maps agree by more than this; copies that correlate less are
 # doubtful.
 _SYMMETRY_FSC = 0.5
-_DOUBTFUL = 0.3
+_DOUBTFUL = 0.5
 # Images that the engines do not learn from: do they tell the map from nothing, by this many
 # standard errors?
 HELD_OUT = 200

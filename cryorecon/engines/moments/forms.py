@@ -21,6 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from cryorecon.engines.contrast import Contrast
 from cryorecon.physics.fourier import HalfPlane, half_plane
 from cryorecon.physics.gridding import Kernel
 from cryorecon.physics.polar import PolarGrid, PolarSlices, angles_needed
@@ -30,7 +31,6 @@ from cryorecon.physics.sphere import frames
 BOX_OVER_DIAMETER = 1.25
 
 Form = Literal["steerable", "full"]
-Contrast = Literal["auto", "white", "black"]
 
 
 @dataclass(frozen=True)

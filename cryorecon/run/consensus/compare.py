@@ -96,7 +96,7 @@ def consensus(
     if not jobs and inputs is None:
         raise _nothing(without)
     _refuse_options(jobs, options)
-    first, n_rows = _first_file(jobs[0]) if jobs else (Path(), 0)
+    first, n_rows = _first_file(jobs) if jobs else (Path(), 0)
     settings, seed = {"jobs": list(paths), "consensus": options}, options.seed
     task = Task("consensus", inputs or first, n_rows, settings, settings, seed)
     with open_job(output, console, task) as job:
@@ -139,10 +139,12 @@ def _run(
             job.say(f"{job.path(name)}")
 
 
-def _first_file(first: Candidate) -> tuple[Path, int]:
-    """What job.yaml names as input, and its rows."""
-    if first.poses is not None:
-        return first.path / POSES, len(first.poses.images)
+def _first_file(jobs: list[Candidate]) -> tuple[Path, int]:
+    """What job.yaml names as input, the first job's that has poses, and its rows."""
+    for job in jobs:
+        if job.poses is not None:
+            return job.path / POSES, len(job.poses.images)
+    first = jobs[0]
     return (first.path / MAP if first.path.is_dir() else first.path), 0
 
 

@@ -14,9 +14,9 @@ import psutil
 import torch
 from torch import Tensor
 
+from cryorecon.engines.contrast import Contrast
 from cryorecon.engines.moments.forms import (
     BOX_OVER_DIAMETER,
-    Contrast,
     Form,
     Moments,
     MomentsGeometry,

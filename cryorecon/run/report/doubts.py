@@ -15,9 +15,9 @@ from torch import Tensor
 from cryorecon.engines.reconstruction import MANY_AT_LIMIT
 from cryorecon.engines.rivals import MOST_IN_DOUBT, SURE
 from cryorecon.maps.failures import (
+    at_limit,
     hollowness,
     mass_at_rim,
-    share_at_limit,
     view_spread,
     whiteness,
 )
@@ -153,7 +153,7 @@ def offsets_at_limit(lengths_angst: Tensor, limit_angst: float, step_angst: floa
     """Particles that were found as far off centre as was searched."""
     return Finding(
         "Offsets at the limit",
-        share_at_limit(lengths_angst, limit_angst, step_angst),
+        float(at_limit(lengths_angst, limit_angst, step_angst).double().mean()),
         MANY_AT_LIMIT,
         "above",
         f"share of particles as far off centre as was searched, {limit_angst:.1f} A",

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cryorecon.conventions import euler_to_matrix
 from cryorecon.errors import CryoreconError
+from cryorecon.io.cryosparc import is_cryosparc_file, read_cryosparc
 from cryorecon.io.mrc import Map, read_map
 from cryorecon.io.particles import Particles, read_particles
 from cryorecon.io.star import numbers, read_star, star_blocks
@@ -261,6 +262,8 @@ def _settings(path: Path, text: str) -> dict[str, Any]:
 def _poses(path: Path) -> Poses:
     # Millions of rows are kept as compressed text: a report needs few of the columns.
     tables = (TextTable.gather(pieces) for _, pieces in star_blocks(path))
+    if is_cryosparc_file(path):
+        tables = (table for table in [read_cryosparc(path)[1]])
     table = next((found for found in tables if set(_ANGLES) <= set(found)), None)
     if table is None or len(table) == 0:
         raise CryoreconError(
@@ -294,7 +297,8 @@ def _check_one_job(
 ) -> None:
     """Refuse files that contradict each other."""
     remedy = "Keep one job's files in a directory; run the job again with --overwrite"
-    rows = settings.get("input_rows")
+    # Agreed poses are of the first job that agrees, whichever that is.
+    rows = None if settings.get("kind") == "consensus" else settings.get("input_rows")
     if rows is not None and poses is not None and rows != len(poses.rotations):
         raise CryoreconError(
             f"{poses.path} has {len(poses.rotations)} particles, the job of {folder / 'job.yaml'} "
