@@ -586,6 +586,8 @@ def test_estimates_grow_with_the_work(engine):
     assert cost(2000, 128).bytes > small.bytes
     assert cost(2000, 64, independent=True).cpu_s > small.cpu_s
     assert small.cpu_s < cost(2000, 64, others=1000).cpu_s < cost(4000, 64, others=1000).cpu_s
+    read = cost(2000, 64, others=100_000, refine_others=False).cpu_s
+    assert 10 < read - small.cpu_s < (cost(2000, 64, others=100_000).cpu_s - small.cpu_s) / 3
     assert 300 < cost(2000, 64, hard=True).cpu_s < 1000
     assert 900 < cost(10_000, 64, hard=True).cpu_s < 2000
     if isinstance(engine, AmortizedConfig):

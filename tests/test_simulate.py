@@ -223,6 +223,20 @@ def test_a_map_is_resampled_to_a_pixel_size(tmp_path, pixel):
     assert mine[1] == pytest.approx(moments[1], abs=0.3)
 
 
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"b_factor_angst2": 500.0}, "is a map and has no atoms"),
+        ({"keep_waters": True}, "is a map and has no atoms"),
+        ({"shift_angst": 500.0}, "500 A off the middle do not lie in images"),
+    ],
+)
+def test_options_that_a_map_cannot_follow_are_refused(tmp_path, changed, words):
+    with pytest.raises(CryoreconError, match=words):
+        simulate(GOLDEN / "map_32.mrc", tmp_path, SimulateConfig(n_particles=2, **changed))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_wrong_requests_are_named(tmp_path):
     with pytest.raises(CryoreconError, match=r"--snr is 0\. It must be positive"):
         SimulateConfig(snr=0)

@@ -33,6 +33,8 @@ _EPOCH, _SEARCHED, _SEARCHED_ON = 0.15, 0.35e-3, 0.8e-3
 _FINE_EPOCHS = 7
 # An image against all poses of the finer grid, as in the assignment; new searches, in which some of
 # these are refined besides.
+# Read by an encoder.
+_READ = 0.15e-3
 _ASSIGNED, _NEW_SEARCHES, _TRIED = 0.6e-3, 2, 1.0e-3
 # The same of a hard set, whose grids go farther and leave up to 200 poses to refine; an image in
 # one of the search's last epochs.
@@ -85,6 +87,7 @@ def abinitio_cost(
     others: int,
     hard: bool = False,
     stored_box: int = 0,
+    refine_others: bool = True,
 ) -> Cost:
     """Of a run of engine rmfn or amortized.
 
@@ -100,6 +103,8 @@ def abinitio_cost(
         Whether images hardly tell their poses, which only the job will find out.
     stored_box : int
         Of the images on disk, in which maps are written.
+    refine_others : bool
+        Whether these are refined, too, and not only read or searched once.
     """
     times = 2 if independent else 1
     if isinstance(config, RmfnConfig):
@@ -113,7 +118,9 @@ def abinitio_cost(
         searched = _HARD_SEARCHES * (_HARD_GRID * _wider(config) + _HARD_TRIED * _size(box))
     moved = rounds * _REFINED * _size(box) + searched if finish else 0.0
     solved = times * rounds * _SOLVED * (2 * box) ** 3
-    joined = others * (_ASSIGNED * _wider(config) + moved)
+    read = isinstance(config, AmortizedConfig) and not hard
+    joined = _READ if read else _ASSIGNED * _wider(config)
+    joined = others * (joined + (moved if refine_others else 0.0))
     seconds = _FIXED + times * begin.cpu_s + n * moved + solved + joined
     maps = max(_BY_VOXEL * box**3, _WRITTEN * stored_box**3)
     return Cost(seconds, max(begin.bytes, _PROGRAM + maps))

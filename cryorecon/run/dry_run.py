@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,12 +69,17 @@ def describe_abinitio(star: Path, options: AbinitioOptions, console: Console) ->
         say(f"{len(rows)} of the particles make the map, {others} join it")
     independent = options.halves == "independent"
     box, stored, n = particles.box, particles.stored_box, len(rows)
-    easy, hard = (
-        abinitio_cost(
-            config, n, box, independent=independent, others=others, hard=hard, stored_box=stored
-        )
-        for hard in (False, True)
+    cost = partial(
+        abinitio_cost,
+        config,
+        n,
+        box,
+        independent=independent,
+        others=others,
+        stored_box=stored,
+        refine_others=options.assign == "refine",
     )
+    easy, hard = cost(hard=False), cost(hard=True)
     held, place = _tell_images(len(particles), box, options.keep, torch.device(options.device), say)
     found |= {"warnings": list(ready.doubts), "map_particles": n, "images_held": place}
     return found | _tell_cost(easy, held, say, options.device, hard)

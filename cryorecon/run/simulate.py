@@ -81,6 +81,13 @@ def _set_scene(
     volume: Tensor, pixel_size_angst: float, config: SimulateConfig, seeds: list[int]
 ) -> _Scene:
     box, n = len(volume), config.n_particles
+    side_angst = box * pixel_size_angst
+    if config.shift_angst > side_angst / 2:
+        raise CryoreconError(
+            f"Particles {config.shift_angst:g} A off the middle do not lie in images "
+            f"{side_angst:.4g} A wide",
+            f"Give --offset-range of {side_angst / 2:.4g} at most, or a larger --box",
+        )
     # One generator per purpose: an option changes no draws but its own.
     views, origins, optics = (torch.Generator().manual_seed(seed) for seed in seeds)
     if config.view_clusters:

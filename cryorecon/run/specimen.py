@@ -50,6 +50,11 @@ def load_model(path: str | Path, config: SimulateConfig) -> tuple[Tensor, float]
 
 
 def _load_map(path: str | Path, config: SimulateConfig) -> tuple[Tensor, float]:
+    if config.b_factor_angst2 is not None or config.keep_hydrogens or config.keep_waters:
+        raise CryoreconError(
+            f"{path} is a map and has no atoms",
+            "Leave out --b-factor, --keep-hydrogens and --keep-waters, or give an atomic model",
+        )
     source = read_map(path)
     volume, pixel_size = torch.from_numpy(source.data), source.pixel_size_angst
     field_of_view = len(volume) * pixel_size
