@@ -269,6 +269,8 @@ def test_another_molecule_does_not_agree(
     out = tmp_path / "out"
     assert (out / "RELION_JOB_EXIT_FAILURE").exists()
     assert (out / "difference.png").exists()
+    for name in ("fsc.star", "fsc.xml"):
+        assert "NO AGREEMENT: plain and wrong" in (out / name).read_text()
     assert not (out / "initial_model.mrc").exists()
     assert not (out / "run_data.star").exists()
     tables = read_star(out / "agreement.star")
@@ -329,7 +331,9 @@ def test_one_map_and_failed_jobs_make_no_majority(tmp_path, stack, truth):
     consensus(paths, tmp_path / "out", allowed, QUIET)
     kept = read_map(tmp_path / "out" / "initial_model.mrc").data
     np.testing.assert_array_equal(kept, read_map(job / "initial_model.mrc").data)
-    assert "NO AGREEMENT" in (tmp_path / "out" / "run.log").read_text()
+    log = (tmp_path / "out" / "run.log").read_text()
+    assert "NO AGREEMENT" in log
+    assert "of the agreeing jobs" not in log
 
 
 def test_an_agreed_table_has_origins_in_one_unit(tmp_path):

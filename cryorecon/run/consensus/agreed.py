@@ -46,7 +46,7 @@ def write_agreed_map(
     else:
         reference = reference_of(frame)
         volume = jobs[reference].volumes.joint
-        title = f"NO AGREEMENT: the map of {jobs[reference].name}; hand unknown"
+        title = f"{verdict.mark}the map of {jobs[reference].name}; hand unknown"
         job.say(title)
     nodes = write_model(job, volume, pixel, RefineConfig(diameter=diameter), ends=True)
     save_figure(map_figure(volume.numpy(), pixel, title), job.path("map.png"))
@@ -57,11 +57,13 @@ def write_agreed_poses(
     job: Job,
     jobs: list[Candidate],
     frame: Frame,
-    members: list[int],
+    verdict: Verdict,
     within_deg: float,
     group: Tensor,
 ) -> bool:
     """All rows of the first agreeing job that has poses, in the common frame.
+
+    Without agreement of the job whose map is taken.
 
     Rows on which all agreeing jobs' poses lie within the limit get the mean of these; the others
     keep the first job's. rlnClassNumber is 1 for the former and 2 for the latter, so that other
@@ -72,6 +74,7 @@ def write_agreed_poses(
     bool
         Whether there were any poses.
     """
+    members = verdict.cluster if verdict.agreed else [reference_of(frame)]
     chosen = [(jobs[n], table, frame[n][0]) for n in members if (table := jobs[n].poses)]
     if not chosen:
         return False
@@ -90,9 +93,11 @@ def write_agreed_poses(
             f"{within_deg:g} degrees"
         )
     else:
-        job.say(f"of the agreeing jobs only {base.name} has poses: they are in {POSES}")
+        alone = "of the agreeing jobs only " if verdict.agreed else ""
+        job.say(f"{alone}{base.name} has poses: they are in {POSES}")
     _write_table(job, base, rotations, origins, columns)
-    save_figure(viewing_direction_figure(rotations, POSES), job.path("views.png"))
+    views = viewing_direction_figure(rotations, f"{verdict.mark}{POSES}")
+    save_figure(views, job.path("views.png"))
     return True
 
 

@@ -20,7 +20,6 @@ from cryorecon.run.consensus.pairs import Pairing, Verdict, all_pairs, judge
 from cryorecon.run.consensus.results import (
     Frame,
     in_one_frame,
-    reference_of,
     write_agreement,
     write_curves,
     write_pictures,
@@ -129,9 +128,8 @@ def _run(
     _draw(job, jobs, pairs, verdict, frame, mask)
     if not verdict.agreed and not options.allow_ambiguous:
         raise CryoreconError(_disagreement(pairs, verdict), _REMEDY)
-    members = verdict.cluster if verdict.agreed else [reference_of(frame)]
     nodes = write_agreed_map(job, jobs, frame, verdict, diameter)
-    if write_agreed_poses(job, jobs, frame, members, options.within_deg, group):
+    if write_agreed_poses(job, jobs, frame, verdict, options.within_deg, group):
         nodes[POSES] = 3
     write_output_nodes(job.folder, nodes)
     for name in ("agreement.star", "fsc.png", "slices.png", "difference.png", *nodes):
@@ -167,7 +165,7 @@ def _draw(
         return
     shown = verdict.limiting if verdict.agreed else None
     shown = shown or min(pairs, key=lambda pair: pair.resolution_angst)
-    write_curves(job, jobs, pairs, shown, mask)
+    write_curves(job, jobs, pairs, shown, mask, verdict.mark)
     gain = torch.ones(jobs[0].box // 2 + 1, dtype=torch.float64)
     reach = min(shown.resolution_angst, verdict.needed_angst)
     gain[int(angst_to_shell(reach, jobs[0].box, jobs[0].pixel_size_angst)) + 1 :] = 0

@@ -148,6 +148,11 @@ class Verdict:
     limiting: Pairing | None
 
     @property
+    def mark(self) -> str:
+        """What labels begin with where no majority agrees."""
+        return "" if self.agreed else "NO AGREEMENT: "
+
+    @property
     def agreed(self) -> bool:
         """Whether more than half of the voters agree, and two at least."""
         return len(self.cluster) >= 2 and 2 * len(self.cluster) > len(self.voters)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pandas as pd
 import torch
@@ -110,12 +111,21 @@ def _pair_row(pair: Pairing, verdict: Verdict, within_deg: float) -> dict[str, o
 
 
 def write_curves(
-    job: Job, jobs: list[Candidate], pairs: list[Pairing], shown: Pairing, mask: Tensor
+    job: Job, jobs: list[Candidate], pairs: list[Pairing], shown: Pairing, mask: Tensor, mark: str
 ) -> None:
-    """FSC of the pair that limits the agreement as files; of all pairs, and half maps, drawn."""
-    write_fsc_star(job.path("fsc.star"), shown.curve, shown.maps.threshold)
-    write_fsc_xml(job.path("fsc.xml"), shown.curve)
-    curves = {f"{pair.names[0]} and {pair.names[1]}, {pair.kind}": pair.curve for pair in pairs}
+    """FSC of the pair that limits the agreement as files; of all pairs, and half maps, drawn.
+
+    Parameters
+    ----------
+    mark : str
+        What every label begins with, if anything.
+    """
+    told = replace(shown.curve, maps=f"{mark}{shown.curve.maps}")
+    write_fsc_star(job.path("fsc.star"), told, shown.maps.threshold)
+    write_fsc_xml(job.path("fsc.xml"), told)
+    curves = {
+        f"{mark}{pair.names[0]} and {pair.names[1]}, {pair.kind}": pair.curve for pair in pairs
+    }
     for found in jobs:
         if found.volumes.halves is not None:
             values = fsc_curve(*found.volumes.halves, mask)
