@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 import typer
+import yaml
 from chromium import PATH, open_page
 from rich.console import Console
 from typer.testing import CliRunner
@@ -31,12 +32,13 @@ from cryorecon.run.abinitio import abinitio
 from cryorecon.run.abinitio_input import AbinitioOptions
 from cryorecon.run.checkpoint import Checkpoint
 from cryorecon.run.curves import FscCurve, read_fsc_star, write_fsc_star
+from cryorecon.run.export import to_cryosparc
 from cryorecon.run.job import Job, Task, add_output_node, open_job, write_output_nodes
 from cryorecon.run.report import page as report
 from cryorecon.run.report import particles as report_particles
 from cryorecon.run.report.charts import likelihood_histogram
 from cryorecon.run.report.doubts import findings
-from cryorecon.run.report.inputs import read_job
+from cryorecon.run.report.inputs import read_job, read_single_map
 from cryorecon.run.report.particles import example_particles
 from cryorecon.run.report.pictures import sphere_picture
 from cryorecon.run.report.surface import shaded_views, surface_mesh
@@ -392,6 +394,26 @@ def test_the_command_takes_a_map_of_any_program(short, job, tmp_path):
     assert "theirs.mrc" in text
     assert "image and prediction correlate" in text
     assert (tmp_path / "theirs_report.pdf").exists()
+
+
+def test_poses_of_a_map_may_come_from_cryosparc(job, tmp_path):
+    particles = read_particles(job / "run_data.star")
+    to_cryosparc(particles, tmp_path / "p.cs", flip=False, overwrite=False)
+    found = read_single_map(job / "initial_model.mrc", tmp_path / "p.cs").poses
+    expected = read_job(job).poses
+    assert torch.allclose(found.rotations, expected.rotations, atol=1e-5)
+    assert torch.allclose(found.origins_angst, expected.origins_angst, atol=1e-4)
+
+
+def test_agreed_poses_may_be_of_another_job_than_the_first(short, copy):
+    """A consensus that begins with a map, or with a job that is outvoted."""
+    record = yaml.safe_load((copy / "job.yaml").read_text("utf-8"))
+    (copy / "job.yaml").write_text(yaml.safe_dump({**record, "input_rows": 0}))
+    with pytest.raises(CryoreconError, match="has 600 particles"):
+        report.write_report(copy)
+    agreed = {**record, "input_rows": 0, "kind": "consensus"}
+    (copy / "job.yaml").write_text(yaml.safe_dump(agreed))
+    report.write_report(copy)
 
 
 def test_a_job_of_moments_shows_what_it_has(short, job, tmp_path):
