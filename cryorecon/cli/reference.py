@@ -23,7 +23,8 @@ Made from the program's own help by `python -m cryorecon.cli.reference`.
 `--help-all` also the options that are rarely needed, marked * here. Units are in brackets.
 `cryorecon --install-completion` teaches the shell to complete commands and options.
 
-**Scripts.** With `--json` a command prints one JSON object on stdout, and all messages on stderr.
+**Scripts.** With `--json` a command prints one JSON object on stdout (a dry run of all
+engines one each), and all messages on stderr.
 Where the output is no terminal there are no progress bars and no colours; nor are there colours
 where `NO_COLOR` is set. Exit status: 0 done, 1 failed, 2 wrong usage, 3 interrupted.
 
