@@ -80,6 +80,9 @@ def test_options_of_another_method_are_refused(cryorecon, observed, tmp_path):
 def test_nothing_of_an_earlier_call_is_left_by_one_that_fails(cryorecon, observed, tmp_path):
     out, model = tmp_path / "out", tmp_path / "model"
     assert cryorecon("mra", "solve", observed[0], "-o", out)[0] == 0
+    # A name that was misspelt costs nothing.
+    assert cryorecon("mra", "solve", tmp_path / "none.npy", "-o", out, "--overwrite")[0] == 1
+    assert len(list(out.iterdir())) == 5
     np.save(tmp_path / "noise.npy", np.random.default_rng(1).normal(size=(5000, 32)))
     assert cryorecon("mra", "solve", tmp_path / "noise.npy", "-o", out, "--overwrite")[0] == 1
     assert list(out.iterdir()) == []

@@ -155,7 +155,6 @@ def solve_file(
         moments hold no signal.
     """
     pair = load_encoders(model) if method == "encoder" and model is not None else None
-    _remove(folder, *_SOLUTION)
     # Encoders have learned from signals as they are.
     sums, found = read_sums(path, noise_std, progress, centred=pair is None)
     target = sums.moments(found["noise_std"])
@@ -164,6 +163,8 @@ def solve_file(
             f"{model} reads {pair.config.encoder.n} points, {path} has {found['points']}",
             "Train an encoder for this length or choose another method",
         )
+    # Not before: a file that cannot be read takes nothing away.
+    _remove(folder, *_SOLUTION)
     _require_signal(target, path)
     if method == "spectral":
         solution = raised(solve_spectral, target)
