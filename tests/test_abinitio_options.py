@@ -13,6 +13,7 @@ from conftest import MODEL, cryorecon, simulated, trimer_stack
 from rich.console import Console
 
 from cryorecon.conventions import euler_to_matrix
+from cryorecon.engines import new_search
 from cryorecon.engines.contrast import contrast_score
 from cryorecon.engines.rmfn import RmfnConfig
 from cryorecon.engines.rounds import refine_round
@@ -27,7 +28,7 @@ from cryorecon.physics.fourier import lowpass
 from cryorecon.physics.masks import soft_ball
 from cryorecon.physics.rotations import exp_map, geodesic_distance_deg
 from cryorecon.physics.symmetry import symmetry_group
-from cryorecon.run import load, refining, stages
+from cryorecon.run import independent_halves, load, refining, stages
 from cryorecon.run.abinitio import abinitio
 from cryorecon.run.abinitio_input import AbinitioOptions, prepared
 from cryorecon.run.load import load_observations
@@ -127,9 +128,14 @@ def test_particles_that_show_one_image_share_a_quarter(large, tmp_path, monkeypa
     assert abs(int(of_image[:, 0].sum()) - len(of_image) / 2) < 1
 
 
+def one_trial(monkeypatch):
+    fewer = functools.partial(independent_halves.chance_fsc, n_trials=1)
+    monkeypatch.setattr(independent_halves, "chance_fsc", fewer)
+
+
 def test_independent_halves_from_scratch(large, tmp_path, monkeypatch):
     # How much agreement chance brings is for test_chance.py: one trial here.
-    monkeypatch.setattr(stages, "chance_fsc", functools.partial(stages.chance_fsc, n_trials=1))
+    one_trial(monkeypatch)
     options = AbinitioOptions(halves="independent", engine=SHORT)
     abinitio(large / "particles.star", tmp_path / "job", options, QUIET)
     assert "half set 2 moved onto half set 1" in log_of(tmp_path / "job")
@@ -324,6 +330,34 @@ def test_symmetry_makes_half_maps_from_poses_before_the_joint_rounds(trimer, tmp
     before, after = seen[at - 1][1], seen[at][1]
     turns = before.transpose(-1, -2) @ after
     assert geodesic_distance_deg(turns, turns[:1]).max() < 0.1
+
+
+def test_symmetric_half_sets_stay_apart(trimer, tmp_path, monkeypatch, coarse_alignment):
+    """Poses are searched anew in symmetric maps, and in each half set's own ones."""
+    one_trial(monkeypatch)
+    seen = []
+
+    def spy(state, images, *args):
+        seen.append((len(state.group), images.rows))
+        return new_search.reassign(state, images, *args)
+
+    monkeypatch.setattr(refining, "reassign", spy)
+    engine = dataclasses.replace(TINY, half_rounds=4)
+    options = AbinitioOptions(symmetry="C3", halves="independent", engine=engine)
+    abinitio(trimer / "particles.star", tmp_path / "job", options, QUIET)
+    assert [order for order, _ in seen] == [3] * len(seen)
+    subsets = read_particles(tmp_path / "job" / "run_data.star").random_subsets()
+    halves = [sorted(set(subsets[rows].tolist())) for _, rows in seen]
+    assert sorted(map(tuple, halves)) == [(1,), (2,)]
+    kinds = ("half-maps", "joint-map")
+    numbered = [f"{number}-{kind}" for number in (1, 2) for kind in kinds]
+    assert stages_of(tmp_path / "job") == [
+        *(f"half-set-{each}" for each in numbered),
+        "joint-map",
+        *(f"symmetric-half-set-{each}" for each in numbered),
+        "symmetric-joint-map",
+    ]
+    assert agreement(tmp_path / "job", trimer, 7) > 0.9
 
 
 def test_symmetry_is_found_and_applied(trimer, tmp_path, coarse_alignment):

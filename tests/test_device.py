@@ -32,7 +32,7 @@ from cryorecon.physics.rotations import exp_map, random_rotations
 from cryorecon.physics.symmetry import symmetry_group
 from cryorecon.ranks import Ranks
 from cryorecon.run import abinitio as abinitio_module
-from cryorecon.run import device, dry_run, load, stages
+from cryorecon.run import device, dry_run, independent_halves, load
 from cryorecon.run.abinitio import abinitio
 from cryorecon.run.abinitio_input import AbinitioOptions
 from cryorecon.run.checkpoint import on_cpu
@@ -141,7 +141,8 @@ def test_engine_rmfn_runs_on_a_device(few, tmp_path, keep, monkeypatch):
     ids=["halves", "symmetry", "amortized"],
 )
 def test_the_other_ways_run_on_a_device(few, tmp_path, options, monkeypatch):
-    monkeypatch.setattr(stages, "chance_fsc", partial(stages.chance_fsc, n_trials=1))
+    fewer = partial(independent_halves.chance_fsc, n_trials=1)
+    monkeypatch.setattr(independent_halves, "chance_fsc", fewer)
     waits = job(few, tmp_path / "there", **options)
     assert (tmp_path / "there" / "initial_model.mrc").exists()
     assert not in_loops(waits)

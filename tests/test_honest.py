@@ -19,6 +19,7 @@ from cryorecon.maps.chance import beyond_chance, chance_fsc
 from cryorecon.maps.fsc import fsc_curve
 from cryorecon.physics.masks import Support
 from cryorecon.ranks import ALONE
+from cryorecon.run import independent_halves
 from cryorecon.run import stages as of_stages
 from cryorecon.run.climbing import Climb, ClimbingStages
 from cryorecon.run.report.doubts import unsure_poses
@@ -104,7 +105,7 @@ def stages():
 
 
 def test_what_aligned_noise_would_reach_is_taken_out(stages, monkeypatch):
-    monkeypatch.setattr(of_stages, "chance_fsc", lambda *_, **__: CHANCE.clone())
+    monkeypatch.setattr(independent_halves, "chance_fsc", lambda *_, **__: CHANCE.clone())
     state = _blank()
     before = state.fsc.clone()
     Stages._take_out_chance(stages, state, (state.maps[0], state.maps[1]))

@@ -37,13 +37,14 @@ SCRIPT = """
 import functools
 from cryorecon.cli.main import main
 from cryorecon.maps import align
-from cryorecon.run import abinitio, checkpoint, stages
+from cryorecon.run import abinitio, checkpoint, independent_halves
 from cryorecon.run.moments import reconstruct as moment_reconstruct
 
 for module in (abinitio, moment_reconstruct):
     module.report_at_end = lambda *_: None
 align._GRID_NSIDE = 3
-stages.chance_fsc = functools.partial(stages.chance_fsc, n_trials=1)
+fewer = functools.partial(independent_halves.chance_fsc, n_trials=1)
+independent_halves.chance_fsc = fewer
 checkpoint._EVERY_S = checkpoint._TIMES_ITS_COST = 0.0
 main()
 """
@@ -161,13 +162,15 @@ def test_two_processes_search_anew_as_one_does(tmp_path, sets):
 
 
 @pytest.mark.slow
-def test_two_processes_take_one_half_set_each(script, few, tmp_path):
+@pytest.mark.parametrize(("group", "times"), [("C1", 1), ("C2", 2)])
+def test_two_processes_take_one_half_set_each(script, few, tmp_path, group, times):
     words = ["abinitio-rmfn", few, *SEARCH, "--halves", "independent", "--images", "disk"]
-    told = both(script, words, tmp_path)
-    assert told.count("both half sets at the same time") == 1
-    assert told.count("half set 2, ") == 1
-    assert same_maps(tmp_path, "run_half1_class001_unfil.mrc") < ROUNDING
-    # The second half set is moved onto the first until steps are small.
+    told = both(script, [*words, "--symmetry", group], tmp_path)
+    assert told.count("both half sets at the same time") == times
+    assert told.count("half set 2, ") == times
+    # The second half set is moved onto the first until steps are small, axes are found in both.
+    if group == "C1":
+        assert same_maps(tmp_path, "run_half1_class001_unfil.mrc") < ROUNDING
     assert alike(tmp_path) > 0.95
     stages = [
         list(read_star(tmp_path / job / "rounds.star")["rounds"]["cryoreconStage"])

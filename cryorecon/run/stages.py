@@ -19,16 +19,14 @@ from cryorecon.engines.rivals import PosePair
 from cryorecon.engines.rounds import agreement_band, refine_round
 from cryorecon.errors import CryoreconError
 from cryorecon.image_table import image_table, kept
-from cryorecon.maps.align import align_maps
-from cryorecon.maps.chance import beyond_chance, chance_fsc
+from cryorecon.maps.chance import beyond_chance
 from cryorecon.maps.fsc import fsc_curve
-from cryorecon.maps.poses import mirror_poses, rotate_poses, shift_origins
+from cryorecon.maps.poses import rotate_poses, shift_origins
 from cryorecon.maps.symmetry import find_symmetry
 from cryorecon.physics.fourier import lowpass
 from cryorecon.physics.symmetry import symmetry_group
-from cryorecon.ranks import Ranks
-from cryorecon.run.parts import HALF_SETS, Place
-from cryorecon.run.refining import Refining
+from cryorecon.run.independent_halves import HalfSets
+from cryorecon.run.parts import SYMMETRIC_HALF_SETS, Place
 
 # The axes are looked for where half maps agree by more than this; copies that correlate less are
 # doubtful.
@@ -61,7 +59,7 @@ def refuse_noise(log_evidence: float, error: float) -> None:
 
 
 @dataclass
-class Stages(Refining):
+class Stages(HalfSets):
     """What runs of all engines go through."""
 
     @abstractmethod
@@ -140,108 +138,6 @@ class Stages(Refining):
         with self.job.bar("Assigning", len(images)) as bar:
             return best_grid_poses(images, joint, config, grid, self.generator, bar)
 
-    def independent_halves(self, images: ImageSet, half: torch.Tensor) -> Reconstruction:
-        """Each half set from scratch on its own, the second moved onto the first.
-
-        Rounds against the joint map follow; half maps and FSC are those from before them.
-        """
-
-        def begin() -> Reconstruction:
-            return self._both_halves(images, half)
-
-        return self.go_through("both", images, begin, self.finish, instead_of=HALF_SETS)
-
-    def _both_halves(self, images: ImageSet, half: torch.Tensor) -> Reconstruction:
-        rows = [torch.nonzero(half == number)[:, 0] for number in (0, 1)]
-        seeds = torch.randint(2**62, (2,), generator=self.generator).tolist()
-        if images.ranks.count == 1:
-            runs = [self._one_half(k, images, rows[k], seeds[k], images.ranks) for k in (0, 1)]
-        else:
-            runs = self._halves_at_once(images, rows, seeds)
-        aligned = runs[1].maps[0], runs[0].maps[0]
-        self._move_second(runs, images.ranks)
-        n = len(images)
-        maps, band = [run.maps[0] for run in runs], min(run.band for run in runs)
-        rotations, offsets = image_table(n, 3, 3), image_table(n, 2)
-        state = Reconstruction(rotations, offsets, half, maps, band, self.support)
-        for mine, run in zip(rows, runs, strict=True):
-            state.rotations[mine], state.offsets_px[mine] = run.rotations, run.offsets_px
-            state.rivals.put(mine, run.rivals)
-        state.offset_range = max(run.offset_range for run in runs)
-        refine_round(state, images, self.config, fsc_curve, joint=False, n_steps=0)
-        self._take_out_chance(state, aligned)
-        return state
-
-    def _one_half(
-        self, number: int, images: ImageSet, mine: torch.Tensor, seed: int, ranks: Ranks
-    ) -> Reconstruction:
-        """A half set from scratch, with random numbers of its own."""
-        self.job.say(f"half set {number + 1}, {len(mine)} images, by itself")
-        generator, self.generator = self.generator, torch.Generator().manual_seed(seed)
-        first = mine if self.first_with_image is None else self.first_with_image[mine]
-        shown, image = first.unique(return_inverse=True)
-        quarters = (torch.randperm(len(shown), generator=self.generator) % 2)[image]
-        own = images.apart(mine, ranks)
-        run = self.from_scratch(own, quarters, HALF_SETS[number])
-        images.gain[mine] = own.gain
-        self.generator = generator
-        return run
-
-    def _halves_at_once(
-        self, images: ImageSet, rows: list[torch.Tensor], seeds: list[int]
-    ) -> list[Reconstruction]:
-        """Both half sets from scratch, each by a team of processes; all learn what both found."""
-        ranks, job, box = images.ranks, self.job, images.plane.box
-        number, team = ranks.split()
-        job.say("both half sets at the same time, each by half of the processes")
-        self.job = job.for_team(number, team)
-        run = self._one_half(number, images, rows[number], seeds[number], team)
-        self.job = job
-        runs = []
-        for k, source in enumerate((0, ranks.count // 2)):
-            n = len(rows[k])
-            blank = image_table(n, 3, 3), image_table(n, 2), torch.zeros(n, dtype=torch.int64)
-            nothing = torch.empty(box, box, box, device=images.device)
-            other = Reconstruction(*blank, [nothing] * 2, 0.0, self.support)
-            found = run if k == number else other
-            gain = images.gain[rows[k]]
-            poses = found.rotations, found.offsets_px, *found.rivals.tables()
-            ranks.same(*poses, found.maps[0], gain, source=source)
-            found.band, found.offset_range = ranks.numbers(
-                found.band, found.offset_range, source=source
-            )
-            images.gain[rows[k]] = gain
-            runs.append(found)
-        job.hear(ranks.count // 2)
-        return runs
-
-    def _take_out_chance(
-        self, state: Reconstruction, aligned: tuple[torch.Tensor, torch.Tensor]
-    ) -> None:
-        """Correct the half maps' FSC for what aligning one to the other brought.
-
-        Parameters
-        ----------
-        aligned : tuple of two Tensors, shape (N, N, N)
-            The second half set's map and the first's, as they were aligned.
-        """
-        joint = state.maps[0]
-        ranks, mask = self.job.ranks, state.support.on(joint.shape[-1], device=joint.device)
-        first, second = state.halves
-        chance, drawn = torch.empty_like(state.fsc), self.generator.get_state()
-        if ranks.first:
-            chance = chance_fsc(
-                second, first, mask, self.pixel_size_angst, self.generator, aligned=aligned
-            )
-            drawn = self.generator.get_state()
-        ranks.same(chance, drawn)
-        self.generator.set_state(drawn)
-        state.chance, state.fsc = chance, beyond_chance(state.fsc, chance)
-        self.job.say(
-            f"noise aligned in place of half set 2 would agree with an FSC of up to "
-            f"{float(chance[1:].max()):.2f}, which is taken out"
-        )
-
     def symmetrise(
         self,
         first: Callable[[], Reconstruction],
@@ -259,17 +155,19 @@ class Stages(Refining):
         first : callable
             Gives the state without symmetry.
         independent : bool
-            Whether half sets have not seen each other: then neither is searched in the other's map.
+            Whether half sets have not seen each other: then each is searched on its own again.
         """
 
         def begin() -> Reconstruction:
-            self.axes_follow = not independent
+            self.axes_follow = True
             state = first()
             self.axes_follow = False
-            return self._on_axes(state, images, name)
+            state = self._on_axes(state, images, name)
+            return self.apart_in_symmetry(state, images) if independent else state
 
         work = self.finish if independent else self.refine
-        return self.go_through("symmetry", images, begin, work, ("map", "all", "both"))
+        before = ("map", "all", "both", *SYMMETRIC_HALF_SETS)
+        return self.go_through("symmetry", images, begin, work, before)
 
     def _on_axes(self, state: Reconstruction, images: ImageSet, name: str) -> Reconstruction:
         group = symmetry_group(name)
@@ -302,25 +200,3 @@ class Stages(Refining):
         state.rotations, state.offsets_px = map(kept, poses)
         state.rivals.move(move)
         state.rivals.fold(state.rotations, group)
-
-    def _move_second(self, runs: list[Reconstruction], ranks: Ranks) -> None:
-        first, second = runs
-        if ranks.first:
-            self._moved(second, first)
-        ranks.same(second.rotations, second.offsets_px, *second.rivals.tables())
-
-    def _moved(self, second: Reconstruction, first: Reconstruction) -> None:
-        found = align_maps(second.maps[0], first.maps[0], self.pixel_size_angst)
-        self.job.say(
-            f"half set 2 moved onto half set 1{', as its mirror image' if found.flipped else ''}"
-        )
-
-        def move(rotations: torch.Tensor, offsets_px: torch.Tensor) -> PosePair:
-            poses = rotations.double()
-            poses = mirror_poses(poses) if found.flipped else poses
-            poses = rotate_poses(poses, found.rotation.double().cpu())
-            offsets = shift_origins(offsets_px.double(), poses, found.shift_px.double().cpu())
-            return poses.float(), offsets.float()
-
-        second.rotations, second.offsets_px = move(second.rotations, second.offsets_px)
-        second.rivals.move(move)
