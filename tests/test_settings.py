@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from cryorecon.engines.amortized import AmortizedConfig
@@ -50,6 +52,29 @@ def test_engines_need_positive_counts(kind):
     for name in COUNTS[kind]:
         with pytest.raises(CryoreconError, match=f"{name} must be positive"):
             with_settings(kind(), None, [f"{name}=0"])
+
+
+@pytest.mark.parametrize("kind", COUNTS)
+def test_no_number_of_an_engine_is_negative(kind):
+    for field in dataclasses.fields(kind):
+        value = getattr(kind(), field.name)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            with pytest.raises(CryoreconError, match=f"{field.name} must not be negative"):
+                with_settings(kind(), None, [f"{field.name}=-1"])
+
+
+@pytest.mark.parametrize(
+    ("pair", "words"),
+    [
+        ("temperatures=[]", "positive numbers"),
+        ("temperatures=[1.0, 0]", "positive numbers"),
+        ("search_nside=0", "must be positive"),
+        ("memory=1.0", "less than 1"),
+    ],
+)
+def test_numbers_that_no_search_can_use_are_refused(pair, words):
+    with pytest.raises(CryoreconError, match=words):
+        with_settings(RmfnConfig(), None, [pair])
 
 
 def test_keys_of_a_file_may_be_no_words(tmp_path):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from cryorecon.engines.decoders import Decoder, DecoderKind, new_decoder
+from cryorecon.engines.numbers import refuse_senseless
 from cryorecon.engines.observations import ImageSet, Observations, power_ratio
 from cryorecon.engines.pose_reader import Guesses, PoseReader
 from cryorecon.engines.reconstruction import RefineConfig
@@ -94,9 +95,7 @@ class AmortizedConfig(RefineConfig):
     search_on: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("heads", "width", "images_seen", "batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive")
+        refuse_senseless(self, "search_nside heads width images_seen batch", "")
 
     def band(self, box: int, progress: float) -> float:
         """Radius, in cycles per box, at some share of the training."""

@@ -18,6 +18,7 @@ from torch import Tensor
 from cryorecon.engines.accumulate import NormalEquations
 from cryorecon.engines.grid_map import GridMap
 from cryorecon.engines.network_map import FitConfig, NetworkMap
+from cryorecon.engines.numbers import refuse_senseless
 from cryorecon.engines.observations import ImageSet, Observations
 from cryorecon.engines.reconstruction import RefineConfig, offsets_for, shell_prior
 from cryorecon.engines.search import (
@@ -104,9 +105,8 @@ class RmfnConfig(RefineConfig):
     fit: FitConfig = field(default_factory=FitConfig)
 
     def __post_init__(self) -> None:
-        for name in ("search_images", "search_batch", "n_starts", "fine_images", "hard_images"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive")
+        positive = "search_nside search_images search_batch n_starts fine_images hard_images width"
+        refuse_senseless(self, positive, "memory excess_memory")
 
     def fine_band(self, box: int) -> int:
         """Radius at which the search goes on, in cycles per box."""
