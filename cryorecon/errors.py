@@ -1,4 +1,4 @@
-"""The one error type a user may see."""
+"""The one kind of error that a user may see."""
 
 from __future__ import annotations
 
@@ -22,6 +22,10 @@ class CryoreconError(Exception):
         self.problem = problem.rstrip(". ")
         self.remedy = remedy.rstrip(". ")
         super().__init__(f"{self.problem}. {self.remedy}.")
+
+
+class LostRankError(CryoreconError):
+    """Another process of the job has ended before its time."""
 
 
 def require_file(path: str | Path, what: str) -> Path:

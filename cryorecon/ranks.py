@@ -8,6 +8,7 @@ and poses at all times and take the same decisions. The first one alone writes.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,15 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cryorecon.errors import CryoreconError
+from cryorecon.errors import LostRankError
 
 # How long processes wait for one that works alone, as the first does when it solves a large map.
 # One that has died is noticed at once: its connections close.
 _PATIENCE = timedelta(hours=4)
-
-
-class LostRankError(CryoreconError):
-    """Another process of the job has ended before its time."""
+# How long they sleep meanwhile, at a time.
+_LEAST_S, _MOST_S = 2e-5, 0.05
 
 
 @dataclass(frozen=True)
@@ -76,8 +75,8 @@ class Ranks:
     def add_up(self, *tensors: Tensor) -> None:
         """Replace tensors, in place, by their sums over all processes."""
 
-        def work(values: Tensor) -> None:
-            _torch().all_reduce(values, group=self.team)
+        def work(values: Tensor) -> Any:
+            return _torch().all_reduce(values, group=self.team, async_op=True)
 
         self._together(work, tensors)
 
@@ -98,20 +97,20 @@ class Ranks:
     def same(self, *tensors: Tensor, source: int = 0) -> None:
         """Replace tensors, in place, by those of one process."""
 
-        def work(values: Tensor) -> None:
-            _torch().broadcast(values, self.offset + source, group=self.team)
+        def work(values: Tensor) -> Any:
+            group, start = self.team, self.offset + source
+            return _torch().broadcast(values, start, group=group, async_op=True)
 
         self._together(work, tensors)
 
-    def _together(self, work: Callable[[Tensor], None], tensors: Sequence[Tensor]) -> None:
+    def _together(self, work: Callable[[Tensor], Any], tensors: Sequence[Tensor]) -> None:
         if self.count == 1:
             return
         for tensor in tensors:
             # Messages are real and contiguous; the same memory where possible.
             real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
             plain = real.contiguous()
-            with _noticing_the_end():
-                work(plain)
+            _finish(work, plain)
             if plain.data_ptr() != real.data_ptr():
                 real.copy_(plain)
 
@@ -171,8 +170,11 @@ class Ranks:
         padded = mine.new_zeros(most, *mine.shape[1:])
         padded[: len(mine)] = mine
         pieces = [torch.empty_like(padded) for _ in counts]
-        with _noticing_the_end():
-            _torch().all_gather(pieces, padded, group=self.team)
+
+        def work(values: Tensor) -> Any:
+            return _torch().all_gather(pieces, values, group=self.team, async_op=True)
+
+        _finish(work, padded)
         return torch.cat([piece[:n] for piece, n in zip(pieces, counts, strict=True)])
 
     def split(self) -> tuple[int, Ranks]:
@@ -230,6 +232,20 @@ def joined() -> Iterator[Ranks]:
         yield Ranks(group.get_rank(), group.get_world_size(), neighbours=neighbours)
     finally:
         group.destroy_process_group()
+
+
+def _finish(work: Callable[[Tensor], Any], values: Tensor) -> None:
+    """Wait for what processes do together, ready to be asked to stop.
+
+    A wait of torch's own hears no signal: a process would wait for one that has been stopped.
+    """
+    with _noticing_the_end():
+        handle = work(values)
+        start = time.monotonic()
+        while not values.is_cuda and not handle.is_completed():
+            waited = time.monotonic() - start
+            time.sleep(min(max(_LEAST_S, waited / 20), _MOST_S))
+        handle.wait()
 
 
 def _torch() -> Any:

@@ -14,7 +14,8 @@ from rich.console import Console
 from cryorecon.cli.console import prepare_folder
 from cryorecon.errors import CryoreconError
 from cryorecon.io import files
-from cryorecon.run.job import Task, finished, open_job
+from cryorecon.run.endings import finished
+from cryorecon.run.job import Task, open_job
 from cryorecon.run.moments.reconstruct import MomentReconstructOptions
 
 QUIET = Console(quiet=True)

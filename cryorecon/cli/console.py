@@ -84,7 +84,12 @@ def messages(json_wanted: bool) -> Console:
 
 
 def print_json(values: Mapping[str, Any]) -> None:
-    """One JSON object on stdout; paths become words, NaN and infinity null."""
+    """One JSON object on stdout; paths become words, NaN and infinity null.
+
+    Of the processes that share a job the first one prints.
+    """
+    if not is_first():
+        return
     sys.stdout.write(json.dumps(_plain(values), indent=2, allow_nan=False) + "\n")
     sys.stdout.flush()
 
@@ -109,7 +114,12 @@ def print_job(folder: Path, json_wanted: bool) -> None:
 
 def process() -> int:
     """Number of this process among those that ``torchrun`` has started; 0 without it."""
-    return int(os.environ.get("RANK", "0"))
+    return int(os.environ["RANK"]) if in_several() else 0
+
+
+def in_several() -> bool:
+    """Whether ``torchrun`` has started other processes, too; clusters may set ``RANK`` alone."""
+    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def is_first() -> bool:

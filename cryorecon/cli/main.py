@@ -9,7 +9,9 @@ import shlex
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -42,10 +44,17 @@ from cryorecon.cli.command import (
     Group,
     write_commands,
 )
-from cryorecon.cli.console import error_console, is_first, let_go, process, refuse_if_at_work
+from cryorecon.cli.console import (
+    error_console,
+    in_several,
+    is_first,
+    let_go,
+    process,
+    refuse_if_at_work,
+)
 from cryorecon.cli.moments import moments_app
 from cryorecon.cli.mra import mra_app
-from cryorecon.errors import CryoreconError
+from cryorecon.errors import CryoreconError, LostRankError
 
 ABOUT = "From a RELION particle stack to a first 3-D map: poses, half maps and an honest FSC."
 
@@ -156,6 +165,8 @@ def _overview(ctx: Any) -> str:
 # What torch says where memory ends.
 _NO_MEMORY = ("allocate memory", "out of memory")
 _INTERRUPTED = 130
+# How long other processes wait with an error of theirs.
+_AFTER_THE_FIRST_S = 2.0
 _RELION_MARKERS = {
     1: "RELION_JOB_EXIT_FAILURE",
     2: "RELION_JOB_EXIT_FAILURE",
@@ -178,7 +189,7 @@ def main() -> None:
     with _ending_well():
         status = _run(sys.argv[1:])
     _tell_relion(sys.argv[1:], status)
-    if status == 0 and "torch.distributed" in sys.modules and _in_several():
+    if status == 0 and "torch.distributed" in sys.modules and in_several():
         # Threads of torch's that outlive the group would abort a process whose work is done.
         _flushed()
         sys.stderr.flush()
@@ -205,10 +216,6 @@ def _ending_well() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _in_several() -> bool:
-    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
 # What several processes may share.
 _SHARED = (
     *(["abinitio"], ["abinitio-rmfn"], ["abinitio-amortized"]),
@@ -218,11 +225,13 @@ _SHARED = (
 
 def _refuse_in_several(words: list[str]) -> None:
     """Commands of one process, as ``torchrun`` begins them."""
-    if not _in_several():
+    if not in_several():
         return
     shared = any(words[: len(names)] == names for names in _SHARED)
-    alone = {"--dry-run", "all", "perturbed", "--method=all", "--init=perturbed"}
-    if not shared or alone & set(words):
+    # RELION spells options with underscores.
+    plain = [word.replace("_", "-") if word.startswith("--") else word for word in words]
+    pairs = {*plain, *map("=".join, pairwise(plain))}
+    if not shared or pairs & {"--dry-run", "--method=all", "--init=perturbed"}:
         raise CryoreconError(
             f"cryorecon {shlex.join(words)} runs in one process", "Leave torchrun out"
         )
@@ -233,6 +242,10 @@ def _run(words: list[str]) -> int:
         _refuse_in_several(words)
         app(prog_name="cryorecon")
         sys.stdout.flush()
+    except LostRankError as error:
+        # At once: torchrun ends those that are left.
+        _say_error(f"Error: {error}", after_s=0.0)
+        return 1
     except CryoreconError as error:
         _say_error(f"Error: {error}")
         return 1
@@ -266,8 +279,14 @@ def _interrupted() -> int:
     return 3
 
 
-def _say_error(words: str) -> None:
-    words = words if is_first() else f"rank {process()}: {words}"
+def _say_error(words: str, after_s: float = _AFTER_THE_FIRST_S) -> None:
+    if not is_first():
+        # What the first process meets as well it says; torchrun then ends the others.
+        try:
+            time.sleep(after_s)
+        except KeyboardInterrupt:
+            return
+        words = f"rank {process()}: {words}"
     error_console.print(words, style="bold red", markup=False)
 
 

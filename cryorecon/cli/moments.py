@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from functools import partial
 from pathlib import Path
@@ -133,8 +132,9 @@ def estimate_command(
     read; origins are, where it has them, and images are centred by them.
     """
     # torch takes seconds to load: only when the command runs.
-    from cryorecon.ranks import joined
+    from cryorecon.ranks import ALONE, joined
     from cryorecon.run.dry_run import describe_moments
+    from cryorecon.run.job import program_command
     from cryorecon.run.moments.estimate import MomentsOptions, estimate_moments
     from cryorecon.run.stopping import StoppedError
 
@@ -160,15 +160,19 @@ def estimate_command(
         if json:
             print_json(estimate)
         return
+    together = ALONE
     try:
         with joined() as ranks, count_progress("Averaging", "images") as progress:
+            together = ranks
             finishing = partial(progress, title="Subtracting the noise", unit="shells")
             result = estimate_moments(
                 particles, output, options, resume, progress, finishing, ranks
             )
     except StoppedError as stop:
-        again = shlex.join(["cryorecon", *(a for a in sys.argv[1:] if a != "--continue")])
-        error_console.print(f"{stop}. Go on with:\n{again} --continue", markup=False)
+        if is_first():
+            words = [word for word in sys.argv[1:] if word != "--continue"]
+            again = program_command([*words, "--continue"], together)
+            error_console.print(f"{stop}. Go on with:\n{again}", markup=False)
         raise KeyboardInterrupt from stop
     if is_first():
         _report(output, result, json)

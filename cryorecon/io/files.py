@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import hashlib
 import os
 import shutil
@@ -201,6 +202,10 @@ def _on_disk(path: Path) -> None:
 
 
 def remove_unfinished(path: Path) -> None:
-    """Remove what processes that were killed had written of a file that nobody else writes now."""
-    for left in path.parent.glob(f".{path.stem}*{path.suffix}.*.tmp"):
+    """Remove what processes that were killed had written of a file that nobody else writes now.
+
+    Of a folder, of all files in it.
+    """
+    folder, name = (path, "*") if path.is_dir() else (path.parent, glob.escape(path.name))
+    for left in folder.glob(f".{name}.[0-9]*.tmp"):
         left.unlink(missing_ok=True)

@@ -72,6 +72,8 @@ def abinitio(
         For input or options that cannot be used, or with fewer than 20 particles.
     """
     ready = prepared(star, options, ranks)
+    # Processes that must share a GPU are refused before anything is touched.
+    own_device(options.device, ranks)
     also = checksums(ready.particles, mask=options.mask, init_map=options.init_map)
     known = ready.config, options, options.seed, also
     task = Task("abinitio", Path(star), len(ready.particles), *known)

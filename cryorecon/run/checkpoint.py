@@ -100,7 +100,8 @@ class Checkpoint:
         for file in (path, self._of_team(1)) if resume else ():
             self._take_later(*_read(file) if file.exists() else ({}, {}))
         if ranks.first:
-            remove_unfinished(path)
+            for file in (path, self._of_team(1)):
+                remove_unfinished(file)
             if not resume:
                 self.remove()
         ranks.wait()
@@ -149,6 +150,9 @@ class Checkpoint:
         self.stop.in_time()
         if self.ranks.first:
             self._put(part, on_cpu(pack()), hold=hold)
+        else:
+            # What it went on from is of no more use.
+            self._entries.pop(part, None)
         if self.stop.asked:
             self.ranks.wait()
             raise StoppedError("the state at this point is on disk")
@@ -183,6 +187,9 @@ class Checkpoint:
 
     def describe(self) -> str:
         """How old the state on disk is, in words."""
+        averaged = self.path.with_name("moments.partial.h5")
+        if not self.path.exists() and averaged.exists():
+            return f"{averaged} holds what has been averaged; go on with:"
         if not self.path.exists():
             return "Nothing was kept yet; what begins the job again:"
         age = time.time() - self.path.stat().st_mtime

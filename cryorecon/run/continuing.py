@@ -15,10 +15,10 @@ from rich.console import Console
 from cryorecon import __version__
 from cryorecon.errors import CryoreconError
 from cryorecon.io.files import METHODS_PLAN, sha256_of
-from cryorecon.ranks import ALONE, Ranks
+from cryorecon.ranks import ALONE, Ranks, wanted
 from cryorecon.run.abinitio import abinitio
 from cryorecon.run.abinitio_input import AbinitioOptions
-from cryorecon.run.job import finished
+from cryorecon.run.endings import finished
 from cryorecon.run.moments.estimate import MomentsOptions
 from cryorecon.run.moments.reconstruct import (
     MomentReconstructOptions,
@@ -66,9 +66,11 @@ def begun_with(folder: Path) -> list[str]:
 
 
 def threads_of(folder: Path) -> int | None:
-    """CPU threads that a job was begun with."""
-    threads = read_record(folder).get("threads")
-    return threads if isinstance(threads, int) and threads > 0 else None
+    """CPU threads that each process of a job was begun with, if there are as many processes."""
+    record = read_record(folder)
+    threads = record.get("threads")
+    as_before = record.get("processes", 1) == wanted()
+    return threads if as_before and isinstance(threads, int) and threads > 0 else None
 
 
 def is_of_moments(folder: Path) -> bool:

@@ -18,6 +18,7 @@ from cryorecon.maps.chance import beyond_chance, chance_fsc
 from cryorecon.maps.fsc import fsc_curve
 from cryorecon.maps.poses import mirror_poses, rotate_poses, shift_origins
 from cryorecon.ranks import Ranks
+from cryorecon.run.checkpoint import frozen
 from cryorecon.run.parts import HALF_SETS, SYMMETRIC_HALF_SETS
 from cryorecon.run.refining import Refining
 
@@ -104,9 +105,15 @@ class HalfSets(Refining):
             images.gain[mine] = own.gain
             return run
 
-        if images.ranks.count == 1:
-            return [one(number, images.ranks) for number in (0, 1)]
-        return self._at_once(images, rows, one)
+        if images.ranks.count > 1:
+            return self._at_once(images, rows, one)
+        first = one(0, images.ranks)
+        # The run goes on with what the engine has learned of the first half set, as the process
+        # does that writes where there are several.
+        engine = frozen(self.engine_state())
+        second = one(1, images.ranks)
+        self.load_engine(engine, images)
+        return [first, second]
 
     def _quarters(self, mine: torch.Tensor) -> torch.Tensor:
         """A half set's halves, drawn at random; particles of the same image are in one."""

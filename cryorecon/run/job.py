@@ -21,12 +21,13 @@ import yaml
 from rich.console import Console
 
 from cryorecon import __version__
-from cryorecon.errors import CryoreconError
-from cryorecon.io.files import JOB_LOCK, locked, replacing, sha256_of
+from cryorecon.errors import CryoreconError, LostRankError
+from cryorecon.io.files import JOB_LOCK, locked, remove_unfinished, replacing, sha256_of
 from cryorecon.io.star import read_star, write_star
-from cryorecon.ranks import ALONE, LostRankError, Ranks
+from cryorecon.ranks import ALONE, Ranks
 from cryorecon.run.checkpoint import NAME, Checkpoint
-from cryorecon.run.job_files import MARKERS, clear, refuse_own_input
+from cryorecon.run.endings import marked, reason_of, told_by_the_first
+from cryorecon.run.job_files import HALF_SET_2, clear, refuse_own_input
 from cryorecon.run.progress import Update, stage_bar
 from cryorecon.run.stopping import Stop, TooLateError, listening
 
@@ -59,6 +60,7 @@ class Job:
         self.stop, self.checkpoint, self.ranks = stop, checkpoint, ranks
         self._log, self._start = log, time.monotonic()
         self._kept: list[dict[str, Any]] = []
+        self._on_disk = False
 
     @property
     def writes(self) -> bool:
@@ -70,23 +72,47 @@ class Job:
         team = copy.copy(self)
         team.checkpoint = self.checkpoint.for_team(number, ranks)
         team._kept = self._kept = []
+        team._on_disk = number == 1 and ranks.first
         return team
 
     def hear(self, source: int) -> None:
         """Tell what the first process of the second team has kept for the log."""
         told = self.ranks.bytes_from(source, json.dumps(self._kept).encode())
-        for kept in json.loads(told) if self.writes else []:
+        if self.writes:
+            self._tell(json.loads(told))
+
+    def hear_from_file(self) -> None:
+        """Tell what the second team had kept when an earlier run of the job ended."""
+        path = self.path(HALF_SET_2)
+        if self.writes and path.exists():
+            # The last line may not be whole.
+            lines = path.read_text("utf-8").split("\n")[:-1]
+            self._tell([json.loads(line) for line in lines])
+
+    def _tell(self, told: list[dict[str, Any]]) -> None:
+        for kept in told:
             if "line" in kept:
-                self.say(kept["line"])
+                self._print(kept["line"])
             else:
                 self.record_round(**kept)
+        self.path(HALF_SET_2).unlink(missing_ok=True)
+
+    def _keep(self, **kept: Any) -> None:
+        """For the first process to tell later."""
+        self._kept.append(kept)
+        if self._on_disk:
+            with self.path(HALF_SET_2).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(kept) + "\n")
 
     def say(self, line: str) -> None:
         """One line, with the seconds since the start, to terminal and log."""
-        if not self.writes:
-            self._kept.append({"line": line})
-            return
         stamped = f"{time.monotonic() - self._start:7.1f} s  {line}"
+        if self.writes:
+            self._print(stamped)
+        else:
+            self._keep(line=stamped)
+
+    def _print(self, stamped: str) -> None:
         self.console.print(stamped, markup=False, highlight=False)
         self._log.write(stamped + "\n")
         self._log.flush()
@@ -107,7 +133,7 @@ class Job:
         measured : mapping of column name to number
         """
         if not self.writes:
-            self._kept.append({"stage": stage, "number": number, "measured": dict(measured)})
+            self._keep(stage=stage, number=number, measured=dict(measured))
             return
         path = self.path("rounds.star")
         row = {"cryoreconStage": stage, "cryoreconRound": str(number)}
@@ -143,9 +169,13 @@ class Job:
 
 def continue_command(folder: Path, ranks: Ranks = ALONE) -> str:
     """What continues a job of any engine."""
+    return program_command(["abinitio", "--continue", str(folder)], ranks)
+
+
+def program_command(words: list[str], ranks: Ranks = ALONE) -> str:
+    """A command of this program, for as many processes on a machine as there are now."""
     several = ["torchrun", "--nproc-per-node", str(ranks.neighbours), "-m"]
-    start = several if ranks.count > 1 else []
-    return shlex.join([*start, "cryorecon", "abinitio", "--continue", str(folder)])
+    return shlex.join([*(several if ranks.count > 1 else []), "cryorecon", *words])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,43 +267,22 @@ def open_job(
         if ranks.first:
             _begin(folder, task, ranks, resume=resume)
         ranks.wait()
-        with _marked(folder, ranks), listening(folder, patient=ranks.count > 1) as stop:
+        with marked(folder, ranks), listening(folder, patient=ranks.count > 1) as stop:
             checkpoint = Checkpoint(folder / NAME, stop, resume=resume, ranks=ranks)
             quiet = console if ranks.first else Console(quiet=True)
             job = Job(folder, quiet, log, stop, checkpoint, ranks)
+            if resume:
+                job.hear_from_file()
             try:
                 yield job
                 # The first one still writes.
                 ranks.wait()
-            except KeyboardInterrupt as stopped:
-                _tell_how_to_go_on(job, alone=isinstance(stopped, TooLateError))
-                raise
-            except (CryoreconError, OSError) as error:
-                _tell_if_not_the_jobs_fault(job, error)
-                raise
+            except (KeyboardInterrupt, CryoreconError, OSError) as met:
+                reason = reason_of(folder, met, ranks)
+                _tell_how_to_go_on(job, reason)
+                raise reason from (met.__cause__ if reason is met else met)
         if ranks.first:
             checkpoint.remove()
-
-
-@contextmanager
-def _marked(folder: Path, ranks: Ranks) -> Iterator[None]:
-    """Leave the marker of how a job has ended, for RELION and for `finished`."""
-    outcome, leaves = "failure", ranks.first
-    try:
-        yield
-        outcome = "success"
-    except KeyboardInterrupt:
-        outcome = "aborted"
-        raise
-    except LostRankError:
-        # Whoever is left says so: the first one may be the one that is gone.
-        leaves = True
-        raise
-    finally:
-        # On a full disk there is no room even for a marker; the error itself must be seen.
-        with contextlib.suppress(OSError):
-            if leaves:
-                (folder / MARKERS[outcome]).touch()
 
 
 def _begin(folder: Path, task: Task, ranks: Ranks, *, resume: bool) -> None:
@@ -281,6 +290,7 @@ def _begin(folder: Path, task: Task, ranks: Ranks, *, resume: bool) -> None:
     if resume:
         _refuse_changed(folder / "job.yaml", task.also_read)
     clear(folder, outputs=not resume)
+    remove_unfinished(folder)
     if not resume:
         with replacing(folder / "job.yaml") as temporary:
             text = yaml.safe_dump(_describe(task, ranks), sort_keys=False)
@@ -306,25 +316,24 @@ def _log(folder: Path, ranks: Ranks, *, resume: bool) -> TextIO:
     return log
 
 
-def _tell_if_not_the_jobs_fault(job: Job, error: Exception) -> None:
-    """How to go on, where the disk or another process is to blame."""
-    lost = isinstance(error, LostRankError)
-    blameless = lost or isinstance(error.__cause__ or error, OSError)
-    if blameless and job.checkpoint.path.exists():
-        with contextlib.suppress(OSError):
-            _tell_how_to_go_on(job, alone=lost)
+def _tell_how_to_go_on(job: Job, reason: BaseException) -> None:
+    """On request, or where the disk or another process is to blame.
 
-
-def _tell_how_to_go_on(job: Job, *, alone: bool) -> None:
-    """By the first process; by any that may be the only one left."""
-    if alone and not job.writes:
+    By the first process; by any that may be the only one left.
+    """
+    stopped, lost = isinstance(reason, KeyboardInterrupt), isinstance(reason, LostRankError)
+    if not stopped:
+        blameless = lost or isinstance(reason.__cause__ or reason, OSError)
+        if not blameless or not job.checkpoint.path.exists():
+            return
+    if not job.writes:
+        if not lost and not isinstance(reason, TooLateError):
+            return
+        if told_by_the_first(job.folder, job.ranks):
+            return
         job.console = Console(stderr=True)
-    job.tell_how_to_go_on()
-
-
-def finished(folder: Path) -> bool:
-    """Whether a job's directory bears the marker of success."""
-    return (folder / MARKERS["success"]).exists()
+    with contextlib.suppress(OSError):
+        job.tell_how_to_go_on()
 
 
 _NODE, _NODE_TYPE = "rlnPipeLineNodeName", "rlnPipeLineNodeType"

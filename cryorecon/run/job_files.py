@@ -16,10 +16,13 @@ MARKERS = {
     "failure": "RELION_JOB_EXIT_FAILURE",
     "aborted": "RELION_JOB_EXIT_ABORTED",
 }
+# What the second of two teams of processes has to tell, while both work.
+HALF_SET_2 = "half_set2.jsonl"
 # What jobs write besides log and job.yaml, which are replaced at once.
 _OUTPUTS = (
     NAME,
     "checkpoint2.pt",
+    HALF_SET_2,
     "reconstruction.mrc",
     "reconstruction_half?_unfil.mrc",
     "initial_model.mrc",

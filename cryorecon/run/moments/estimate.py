@@ -25,7 +25,7 @@ from cryorecon.engines.moments.sums import MomentBatch, MomentSums
 from cryorecon.engines.moments.sums_full import check_full
 from cryorecon.engines.observations import taken_to
 from cryorecon.errors import CryoreconError
-from cryorecon.io.files import sha256_of
+from cryorecon.io.files import remove_unfinished, sha256_of
 from cryorecon.io.particles import Particles, read_particles
 from cryorecon.io.read_ahead import ReadAhead
 from cryorecon.physics.ctf import CtfParameters, ctf
@@ -295,6 +295,9 @@ def moments_of(
     source = sha256_of(particles.path)
     state = state_path(output)
     device = own_device(options.device, ranks)
+    if ranks.first:
+        remove_unfinished(state)
+        remove_unfinished(output)
     done = Progress(new_sums(geometry, device), 0, len(particles), (source,))
     if resume:
         saved = load_progress(state, geometry, source, device)

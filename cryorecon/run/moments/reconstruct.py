@@ -111,9 +111,12 @@ def reconstruct_moments(
         reference = map_like(options.reference, moments.geometry, "reference")
     given = None
     if options.start_map is not None:
+        if ranks.count > 1:
+            raise CryoreconError("--start-map is fitted by one process", "Run it without torchrun")
         given = map_like(options.start_map.path, moments.geometry, "start map")
     elif options.engine.starts == 0:
         raise CryoreconError("Nothing to start from", "Give --starts 2 or more, or --start-map")
+    own_device(options.device, ranks)
     task = Task("moments-fit", path, moments.n_images, options, options, options.seed)
     with open_job(output, console, task, resume=resume, ranks=ranks) as job:
         _fit_and_write(job, path, moments, options, reference, given)
@@ -140,6 +143,7 @@ def abinitio_moments(
     """
     particles = read_particles(star, wanted.project)
     resolve_geometry(wanted, particles.box, particles.pixel_size_angst)
+    own_device(options.device, ranks)
     both = {"moments": wanted, "fit": options}
     task = Task("moments", star, len(particles), both, both, options.seed, checksums(particles))
     with open_job(output, console, task, resume=resume, ranks=ranks) as job:
@@ -173,8 +177,6 @@ def _fit_and_write(
     device = own_device(options.device, job.ranks)
     fitter = Fitter.of(moments, options.engine, radius, device)
     near, geometry = None, moments.geometry.in_particle_box()
-    if given is not None and job.ranks.count > 1:
-        raise CryoreconError("--start-map is fitted by one process", "Run it without torchrun")
     if given is not None and options.start_map is not None:
         near = fit_start_map(job, fitter, options.start_map, given, geometry, options.seed)
         if options.engine.starts == 0:
