@@ -89,7 +89,10 @@ def matrix_to_euler(rotations: Tensor) -> Tensor:
     tilt = torch.atan2(sin_tilt, rotations[..., 2, 2])
     pole = sin_tilt < 16 * torch.finfo(rotations.dtype).eps
     rot = torch.atan2(rotations[..., 2, 1], rotations[..., 2, 0])
-    psi = torch.atan2(rotations[..., 1, 2], -rotations[..., 0, 2])
+    # Of the matrix without rot: near the poles, where rounding decides rot, their sum stays right.
+    cos, sin = rot.cos(), rot.sin()
+    along, across = rotations[..., :2, 0], rotations[..., :2, 1]
+    psi = torch.atan2(*(cos[..., None] * across - sin[..., None] * along).unbind(-1))
     rot_at_pole = torch.atan2(-rotations[..., 1, 0], rotations[..., 1, 1])
     rot = torch.where(pole, rot_at_pole, rot)
     psi = torch.where(pole, torch.zeros_like(psi), psi)

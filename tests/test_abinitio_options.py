@@ -376,7 +376,7 @@ def test_symmetry_is_found_and_applied(trimer, tmp_path, coarse_alignment):
     parts = ["half-maps", "joint-map", "symmetric-half-maps", "symmetric-joint-map"]
     assert stages_of(tmp_path / "job") == parts
     assert agreement(tmp_path / "job", trimer, 7, both_hands=False) > 0.95
-    with pytest.raises(CryoreconError, match="C1, Cn, Dn, T, O or I"):
+    with pytest.raises(CryoreconError, match="C1, Cn, Dn, T, O, I or I1 to I4"):
         options = AbinitioOptions(symmetry="Q7", engine=SHORT)
         abinitio(trimer / "particles.star", tmp_path / "no", options, QUIET)
 

@@ -23,12 +23,14 @@ from cryorecon.physics.rotations import geodesic_distance_deg, random_rotations
 class Blobs:
     """Gaussian blobs at random places: a map that can be moved without interpolation."""
 
-    def __init__(self, box: int, seed: int, n: int = 150, width: float = 0.025) -> None:
+    def __init__(
+        self, box: int, seed: int, n: int = 150, width: float = 0.025, reach: float = 0.3
+    ) -> None:
         generator = torch.Generator().manual_seed(seed)
         directions = torch.randn(n, 3, generator=generator, dtype=torch.float64)
         directions /= directions.norm(dim=1, keepdim=True)
         radii = torch.rand(n, 1, generator=generator, dtype=torch.float64) ** (1 / 3)
-        self.centres = 0.3 * box * radii * directions * torch.tensor([1.0, 0.8, 0.6])
+        self.centres = reach * box * radii * directions * torch.tensor([1.0, 0.8, 0.6])
         self.weights = 0.5 + torch.rand(n, generator=generator, dtype=torch.float64)
         self.box, self.width = box, width * box
 
@@ -100,6 +102,24 @@ def test_known_movement_is_found(box: int, flipped: bool) -> None:
     assert curve[: int(0.7 * box / 2) + 1].min() > 0.98
 
 
+@pytest.mark.parametrize(("box", "flipped"), [(48, True), (49, False)])
+@pytest.mark.parametrize("away", [(0.0, 0.0, 0.0), (0.2, -0.2, 0.1), (-0.35, 0.3, 0.0)])
+def test_a_narrow_molecule_far_off_centre_is_found(box: int, flipped: bool, away: tuple) -> None:
+    """A tenth of the box in radius, in its corner."""
+    blobs = Blobs(box, 3, reach=0.1, width=0.025)
+    rotation, _ = movement(7, box)
+    here = box * torch.tensor(away, dtype=torch.float64)
+    reference = blobs.moved(rotation, -here.roll(1), flipped)
+    moving = blobs.moved(torch.eye(3, dtype=torch.float64), here)
+    found = align_maps(moving.float(), reference.float(), 4.0)
+    assert found.flipped == flipped
+    assert geodesic_distance_deg(found.rotation, rotation) < 1
+    start = here * torch.tensor([-1.0 if flipped else 1.0, 1, 1])
+    assert (found.shift_px - (-here.roll(1) - rotation @ start)).norm() < 0.1
+    curve = fsc_curve(apply_alignment(moving, found), reference)
+    assert curve[: int(0.7 * box / 2)].min() > 0.98
+
+
 def test_noise_and_background_do_not_mislead() -> None:
     box = 48
     blobs = Blobs(box, 5)
@@ -134,6 +154,8 @@ def test_constant_and_differing_maps_are_refused() -> None:
         align_maps(torch.ones(16, 16, 16), volume, 1.0)
     with pytest.raises(ValueError, match="differ"):
         align_maps(Blobs(17, 0).map(), volume, 1.0)
+    with pytest.raises(ValueError, match="less than 8 px"):
+        align_maps(torch.rand(4, 4, 4), torch.rand(4, 4, 4), 1.0)
 
 
 @pytest.mark.parametrize("box", [32, 33])

@@ -669,6 +669,35 @@ def test_names_without_a_number_are_of_one_image(folder, sections):
         read_particles(star(folder, table))
 
 
+@pytest.mark.parametrize("suffix", [":mrcs", ":mrc"])
+def test_relion_s_suffix_behind_a_stack_is_no_part_of_its_name(folder, suffix):
+    (folder / "s.mrcs").rename(folder / "s.mrc")
+    found = read_particles(star(folder, rows(stack=f"s.mrc{suffix}")))
+    assert found.images([2]).shape == (1, N, N)
+    assert found.table["rlnImageName"].iloc[0] == f"000001@s.mrc{suffix}"
+
+
+def test_tables_of_one_name_are_refused(folder):
+    """Selections joined end to end: the last alone would be read."""
+    path = star(folder)
+    path.write_text(path.read_text() + path.read_text())
+    with pytest.raises(CryoreconError, match=r"p\.star has two tables named data_optics"):
+        read_particles(path)
+
+
+def test_a_list_of_names_that_begin_like_blocks_is_one_table(tmp_path):
+    path = tmp_path / "list.star"
+    names = ["data_001.mrc", "data_002.mrc", "data_003.mrc"]
+    text = "data_list\n\nloop_\n_rlnMicrographName #1\n" + "\n".join(names)
+    path.write_text(text + "\n\n# more\ndata_more\n\nloop_\n_rlnMicrographName\ndata_004.mrc\n")
+    tables = read_star(path)
+    assert [list(table["rlnMicrographName"]) for table in tables.values()] == [
+        names,
+        ["data_004.mrc"],
+    ]
+    assert list(tables) == ["list", "more"]
+
+
 def test_images_of_the_project_that_is_named_come_first(tmp_path, monkeypatch):
     """Job folders have the same names in all projects."""
     for number, project in enumerate(("A", "B")):

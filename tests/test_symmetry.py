@@ -28,7 +28,7 @@ def relions_group(name):
     return torch.tensor([[float(v) for v in row] for row in rows]).double().reshape(-1, 3, 3)
 
 
-@pytest.mark.parametrize("name", ["C3", "D2", "D7", "T", "O", "I"])
+@pytest.mark.parametrize("name", ["C3", "D2", "D7", "T", "O", "I", "I1", "I2", "I3", "I4"])
 def test_groups_are_relions(name):
     mine, theirs = symmetry_group(name), relions_group(name)
     assert len(mine) == len(theirs)
@@ -37,7 +37,8 @@ def test_groups_are_relions(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "order"), [("c1", 1), ("C5", 5), ("d3", 6), ("T", 12), ("O", 24), ("i", 60)]
+    ("name", "order"),
+    [("c1", 1), ("C5", 5), ("d3", 6), ("T", 12), ("O", 24), ("i", 60), ("i3", 60)],
 )
 def test_groups_are_closed(name, order):
     group = symmetry_group(name)
@@ -49,7 +50,7 @@ def test_groups_are_closed(name, order):
 
 @pytest.mark.parametrize("name", ["", "C0", "X3", "C100", "D0", "T2", "C-1", "HELIX"])
 def test_other_names_are_refused(name):
-    with pytest.raises(ValueError, match="C1, Cn, Dn, T, O or I"):
+    with pytest.raises(ValueError, match="C1, Cn, Dn, T, O, I or I1 to I4"):
         symmetry_group(name)
 
 

@@ -15,7 +15,11 @@ Halves = Annotated[
 ]
 Symmetry = Annotated[
     str,
-    option(MOLECULE, "Point group: C1, Cn, Dn, T, O or I. The C1 map is kept.", metavar="GROUP"),
+    option(
+        MOLECULE,
+        "Point group: C1, Cn, Dn, T, O, I, I1 to I4. The C1 map is kept.",
+        metavar="GROUP",
+    ),
 ]
 Mask = Annotated[
     Path | None,

@@ -238,9 +238,10 @@ def _poses(path: Path, fields: Fields, pixel: NDArray[Any]) -> dict[str, Text]:
     pose, shift = np.zeros((len(pixel), 3)), np.zeros((len(pixel), 2))
     for number, prefix in enumerate(prefixes):
         mine = chosen == number
-        scale = (
-            _numbers(path, fields, f"{prefix}/psize_A") if f"{prefix}/psize_A" in fields else pixel
-        )
+        scale = pixel
+        if f"{prefix}/psize_A" in fields:
+            told = _numbers(path, fields, f"{prefix}/psize_A")
+            scale = np.where(told > 0, told, pixel)
         pose[mine] = _numbers(path, fields, f"{prefix}/pose", 3)[mine]
         shift_px = _numbers(path, fields, f"{prefix}/shift", 2).astype(np.float64)
         shift[mine] = (shift_px * scale[:, None])[mine]

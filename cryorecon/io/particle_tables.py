@@ -69,6 +69,11 @@ def _read_blocks(path: Path) -> tuple[Tables, dict[str, TextTable]]:
     tables: dict[str, TextTable] = {}
     for name, pieces in star_blocks(path):
         first = next(pieces)
+        if name in tables or name in blocks:
+            raise CryoreconError(
+                f"{path} has two tables named data_{name}",
+                "Join selections by `relion_star_handler --combine`, not end to end",
+            )
         if "rlnImageName" in first:
             tables[name] = TextTable.gather(chain([first], pieces))
         else:

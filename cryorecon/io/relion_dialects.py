@@ -75,7 +75,9 @@ def relion31(
     )
     new = {**new, "rlnOpticsGroup": group + 1}
     pixel = particles.stored_pixel_size_angst
-    for name in (name for name in _LENGTHS if name in table and name not in stale):
+    # Where a table has both, those in angstrom count.
+    given = [n for n in _LENGTHS if n in table and n not in stale and f"{n}Angst" not in table]
+    for name in given:
         new[f"{name}Angst"] = numbers(particles.path, table, name) * pixel
     dropped = [*stale, *moved, *_SCALE_30, *_LENGTHS]
     blocks = {n: t for n, t in particles.blocks.items() if n not in ("optics", "particles")}

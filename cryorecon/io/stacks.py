@@ -130,7 +130,8 @@ def parse_image_names(path: Path, table: TextTable) -> ImageNames:
     whole: set[int] = set()
     done = 0
     for names in table.text("rlnImageName"):
-        parts = names.str.extract(r"^(?:(\d+)@)?(.+)$")
+        # RELION takes `:mrcs` behind a name for the kind of the file.
+        parts = names.str.extract(r"^(?:(\d+)@)?(.+?)(?::mrcs?)?$")
         here = slice(done, done + len(names))
         if parts[1].isna().any():
             raise CryoreconError(

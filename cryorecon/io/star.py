@@ -10,7 +10,7 @@ import csv
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from io import StringIO
-from itertools import groupby
+from itertools import chain, groupby, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -106,19 +106,33 @@ def _undecodable(path: Path) -> CryoreconError:
     return CryoreconError(f"{path} is not a text file", "Give a RELION STAR file")
 
 
+def _begins_block(text: str, labels: list[str] | None, following: str) -> bool:
+    """Whether a line names a block; files of jobs and micrographs may be named so, too."""
+    if labels is not None and len(labels) == 1:
+        return following.startswith(("loop_", "_"))
+    return not labels or len(text.split()) == 1
+
+
+def _meaningful(lines: Iterable[str]) -> Iterator[str]:
+    """Lines without their ends, blank ones and comments."""
+    for line in lines:
+        text = line.strip()
+        if text and not text.startswith("#"):
+            yield text
+
+
 def _blocks(lines: Iterable[str]) -> Iterator[tuple[str, list[str] | None, int, list[str]]]:
     """(name, labels of a loop or None, number of the first row, lines) of each piece."""
     name: str | None = None
     labels: list[str] | None = None
     rows: list[str] = []
     first = 0
-    for line in lines:
-        text = line.strip()
-        if text.startswith("data_") and (not labels or len(text.split()) == 1):
+    for text, following in pairwise(chain(_meaningful(lines), [""])):
+        if text.startswith("data_") and _begins_block(text, labels, following):
             if name is not None and (rows or not first):
                 yield name, labels, first, rows
             name, labels, rows, first = text[5:], None, [], 0
-        elif name is None or not text or text.startswith("#"):
+        elif name is None:
             continue
         elif text.startswith("loop_") and labels is None:
             labels = []

@@ -13,6 +13,7 @@ import torch
 from scipy.ndimage import affine_transform
 from torch import Tensor
 
+from cryorecon.maps.cutting import about_molecules
 from cryorecon.maps.sampling import (
     Band,
     Pair,
@@ -47,6 +48,7 @@ _STAGES = ((5.0, 48, 25), (8.0, 8, 20), (12.0, 2, 20))
 # The reference is turned by this rotation vector while it is compared. Interpolated noise is
 # strongest on the grid's own points: maps that nearly fit would be held where their grids fit.
 _FRAME_RAD = (0.41, -0.73, 0.58)
+_SMALLEST_BOX = 8
 # Shells whose FSC is below this are not worth climbing on.
 _AGREEMENT = 0.3
 
@@ -237,6 +239,7 @@ def align_maps(
 ) -> Alignment:
     """Find the hand, rotation and shift that bring a map onto a reference.
 
+    Molecules that are narrow against their box are cut out of it first, each about its own centre.
     Exhaustive search over 9,000 rotations times all translations at a fifth of the box, then
     gradient refinement of the best at rising resolution, as far as the two maps agree (FSC
     above 0.3). All shells weigh alike by whitening, or the outline would outvote the detail.
@@ -256,13 +259,17 @@ def align_maps(
     Raises
     ------
     ValueError
-        If the shapes differ or a map is constant.
+        If the shapes differ, a map is constant or has less than 8 px a side.
     """
-    box = reference.shape[-1]
-    if moving.shape != (box,) * 3 or reference.shape != (box,) * 3:
+    whole = reference.shape[-1]
+    if moving.shape != (whole,) * 3 or reference.shape != (whole,) * 3:
         raise ValueError(f"shapes {tuple(moving.shape)} and {tuple(reference.shape)} differ")
     if float(moving.std()) == 0 or float(reference.std()) == 0:
         raise ValueError("a constant map cannot be aligned")
+    if whole < _SMALLEST_BOX:
+        raise ValueError(f"maps of less than {_SMALLEST_BOX} px cannot be aligned")
+    (moving, reference), centres = about_molecules(moving, reference)
+    box = reference.shape[-1]
     limit = min(float(max_band(box)) - 1, _FINEST_BAND)
     if finest_angst is not None:
         limit = max(min(limit, box * pixel_size_angst / finest_angst), 2.0)
@@ -277,4 +284,8 @@ def align_maps(
     _, pose, _, flipped = found[winner]
     back = exp_map(torch.tensor(_FRAME_RAD, dtype=torch.float64)).T.to(pose[0].device)
     rotation, shift = back @ pose[0][0], back @ pose[1][0] * box
-    return Alignment(rotation, shift, flipped, judged[winner][1], reach)
+    start, end = (centre.to(shift) for centre in centres)
+    if flipped:
+        start = start * start.new_tensor([-1.0, 1.0, 1.0])
+    shift = shift + end - rotation @ start
+    return Alignment(rotation, shift, flipped, judged[winner][1], reach * whole / box)

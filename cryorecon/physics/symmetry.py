@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import torch
@@ -19,6 +20,15 @@ _ICOSAHEDRAL = (
     (5, (1 / (1 + _GOLDEN**2) ** 0.5, 0.0, _GOLDEN / (1 + _GOLDEN**2) ** 0.5)),
     (3, (0.0, 1 / (_GOLDEN * 3**0.5), _GOLDEN / 3**0.5)),
 )
+# Rotation vectors that take I to RELION's other settings of it: I1, a quarter of a turn about z;
+# I3 and I4, a fivefold on z.
+_FIVEFOLD_RAD = math.atan(1 / _GOLDEN)
+_SETTINGS = {
+    "I1": (0.0, 0.0, math.pi / 2),
+    "I2": (0.0, 0.0, 0.0),
+    "I3": (0.0, -_FIVEFOLD_RAD, 0.0),
+    "I4": (0.0, _FIVEFOLD_RAD, 0.0),
+}
 _LARGEST = 120
 # Traces of rotations that differ by less are of one that lies between two classes.
 _SAME_TRACE = 1e-5
@@ -32,8 +42,8 @@ def symmetry_group(name: str) -> Tensor:
     Parameters
     ----------
     name : str
-        C1, Cn, Dn, T, O or I, in any case. Cn and Dn have their n-fold axis on z, Dn a twofold
-        axis on x; T, O and I as RELION 3.1 has them.
+        C1, Cn, Dn, T, O, I or I1 to I4, in any case. Cn and Dn have their n-fold axis on z, Dn a
+        twofold axis on x; T, O and the settings of I as RELION 3.1 has them; I is I2.
 
     Returns
     -------
@@ -45,6 +55,12 @@ def symmetry_group(name: str) -> Tensor:
     ValueError
         For another name, or an order above 60.
     """
+    setting = _SETTINGS.get(name.strip().upper())
+    if setting is not None:
+        turn = exp_map(torch.tensor(setting, dtype=torch.float64))
+        group = turn @ symmetry_group("I") @ turn.mT
+        group[0] = torch.eye(3)
+        return group
     generators = [_about(axis, 360.0 / fold) for fold, axis in _axes(name)]
     found = [torch.eye(3, dtype=torch.float64)]
     waiting = list(found)
@@ -150,7 +166,7 @@ def _axes(name: str) -> tuple[tuple[int, tuple[float, float, float]], ...]:
         return polyhedral[upper]
     match = re.fullmatch(r"([CD])([1-9]\d?)", upper)
     if match is None or int(match[2]) * (1 + (match[1] == "D")) > _LARGEST // 2:
-        raise ValueError(f"{name!r} is no symmetry: give C1, Cn, Dn, T, O or I")
+        raise ValueError(f"{name!r} is no symmetry: give C1, Cn, Dn, T, O, I or I1 to I4")
     main = (int(match[2]), (0.0, 0.0, 1.0))
     return (main,) if match[1] == "C" else (main, (2, (1.0, 0.0, 0.0)))
 

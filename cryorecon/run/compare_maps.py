@@ -76,7 +76,10 @@ def compare_maps(
             )
     alignment = None
     if align:
-        alignment = align_maps(moving, reference, second.pixel_size_angst)
+        try:
+            alignment = align_maps(moving, reference, second.pixel_size_angst)
+        except ValueError as error:
+            raise CryoreconError(f"{first_path}: {error}", "Leave out --align") from error
         moving = apply_alignment(moving, alignment)
     parts = None
     if mask is not None:

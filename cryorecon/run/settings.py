@@ -35,7 +35,8 @@ def point_group(symmetry: str) -> Tensor:
         return symmetry_group(symmetry)
     except ValueError as error:
         raise CryoreconError(
-            f"--symmetry {symmetry} is unknown", "Give C1, Cn, Dn, T, O or I, such as C4 or D2"
+            f"--symmetry {symmetry} is unknown",
+            "Give C1, Cn, Dn, T, O, I or I1 to I4, such as C4 or D2",
         ) from error
 
 

@@ -132,7 +132,7 @@ def make(box: int, folder: Path) -> None:
 def make_symmetry() -> None:
     """What `relion_refine` prints of its point groups."""
     lines = []
-    for name in ("C3", "D2", "D7", "T", "O", "I"):
+    for name in ("C3", "D2", "D7", "T", "O", "I", "I1", "I2", "I3", "I4"):
         command = ["relion_refine", "--sym", name, "--print_symmetry_ops"]
         printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         kept = [line for line in printed.splitlines() if "Running" not in line]
