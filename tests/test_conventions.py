@@ -19,6 +19,7 @@ from cryorecon.physics.ctf import CtfParameters, ctf
 from cryorecon.physics.fourier import half_plane, lowpass
 from cryorecon.physics.imaging import render
 from cryorecon.physics.resampling import downsample_images
+from cryorecon.physics.rotations import random_rotations
 
 
 def test_arrays_are_zyx_and_matrices_act_on_xyz():

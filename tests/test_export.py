@@ -202,6 +202,15 @@ def test_relion_30_and_back_keeps_every_row(job: Path) -> None:
     assert set(new.blocks["optics"]["rlnBeamTiltX"]) == {"0.25", "-0.5"}
 
 
+def test_of_origins_in_both_units_those_in_angstrom_go_out(job: Path) -> None:
+    export(job, "-o", job / "old.star", "--to", "relion", "--relion30")
+    table = read_star(job / "old.star")[""].assign(rlnOriginXAngst="9.0", rlnOriginYAngst="9.0")
+    write_star(job / "both.star", {"": table})
+    export(job / "both.star", "-o", job / "new.star", "--to", "relion")
+    for name in ("both", "new"):
+        np.testing.assert_allclose(read_particles(job / f"{name}.star").origins_angst(), 9.0)
+
+
 def test_cryosparc_fields_reproject_to_the_images(job: Path) -> None:
     export(job, "-o", job / "p.cs", "--to", "cryosparc")
     table = np.load(job / "p.cs", allow_pickle=False)
@@ -535,6 +544,18 @@ def test_ab_initio_classes_and_coarser_alignments_are_read(job: Path) -> None:
     stack = read_particles(job / "run_data.star")
     third = list(stack.table["rlnImageName"]).index("000003@stacks/a.mrcs")
     np.testing.assert_array_equal(particles.images([0])[0], stack.images([third])[0])
+
+
+def test_a_pixel_size_of_zero_of_an_alignment_is_the_images(job: Path) -> None:
+    poses_of = {
+        "alignments3D/pose": np.full((3, 3), 0.1, "f4"),
+        "alignments3D/shift": np.full((3, 2), 2.0, "f4"),
+        "alignments3D/psize_A": np.array([0.0, 5.0, 0.0], "f4"),
+    }
+    particles = read_particles(save(job / "p.cs", fields(job, **poses_of)))
+    np.testing.assert_allclose(
+        particles.origins_angst()[:, 0], [2 * PIXEL, 10.0, 2 * PIXEL], rtol=1e-5
+    )
 
 
 def test_experiment_groups_become_optics_groups(job: Path) -> None:

@@ -171,6 +171,7 @@ def test_two_processes_take_one_half_set_each(script, few, tmp_path, group, time
     # The second half set is moved onto the first until steps are small, axes are found in both.
     if group == "C1":
         assert same_maps(tmp_path, "run_half1_class001_unfil.mrc") < ROUNDING
+        assert same_maps(tmp_path, "scale1.mrc") < 0.05
     assert alike(tmp_path) > 0.95
     stages = [
         list(read_star(tmp_path / job / "rounds.star")["rounds"]["cryoreconStage"])

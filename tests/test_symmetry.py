@@ -36,10 +36,10 @@ def test_groups_are_relions(name):
     assert distances.min(0).values.max() < 0.01
 
 
-@pytest.mark.parametrize(
-    ("name", "order"),
-    [("c1", 1), ("C5", 5), ("d3", 6), ("T", 12), ("O", 24), ("i", 60), ("i3", 60)],
-)
+ORDERS = {"c1": 1, "C5": 5, "d3": 6, "T": 12, "O": 24, "i": 60, "i3": 60}
+
+
+@pytest.mark.parametrize(("name", "order"), ORDERS.items())
 def test_groups_are_closed(name, order):
     group = symmetry_group(name)
     assert len(group) == order

@@ -109,7 +109,7 @@ def _undecodable(path: Path) -> CryoreconError:
 def _begins_block(text: str, labels: list[str] | None, following: str) -> bool:
     """Whether a line names a block; files of jobs and micrographs may be named so, too."""
     if labels is not None and len(labels) == 1:
-        return following.startswith(("loop_", "_"))
+        return following.startswith(("loop_", "_")) or len(following.split()) > 1
     return not labels or len(text.split()) == 1
 
 

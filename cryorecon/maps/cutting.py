@@ -13,8 +13,7 @@ _BAND, _THRESHOLD = 8.0, 0.15
 # Sides of a cut box per distance of what stands out from its centre: maps are masked by a sphere
 # of 0.44 of the box. A margin, as a fraction of the box, and the widest cut that is worth it.
 _SIDES, _MARGIN, _WORTHWHILE = 2.3, 0.03, 0.8
-# Of fewer samples the last shells, which are not compared, would be too many.
-_LEAST_SIDE = 32
+_LEAST_SIDE = 16
 
 
 def about_molecules(first: Tensor, second: Tensor) -> tuple[list[Tensor], list[Tensor]]:
