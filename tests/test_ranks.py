@@ -210,20 +210,15 @@ def test_two_processes_search_a_hard_set_as_one_does(few, tmp_path):
     assert alike(tmp_path) > 0.95
 
 
+def fit_of(iterations):
+    few = {"iterations": iterations, "settling": 5, "radius": 3}
+    settings = [word for name, n in few.items() for word in ("--set", f"{name}={n}")]
+    return ["--starts", "3", *settings, "--allow-ambiguous"]
+
+
 @pytest.mark.slow
 def test_two_processes_average_and_fit_what_one_does(script, few, tmp_path):
-    fit = [
-        "--starts",
-        "3",
-        "--set",
-        "iterations=20",
-        "--set",
-        "settling=5",
-        "--set",
-        "radius=3",
-        "--allow-ambiguous",
-    ]
-    both(script, ["abinitio", few, "--method", "moments", *fit], tmp_path)
+    both(script, ["abinitio", few, "--method", "moments", *fit_of(20)], tmp_path)
     sums = [read_moments_data(tmp_path / job / "moments.h5") for job in ("one", "two")]
     assert sums[0].attributes == sums[1].attributes
     for name, one in sums[0].arrays.items():
@@ -250,7 +245,7 @@ def killed(script, words, victim):
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=ENVIRONMENT,
     )  # fmt: skip
     deadline = time.monotonic() + 200
-    while not (job / "checkpoint.pt").exists():
+    while not list(job.glob("checkpoint*.pt")):
         assert begun.poll() is None, begun.stdout.read()
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -282,6 +277,22 @@ def test_a_dead_process_ends_the_job_which_goes_on(script, few, tmp_path, victim
         read_map(tmp_path / name / "initial_model.mrc").data for name in ("whole", "job")
     )
     assert np.corrcoef(whole.ravel(), found.ravel())[0, 1] > 0.9
+
+
+@pytest.mark.slow
+def test_starts_that_several_processes_had_begun_go_on(script, few, tmp_path):
+    """Each keeps its own state: a start may take longer than a queue gives."""
+    job, fit = tmp_path / "job", ["abinitio", few, "--method", "moments", *fit_of(300)]
+    killed(script, [*fit, "-o", job], 1)
+    states = {path.name for path in job.glob("checkpoint*.pt")}
+    assert states & {"checkpoint2.pt", "checkpoint3.pt"}
+    assert "going on where they were left: start 1" in run(script, "abinitio", "--continue", job, several=False)
+    assert not list(job.glob("checkpoint*.pt"))
+    run(script, *fit, "-o", tmp_path / "whole", several=False)
+    found, whole = (read_star(tmp_path / n / "starts.star")["starts"] for n in ("job", "whole"))
+    np.testing.assert_allclose(
+        found["cryoreconMisfit"].astype(float), whole["cryoreconMisfit"].astype(float), rtol=1e-4
+    )
 
 
 @pytest.mark.slow

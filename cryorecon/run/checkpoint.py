@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cryorecon import __version__
 from cryorecon.errors import CryoreconError
-from cryorecon.io.files import remove_unfinished, replacing
+from cryorecon.io.files import replacing
 from cryorecon.ranks import ALONE, Ranks
 from cryorecon.run.stopping import Stop, StoppedError
 
@@ -97,13 +97,10 @@ class Checkpoint:
         self._entries: dict[str, Entry] = {}
         # How often each part was kept: of two files that hold it, the later one counts.
         self._counts: dict[str, int] = {}
-        for file in (path, self._of_team(1)) if resume else ():
-            self._take_later(*_read(file) if file.exists() else ({}, {}))
-        if ranks.first:
-            for file in (path, self._of_team(1)):
-                remove_unfinished(file)
-            if not resume:
-                self.remove()
+        for file in self._files() if resume else ():
+            self._take_later(*_read(file))
+        if ranks.first and not resume:
+            self.remove()
         ranks.wait()
 
     def _take_later(self, entries: dict[str, Entry], counts: dict[str, int]) -> None:
@@ -158,9 +155,9 @@ class Checkpoint:
             raise StoppedError("the state at this point is on disk")
 
     def for_team(self, number: int, ranks: Ranks) -> Checkpoint:
-        """Of one of two teams that work at the same time, beginning with what there is.
+        """Of one of several teams that work at the same time, beginning with what there is.
 
-        The first team's is this file, the second's one beside it.
+        The first team's is this file, the second's and so on are beside it.
         """
         team = copy.copy(self)
         team.path, team.ranks, team._is_team = self._of_team(number), ranks, True
@@ -169,6 +166,12 @@ class Checkpoint:
 
     def _of_team(self, number: int) -> Path:
         return self.path.with_stem(f"{self.path.stem}{number + 1}") if number else self.path
+
+    def _files(self) -> list[Path]:
+        """Of all teams, those that there are."""
+        stem, suffix = self.path.stem, self.path.suffix
+        others = self.path.parent.glob(f"{stem}[0-9]*{suffix}")
+        return [file for file in (self.path, *sorted(others)) if file.exists()]
 
     def _put(self, part: str, entry: Entry, *, hold: bool) -> None:
         start = time.monotonic()
@@ -179,8 +182,10 @@ class Checkpoint:
         if hold:
             self._entries[part] = frozen(entry)
         if not self._is_team:
-            # What the second team had left is in this file now.
-            self._of_team(1).unlink(missing_ok=True)
+            # What other teams had left is in this file now.
+            for file in self._files():
+                if file != self.path:
+                    file.unlink(missing_ok=True)
         cost_s = time.monotonic() - start
         self.spent_s += cost_s
         self._due = time.monotonic() + max(_EVERY_S, _TIMES_ITS_COST * cost_s)
@@ -188,17 +193,19 @@ class Checkpoint:
     def describe(self) -> str:
         """How old the state on disk is, in words."""
         averaged = self.path.with_name("moments.partial.h5")
-        if not self.path.exists() and averaged.exists():
+        files = self._files()
+        if not files and averaged.exists():
             return f"{averaged} holds what has been averaged; go on with:"
-        if not self.path.exists():
+        if not files:
             return "Nothing was kept yet; what begins the job again:"
-        age = time.time() - self.path.stat().st_mtime
-        return f"{self.path} holds the state of {max(0.0, age):.0f} s ago; go on with:"
+        latest = max(files, key=lambda file: file.stat().st_mtime)
+        age = time.time() - latest.stat().st_mtime
+        return f"{latest} holds the state of {max(0.0, age):.0f} s ago; go on with:"
 
     def remove(self) -> None:
         """Delete the file: the job is finished."""
-        for number in (0, 1):
-            self._of_team(number).unlink(missing_ok=True)
+        for file in self._files():
+            file.unlink(missing_ok=True)
 
     def _write(self, entries: dict[str, Entry]) -> None:
         whole = {"format": _FORMAT, "program": f"cryorecon {__version__}"}

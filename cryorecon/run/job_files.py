@@ -21,7 +21,7 @@ HALF_SET_2 = "half_set2.jsonl"
 # What jobs write besides log and job.yaml, which are replaced at once.
 _OUTPUTS = (
     NAME,
-    "checkpoint2.pt",
+    "checkpoint[0-9]*.pt",
     HALF_SET_2,
     "reconstruction.mrc",
     "reconstruction_half?_unfil.mrc",

@@ -10,6 +10,7 @@ import torch
 
 from cryorecon.engines.moments.fit import Fitter, MomentFit
 from cryorecon.errors import CryoreconError
+from cryorecon.ranks import ALONE
 from cryorecon.run.checkpoint import Entry
 from cryorecon.run.job import Job
 from cryorecon.run.progress import Update
@@ -32,6 +33,9 @@ def all_starts(fitter: Fitter, starts: int, seed: int, job: Job) -> Fits:
     fits = [(entry["number"], fitter.restored(entry)) for entry in saved["fits"]]
     if saved["tried"] or saved["going"]:
         job.say(f"{saved['tried']} starts taken from the checkpoint")
+    begun = [str(n + 1) for n in range(starts) if job.checkpoint.get(_part(n))]
+    if begun:
+        job.say(f"begun before, going on where they were left: start {', '.join(begun)}")
     several = job.ranks.count
     with job.bar("Fitting", starts * fitter.steps, unit="steps") as bar:
         for start in range(saved["tried"], starts, several):
@@ -39,10 +43,12 @@ def all_starts(fitter: Fitter, starts: int, seed: int, job: Job) -> Fits:
                 fits += _at_once(fitter, range(start, min(start + several, starts)), seed, job, bar)
             else:
                 going = saved["going"] if start == saved["tried"] else None
+                going = going or job.checkpoint.get(_part(start))
                 fits += _alone(fitter, start, seed, job, bar, fits, going)
             tried = min(start + several, starts)
+            job.checkpoint.drop(*map(_part, range(start, tried)))
             pack = partial(_packed, fits, tried, None)
-            job.checkpoint.put("starts", pack, force=tried == starts)
+            job.checkpoint.put("starts", pack, force=several > 1 or tried == starts)
     if not fits:
         raise CryoreconError("All starts diverged", "Lower --set rate")
     return sorted(fits, key=lambda pair: pair[1].misfit)
@@ -63,7 +69,11 @@ def _at_once(fitter: Fitter, starts: range, seed: int, job: Job, bar: Update) ->
     """As many starts as there are processes, or fewer, one each; all learn what each found."""
     ranks, mine = job.ranks, b""
     if ranks.index < len(starts):
-        number, fit = _one(fitter, starts[ranks.index], seed, bar)
+        start = starts[ranks.index]
+        # A file for each: they come to points worth keeping at different times.
+        own = job.checkpoint.for_team(ranks.index + 1, ALONE)
+        keep = partial(own.put, _part(start))
+        number, fit = _one(fitter, start, seed, bar, keep, job.checkpoint.get(_part(start)))
         file = io.BytesIO()
         found = {"diverged": fit} if isinstance(fit, str) else fit.state()
         torch.save({"number": number, **found}, file)
@@ -76,6 +86,11 @@ def _at_once(fitter: Fitter, starts: range, seed: int, job: Job, bar: Update) ->
         fit = fitter.restored(entry) if diverged is None else diverged
         fits += _told((entry["number"], fit), job)
     return fits
+
+
+def _part(start: int) -> str:
+    """Of the checkpoint: a start that is going on beside others."""
+    return f"start {start + 1}"
 
 
 def _one(
