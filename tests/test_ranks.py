@@ -17,10 +17,12 @@ import pytest
 import torch
 from conftest import simulated
 
+from cryorecon.engines.observations import ImageSet
 from cryorecon.io.files import locked
 from cryorecon.io.moments_file import read_moments_data
 from cryorecon.io.mrc import read_map
 from cryorecon.io.star import read_star
+from cryorecon.physics.fourier import half_plane
 from cryorecon.ranks import ALONE, Ranks
 
 SMALL = ("search_images=60", "search_nside=2", "temperatures=[4.0, 1.0]", "half_rounds=2")
@@ -286,7 +288,9 @@ def test_starts_that_several_processes_had_begun_go_on(script, few, tmp_path):
     killed(script, [*fit, "-o", job], 1)
     states = {path.name for path in job.glob("checkpoint*.pt")}
     assert states & {"checkpoint2.pt", "checkpoint3.pt"}
-    assert "going on where they were left: start 1" in run(script, "abinitio", "--continue", job, several=False)
+    assert "going on where they were left: start 1" in run(
+        script, "abinitio", "--continue", job, several=False
+    )
     assert not list(job.glob("checkpoint*.pt"))
     run(script, *fit, "-o", tmp_path / "whole", several=False)
     found, whole = (read_star(tmp_path / n / "starts.star")["starts"] for n in ("job", "whole"))
@@ -476,3 +480,16 @@ def test_every_row_belongs_to_one_process(n, count):
     sizes = [len(share) for share in shares]
     assert sizes == Ranks(0, count).sizes(n)
     assert max(sizes) - min(sizes) <= 1
+
+
+def test_a_team_shares_its_own_images():
+    """Half sets may be sorted in the file: by place among all, one process would have them all."""
+    plane, half = half_plane(8), torch.arange(10, 20)
+    noise, group = torch.ones(1, plane.n_shells), torch.zeros(20, dtype=torch.int32)
+    images = ImageSet(plane, list, noise, group, torch.ones(20), torch.arange(20), total=20)
+    rows = torch.arange(10)
+    for index in (0, 1):
+        team = Ranks(index, 2, offset=2, team="a process group")
+        assert torch.equal(images.apart(half, team).mine(rows), rows[5 * index : 5 * index + 5])
+        everyone = Ranks(index, 2)
+        assert len(images.apart(half, everyone).mine(rows)) == 10 * index

@@ -168,8 +168,11 @@ class ImageSet:
         return tuple(self.ranks.everyones(part, counts)[back] for part in found)
 
     def _owner(self, rows: Tensor) -> Tensor:
-        ends = torch.tensor(self.ranks.bounds(self.total)[1:])
-        return torch.searchsorted(ends, self.rows[rows].long(), right=True)
+        # A team has only some of the images, which may all be neighbours.
+        of_team = self.ranks.team is not None
+        ends = torch.tensor(self.ranks.bounds(len(self) if of_team else self.total)[1:])
+        place = rows if of_team else self.rows[rows].long()
+        return torch.searchsorted(ends, place.contiguous(), right=True)
 
     @property
     def pixels(self) -> int:
