@@ -1,10 +1,12 @@
-"""Whether particles are white on black, as the image model has them, or black on white."""
+"""What images show at once: white particles or black ones, and much brighter things."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from cryorecon.engines.observations import ImageSet
 from cryorecon.physics.fourier import radius_grid, to_coefficients
@@ -16,33 +18,84 @@ SURE = 4.0
 # First zero of a solid ball's transform, in cycles per diameter. Beyond it a molecule's may have
 # either sign, and there is most of what images with little amplitude contrast show.
 FIRST_LOBE = 1.43
+# Band of searches, in cycles per diameter.
+_COARSE = 3.2
+
+
+# Images count as outshining the others beyond so many standard deviations, of those without such.
+_OUTSHINES, _USUAL = 15.0, 3.0
+
+
+@dataclass(frozen=True)
+class FirstLook:
+    """What images show at once.
+
+    Attributes
+    ----------
+    scores : Tensor, shape (n,), float64
+        Of each image, how well a white solid ball of the particle's diameter fits it.
+    power : Tensor, shape (n,), float64
+        In units of the noise, mean of the coefficients that searches begin with.
+    """
+
+    scores: Tensor
+    power: Tensor
+
+    @staticmethod
+    def at(images: ImageSet, diameter: float) -> FirstLook:
+        """Look at all images.
+
+        Every image is correlated with the CTF-modulated, whitened projection of a solid ball of
+        the particle's diameter, its coarsest part.
+
+        Parameters
+        ----------
+        images : ImageSet of n images
+        diameter : float
+            Of the particle, as a fraction of the box side.
+        """
+        plane = images.plane
+        radius = diameter / 2 * plane.box
+        distance = radius_grid(plane.box, 2, images.device).to(images.gain.dtype)
+        ball = to_coefficients((radius**2 - distance**2).clamp(min=0).sqrt(), plane)
+        # The origin is what levelling has made it.
+        shown = plane.radius > 0
+        ball = ball * (shown & (plane.radius * diameter < FIRST_LOBE)).to(images.device)
+        coarse = (shown & (plane.radius * diameter < _COARSE)).to(images.device)
+        scores, power = [], []
+        everyone = torch.arange(len(images))
+        for rows in images.mine(everyone).split(500):
+            batch = images.select(rows)
+            matched, weight = batch.matched()
+            fit = (matched * ball.conj()).real.sum(-1)
+            # Nothing, where the images show nothing.
+            scores.append(fit / (weight * ball.abs() ** 2).sum(-1).sqrt().clamp(min=1e-12))
+            seen = batch.coefficients.abs().square() * batch.precision()
+            power.append((seen * coarse).sum(-1) / coarse.sum().clamp(min=1))
+        found = (torch.cat(parts).double() for parts in (scores, power))
+        return FirstLook(*images.everyones(everyone, *found))
+
+    def score(self, rows: Tensor | None = None) -> float:
+        """How surely particles are white (positive) or black (negative), in standard errors.
+
+        Mean of all images, or of some, divided by its standard error.
+        """
+        values = self.scores if rows is None else self.scores[rows]
+        return float(values.mean() / (values.std() / len(values) ** 0.5).clamp(min=1e-12))
+
+    def dimming(self) -> Tensor:
+        """Factor on each image, shape (n,): less than 1 where it outshines the others.
+
+        Ice, carbon and aggregates may be ten times as bright as particles; a few of them would
+        make the map. They are dimmed to what is usual.
+        """
+        middle = self.power.median()
+        spread = 1.4826 * (self.power - middle).abs().median()
+        bright = self.power > middle + _OUTSHINES * spread
+        usual = (middle + _USUAL * spread) / self.power.clamp(min=1e-12)
+        return torch.where(bright, usual.sqrt(), 1.0)
 
 
 def contrast_score(images: ImageSet, diameter: float) -> float:
-    """How surely particles are white (positive) or black (negative), in standard errors.
-
-    Every image is correlated with the CTF-modulated, whitened projection of a solid ball of the
-    particle's diameter, its coarsest part; the score is the mean over the images divided by its
-    standard error.
-
-    Parameters
-    ----------
-    images : ImageSet of n images
-    diameter : float
-        Of the particle, as a fraction of the box side.
-    """
-    plane = images.plane
-    radius = diameter / 2 * plane.box
-    distance = radius_grid(plane.box, 2, images.device).to(images.gain.dtype)
-    ball = to_coefficients((radius**2 - distance**2).clamp(min=0).sqrt(), plane)
-    # The origin is what levelling has made it.
-    ball = ball * ((plane.radius > 0) & (plane.radius * diameter < FIRST_LOBE)).to(images.device)
-    scores = []
-    everyone = torch.arange(len(images))
-    for rows in images.mine(everyone).split(500):
-        matched, weight = images.select(rows).matched()
-        fit = (matched * ball.conj()).real.sum(-1)
-        # Nothing, where the images show nothing.
-        scores.append(fit / (weight * ball.abs() ** 2).sum(-1).sqrt().clamp(min=1e-12))
-    (values,) = images.everyones(everyone, torch.cat(scores).double())
-    return float(values.mean() / (values.std() / len(values) ** 0.5).clamp(min=1e-12))
+    """How surely particles are white (positive) or black (negative): see :class:`FirstLook`."""
+    return FirstLook.at(images, diameter).score()

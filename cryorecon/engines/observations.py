@@ -122,6 +122,8 @@ class ImageSet:
         scale of the images before.
     empty : Tensor, shape (groups, n_shells), bool, optional
         Shells that the images of a group show nothing in; their CTF is 0 there.
+    dimming : Tensor, shape (n,), real, optional
+        Factor on each image, noise and all: less than 1 for those that outshine the others.
     """
 
     plane: HalfPlane
@@ -137,6 +139,7 @@ class ImageSet:
     held: bool = False
     spread: float = 1.0
     empty: Tensor | None = None
+    dimming: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -196,6 +199,8 @@ class ImageSet:
         mine = coefficients, ctf, self.gain[rows, None], self.group[rows].long()
         coefficients, ctf, gain, group = (taken_to(values, self.device) for values in mine)
         noise = self.noise_power[:, : plane.n_shells]
+        if self.dimming is not None:
+            coefficients = coefficients * taken_to(self.dimming[rows, None], self.device)
         return Observations(plane, coefficients, ctf * gain, noise, group)
 
     def expect(self, rows: Tensor) -> None:
@@ -233,6 +238,7 @@ class ImageSet:
             gain=self.gain[rows],
             rows=self.rows[rows],
             place=None if self.place is None else self.place[rows],
+            dimming=None if self.dimming is None else self.dimming[rows],
         )
 
 

@@ -123,6 +123,7 @@ def read_ahead(images: ImageSet) -> ImageSet:
         source=source,
         group=images.group[order],
         gain=images.gain[order],
+        dimming=None if images.dimming is None else images.dimming[order],
         rows=torch.arange(len(images), dtype=torch.int32),
         place=None,
     )

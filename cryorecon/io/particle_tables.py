@@ -72,7 +72,7 @@ def _read_blocks(path: Path) -> tuple[Tables, dict[str, TextTable]]:
         if name in tables or name in blocks:
             raise CryoreconError(
                 f"{path} has two tables named data_{name}",
-                "Join selections by `relion_star_handler --combine`, not end to end",
+                "Join selections as RELION's JoinStar job does, not end to end",
             )
         if "rlnImageName" in first:
             tables[name] = TextTable.gather(chain([first], pieces))

@@ -25,6 +25,7 @@ _LARGEST_SUM_OF_SQUARES = 1e30
 _ROWS_AT_ONCE = 1_000_000
 _ANGLES = ["rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi"]
 _SHARE, _LIKELIHOOD = "rlnMaxValueProbDistribution", "rlnLogLikeliContribution"
+_MERIT = "rlnParticleFigureOfMerit"
 # What programs say of poses, which is not true of others: priors too, and origins in either unit.
 PRIORS_OF_ANGLES = {f"{name}Prior" for name in _ANGLES}
 SAID_OF_ANGLES = {_SHARE, _LIKELIHOOD, *PRIORS_OF_ANGLES}
@@ -316,6 +317,7 @@ class Particles:
         class_number: int | None = None,
         pose_share: NDArray[np.floating] | None = None,
         log_likelihood: NDArray[np.floating] | None = None,
+        merit: NDArray[np.floating] | None = None,
     ) -> None:
         """Write the table with new poses: every row and column, in order, in the file's dialect.
 
@@ -331,8 +333,8 @@ class Particles:
         pose_share : array, shape (n,), optional
             How much of an image belongs to its pose, 0 to 1, where RELION tells the largest
             probability.
-        log_likelihood : array, shape (n,), optional
-            Of each image, against an empty one.
+        log_likelihood, merit : array, shape (n,), optional
+            Of each image, against an empty one; 1, or less if it was dimmed.
         """
         new: dict[str, NDArray[np.generic]] = {}
         if euler_deg is not None:
@@ -345,7 +347,7 @@ class Particles:
             new["rlnClassNumber"] = np.full(len(self), class_number)
         if random_subsets is not None:
             new["rlnRandomSubset"] = np.asarray(random_subsets)
-        said = {_SHARE: pose_share, _LIKELIHOOD: log_likelihood}
+        said = {_SHARE: pose_share, _LIKELIHOOD: log_likelihood, _MERIT: merit}
         new |= {name: np.asarray(v, np.float64) for name, v in said.items() if v is not None}
         stale = SAID_OF_ANGLES if euler_deg is not None else set()
         stale = stale | SAID_OF_ORIGINS if origins_angst is not None else stale

@@ -22,7 +22,7 @@ from cryorecon.run.abinitio_input import (
     starting_map,
 )
 from cryorecon.run.amortized_stages import AmortizedStages
-from cryorecon.run.contrast import set_contrast
+from cryorecon.run.contrast import first_look
 from cryorecon.run.device import device_text, own_device
 from cryorecon.run.empty_shells import empty_text
 from cryorecon.run.half_sets import half_sets
@@ -112,7 +112,8 @@ def _run(job: Job, ready: Prepared, options: AbinitioOptions) -> None:
     report_poses(job, state, config, particles)
     if job.writes:
         scales = [volume * factor for volume in stages.scale_maps(joint_map(state))]
-        write_results(job, particles, scaled(state, factor), scales, options.halves, config)
+        merit = images.dimming
+        write_results(job, particles, scaled(state, factor), scales, options.halves, config, merit)
         report_at_end(job, particles.as_stored())
 
 
@@ -128,8 +129,7 @@ def _read_images(
         images = load_observations(particles, config.diameter, lambda done, _: bar(done), *where)
     for text in empty_text(images, particles.pixel_size_angst):
         job.say(f"WARNING: {text}")
-    set_contrast(job, images, config.diameter, options.contrast)
-    return images
+    return first_look(job, images, config.diameter, options.contrast)
 
 
 def _stages(

@@ -1,35 +1,81 @@
-"""Whether particles are white or black, told to the log."""
+"""Whether particles are white or black, and what outshines them, told to the log."""
 
 from __future__ import annotations
 
-from cryorecon.engines.contrast import SURE, Contrast, contrast_score
+from dataclasses import replace
+
+import torch
+
+from cryorecon.engines.contrast import SURE, Contrast, FirstLook
 from cryorecon.engines.observations import ImageSet
 from cryorecon.run.job import Job
 
+_WHITE, _BLACK = "white on black", "BLACK ON WHITE"
 
-def set_contrast(job: Job, images: ImageSet, diameter: float, contrast: Contrast) -> None:
-    """Make particles white, and say what was found.
+
+def first_look(job: Job, images: ImageSet, diameter: float, contrast: Contrast) -> ImageSet:
+    """Make particles white, dim what outshines them, and say what was found.
 
     Parameters
     ----------
     diameter : float
         Of the particle, as a fraction of the box side.
     contrast : "auto", "white" or "black"
-        As the images tell, or as the user does.
+        As the images tell, each optics group for itself, or as the user does.
+
+    Returns
+    -------
+    ImageSet
+        Their gain is changed in place.
     """
-    score = contrast_score(images, diameter)
-    seen = "white on black" if score > 0 else "BLACK ON WHITE"
+    look = FirstLook.at(images, diameter)
+    dimming = look.dimming()
+    n_bright = int((dimming < 1).sum())
+    if n_bright:
+        look = replace(look, scores=look.scores * dimming)
+        images = replace(images, dimming=dimming.to(images.gain.dtype))
+        job.say(
+            f"WARNING: {n_bright} of {len(images)} images are much brighter than the others, as "
+            "ice, carbon and aggregates are; they are dimmed. Take them out: "
+            "rlnParticleFigureOfMerit in run_data.star is less than 1"
+        )
+    _set_contrast(job, images, look, contrast)
+    return images
+
+
+def _set_contrast(job: Job, images: ImageSet, look: FirstLook, contrast: Contrast) -> None:
+    score = look.score()
+    black = _black_groups(job, images, look) if contrast == "auto" else None
+    if black is not None:
+        images.gain[black] = -images.gain[black]
+        return
+    seen = _WHITE if score > 0 else _BLACK
     # Nor if it is NaN.
     if not abs(score) >= SURE:
         job.say(f"contrast cannot be told from the images ({score:.1f} standard errors)")
-        seen = "white on black"
+        seen = _WHITE
     else:
         job.say(f"particles look {seen} ({abs(score):.0f} standard errors)")
     if contrast != "auto":
-        given = "white on black" if contrast == "white" else "BLACK ON WHITE"
+        given = _WHITE if contrast == "white" else _BLACK
         if given != seen:
             job.say(f"WARNING: they are taken as {given}, as --contrast says")
         seen = given
-    if seen != "white on black":
+    if seen != _WHITE:
         job.say("the CTF is inverted for the reconstruction; the map will be white on black")
         images.gain.neg_()
+
+
+def _black_groups(job: Job, images: ImageSet, look: FirstLook) -> torch.Tensor | None:
+    """Images of optics groups that are surely black, where others are surely white; else None."""
+    members = {int(k): images.group == k for k in images.group.unique()}
+    scores = {k: look.score(rows) for k, rows in members.items() if int(rows.sum()) > 1}
+    white = [k for k, score in scores.items() if score >= SURE]
+    black = [k for k, score in scores.items() if score <= -SURE]
+    if not white or not black:
+        return None
+    job.say(
+        f"WARNING: particles look {_WHITE} in {len(white)} optics groups and {_BLACK} in "
+        f"{len(black)}, such as the table's number {black[0] + 1}; the CTF of these is inverted"
+    )
+    return torch.isin(images.group, torch.tensor(black, dtype=images.group.dtype))

@@ -181,8 +181,15 @@ def write_results(
     scales: list[Tensor],
     halves: str,
     config: RefineConfig,
+    merit: Tensor | None = None,
 ) -> None:
-    """Maps, half maps, FSC, poses and pictures; says what it wrote."""
+    """Maps, half maps, FSC, poses and pictures; says what it wrote.
+
+    Parameters
+    ----------
+    merit : Tensor, shape (n,), optional
+        Of images that were dimmed, less than 1.
+    """
     pixel = particles.pixel_size_angst
     joint, likelihood = joint_map(state), state.log_likelihood
     whole = in_full(joint, particles)
@@ -200,6 +207,7 @@ def write_results(
         class_number=1,
         pose_share=state.rivals.own_share().numpy(),
         log_likelihood=likelihood.numpy() if bool((likelihood != 0).all()) else None,
+        merit=None if merit is None else merit.numpy(),
     )
     nodes["run_data.star"] = 3
     written = [*nodes, "map.png", "views.png"]
