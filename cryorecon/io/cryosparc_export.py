@@ -15,7 +15,7 @@ from cryorecon.errors import CryoreconError
 from cryorecon.io.cryosparc import SIGN_COLUMN, UID_COLUMN
 from cryorecon.io.files import replacing
 from cryorecon.io.particles import Particles
-from cryorecon.io.stacks import parse_image_names
+from cryorecon.io.stacks import bare_names, parse_image_names
 from cryorecon.io.star import numbers
 
 _CTF_NUMBERS = {
@@ -114,7 +114,7 @@ def unique_numbers(particles: Particles) -> NDArray[np.uint64]:
             return kept
     seen: dict[str, int] = {}
     found = np.empty(len(particles), dtype=np.uint64)
-    for row, name in enumerate(particles.table["rlnImageName"]):
+    for row, name in enumerate(bare_names(particles.table["rlnImageName"])):
         copy = seen[name] = seen.get(name, -1) + 1
         digest = hashlib.sha256(f"{name} {copy}".encode()).digest()
         found[row] = int.from_bytes(digest[:8], "little")

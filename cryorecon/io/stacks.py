@@ -97,6 +97,16 @@ def one_a_file(
     return list(first.values()), np.array([place[file] for file in files], np.int32)[stack_of]
 
 
+def names_for_relion(names: pd.Series) -> pd.Series:
+    """Names of images with the kind of the file behind a stack that is named as RELION's maps."""
+    return names.str.replace(r"^(\d+@.+\.mrc)(?::mrcs?)?$", r"\1:mrcs", regex=True)
+
+
+def bare_names(names: pd.Series) -> pd.Series:
+    """Names of images without the kind of the file, which is no part of the image's name."""
+    return names.str.replace(r":mrcs?$", "", regex=True)
+
+
 class ImageNames(NamedTuple):
     """Where a table's images are.
 
