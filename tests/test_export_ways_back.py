@@ -102,3 +102,19 @@ def test_relion_reads_what_came_from_cryosparc(folder: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert np.abs(read_map("r.mrc").data).max() > 0
+
+
+def test_experiment_groups_come_back(folder: Path) -> None:
+    """RELION counts its optics groups from 1; cryoSPARC's numbers are in their names."""
+
+    def group_ids(text: str) -> list[int]:
+        Path("x.star").write_text(text)
+        run("export", "x.star", "-o", "x.cs", "--to", "cryosparc", "--overwrite")
+        return np.load("x.cs")["ctf/exp_group_id"].tolist()
+
+    run("export", "p.cs", "-o", "p.star", "--to", "relion")
+    text = Path("p.star").read_text()
+    assert group_ids(text) == [3, 3, 8, 8]
+    # Names that are not all cryoSPARC's, or hold no number of its kind, say nothing.
+    for name in ("mine", "expGroup", "expGroup99999999999", "expGroup-3", "expGroup3b"):
+        assert group_ids(text.replace("expGroup8", name)) == [1, 1, 2, 2], name
