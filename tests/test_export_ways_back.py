@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from cryorecon.cli.main import app
+from cryorecon.errors import CryoreconError
 from cryorecon.io.mrc import read_map, stack_writer
 from cryorecon.io.particles import read_particles
 from cryorecon.io.star import read_star
@@ -118,3 +119,22 @@ def test_experiment_groups_come_back(folder: Path) -> None:
     # Names that are not all cryoSPARC's, or hold no number of its kind, say nothing.
     for name in ("mine", "expGroup", "expGroup99999999999", "expGroup-3", "expGroup3b"):
         assert group_ids(text.replace("expGroup8", name)) == [1, 1, 2, 2], name
+
+
+def test_missing_stacks_are_listed_to_the_end(folder: Path) -> None:
+    """The message ended in a comma."""
+    lines = Path("p.star")
+    run("export", "p.cs", "-o", lines, "--to", "relion")
+    text = lines.read_text()
+    for row in range(COUNT):
+        text = text.replace(f"@{STACKS[row // 2]}", f"@gone{row}.mrcs", 1)
+    lines.write_text(text)
+    with pytest.raises(CryoreconError) as caught:
+        read_particles(lines)
+    told = "p.star names 4 of 4 stacks that do not exist: gone0.mrcs, gone1.mrcs, gone2.mrcs and 1 "
+    assert str(caught.value).startswith(f"{told}more. Run from the project folder")
+
+
+def test_what_is_cut_off_in_a_message_ends_in_an_ellipsis() -> None:
+    assert str(CryoreconError("It names xxx...", "Rename it. ")) == "It names xxx... Rename it."
+    assert str(CryoreconError("It is bad.", "Mend it..")) == "It is bad. Mend it."

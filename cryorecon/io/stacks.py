@@ -75,10 +75,12 @@ def resolve_stacks(star: Path, names: list[str], project: str | Path | None) -> 
         else:
             found.append(hit)
     if missing:
-        shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        shown = ", ".join(missing[:3]) + (
+            f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        )
         raise CryoreconError(
             f"{star} names {len(missing)} of {len(names)} stacks that do not exist: {shown}",
-            "Run from the RELION project folder or give it with --project",
+            "Run from the project folder of RELION or cryoSPARC, or give it with --project",
         )
     return found
 
