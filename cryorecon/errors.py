@@ -38,6 +38,10 @@ class LostRankError(CryoreconError):
     """Another process of the job has ended before its time."""
 
 
+class MissingStacksError(CryoreconError):
+    """Images that a table names are nowhere; the table itself may be all that is needed."""
+
+
 def require_file(path: str | Path, what: str) -> Path:
     """Return `path` when it is a readable file, else say what it is instead.
 

@@ -138,3 +138,39 @@ def test_missing_stacks_are_listed_to_the_end(folder: Path) -> None:
 def test_what_is_cut_off_in_a_message_ends_in_an_ellipsis() -> None:
     assert str(CryoreconError("It names xxx...", "Rename it. ")) == "It names xxx... Rename it."
     assert str(CryoreconError("It is bad.", "Mend it..")) == "It is bad. Mend it."
+
+
+def content(name: str) -> bytes:
+    """Of a file, of STAR files without the line that tells the time."""
+    text = Path(name).read_bytes()
+    return text.split(b"\n", 1)[1] if name.endswith(".star") else text
+
+
+def test_tables_go_out_without_their_stacks(folder: Path) -> None:
+    """A job's folder that was copied alone: what goes out needs nothing of the images."""
+    run("export", "p.cs", "-o", "p.star", "--to", "relion")
+    words = {
+        "x.star": ("--to", "relion"),
+        "y.star": ("--to", "relion", "--relion30", "--flip"),
+        "x.cs": ("--to", "cryosparc"),
+        "drgn": ("--to", "cryodrgn"),
+    }
+    files = ("x.star", "y.star", "x.cs", "drgn/ctf.pkl", "drgn/poses.pkl")
+    for name, options in words.items():
+        assert "WARNING" not in run("export", "p.star", "-o", name, *options)
+    with_stacks = [content(name) for name in files]
+    shutil.rmtree("stacks")
+    for name, options in words.items():
+        told = run("export", "p.star", "-o", name, *options, "--overwrite").split()
+        assert "WARNING: p.star names 2 of 2 stacks that do not exist: stacks/a.m" in " ".join(told)
+        assert "images were not checked." in " ".join(told)
+    assert [content(name) for name in files] == with_stacks
+
+
+def test_stacks_are_needed_where_they_alone_tell_the_box(folder: Path) -> None:
+    run("export", "p.cs", "-o", "old.star", "--to", "relion", "--relion30")
+    shutil.rmtree("stacks")
+    result = CliRunner().invoke(app, ["export", "old.star", "-o", "x.star", "--to", "relion"])
+    assert isinstance(result.exception, CryoreconError)
+    assert "do not exist" in result.exception.problem
+    assert not Path("x.star").exists()

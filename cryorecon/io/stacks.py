@@ -11,7 +11,7 @@ import pandas as pd
 import yaml
 from numpy.typing import NDArray
 
-from cryorecon.errors import CryoreconError
+from cryorecon.errors import CryoreconError, MissingStacksError
 from cryorecon.io.mrc import Header, read_header
 from cryorecon.io.text_table import TextTable
 
@@ -56,7 +56,7 @@ def resolve_stacks(star: Path, names: list[str], project: str | Path | None) -> 
 
     Raises
     ------
-    CryoreconError
+    MissingStacksError
         Saying how many stacks are missing, the first three, and the flag that mends it.
     """
     own, above = _places(star)
@@ -75,10 +75,9 @@ def resolve_stacks(star: Path, names: list[str], project: str | Path | None) -> 
         else:
             found.append(hit)
     if missing:
-        shown = ", ".join(missing[:3]) + (
-            f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        )
-        raise CryoreconError(
+        more = len(missing) - 3
+        shown = ", ".join(missing[:3]) + (f" and {more} more" if more > 0 else "")
+        raise MissingStacksError(
             f"{star} names {len(missing)} of {len(names)} stacks that do not exist: {shown}",
             "Run from the project folder of RELION or cryoSPARC, or give it with --project",
         )
