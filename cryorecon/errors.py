@@ -19,13 +19,27 @@ class CryoreconError(Exception):
     """
 
     def __init__(self, problem: str, remedy: str) -> None:
-        self.problem = problem.rstrip(". ")
-        self.remedy = remedy.rstrip(". ")
-        super().__init__(f"{self.problem}. {self.remedy}.")
+        self.problem = _without_stop(problem)
+        self.remedy = _without_stop(remedy)
+        super().__init__(f"{_sentence(self.problem)} {_sentence(self.remedy)}")
+
+
+def _without_stop(text: str) -> str:
+    """Without the stop at its end; an ellipsis tells that something is left out, and stays."""
+    text = text.rstrip(" ")
+    return text if text.endswith("...") else text.rstrip(". ")
+
+
+def _sentence(text: str) -> str:
+    return text if text.endswith("...") else f"{text}."
 
 
 class LostRankError(CryoreconError):
     """Another process of the job has ended before its time."""
+
+
+class MissingStacksError(CryoreconError):
+    """Images that a table names are nowhere; the table itself may be all that is needed."""
 
 
 def require_file(path: str | Path, what: str) -> Path:

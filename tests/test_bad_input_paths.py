@@ -386,6 +386,34 @@ def test_values_that_overflow(folder: Path, block: str, column: str, value: str)
     reconstruct(folder, f"p.star, row 1, column {column}: {float(value):g} is not between")
 
 
+@pytest.mark.parametrize(
+    ("column", "value", "words", "remedy"),
+    [
+        ("rlnVoltage", "300000", "300000 is not between 1 and 2000 kV (all 6 rows)",
+         "write 300 for 300000 V"),
+        ("rlnVoltage", "3000", "3000 is not between 1 and 2000 kV", "Correct the column."),
+        ("rlnAmplitudeContrast", "10", "10 is not between -1 and 1", "write 0.1 for 10 percent."),
+        ("rlnSphericalAberration", "2.7e6", "between -1000 and 1000 mm", "Correct the column."),
+        ("rlnSphericalAberration", "x", "'x' is not a finite number", "Correct the column."),
+    ],
+)  # fmt: skip
+def test_values_in_another_unit(
+    folder: Path, column: str, value: str, words: str, remedy: str
+) -> None:
+    """They said neither the unit nor what to do, but to remove every row."""
+    with_column(folder, "optics", column, value)
+    reconstruct(folder, words)
+    reconstruct(folder, remedy)
+
+
+def test_rows_in_another_unit(folder: Path) -> None:
+    with_column(folder, "particles", "rlnDefocusU", ["1e4", "1e8", *["1e4"] * 4])
+    reconstruct(
+        folder, "row 2, column rlnDefocusU: 1e+08 is not between -1e+07 and 1e+07 A (1 such"
+    )
+    reconstruct(folder, "row). Correct or remove these rows.")
+
+
 def test_origins_that_overflow_are_not_compared(folder: Path) -> None:
     """They ended in an internal error of the linear algebra."""
     with_column(folder, "particles", "rlnOriginXAngst", "-1e308")

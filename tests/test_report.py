@@ -164,6 +164,20 @@ def test_warnings_say_what_to_do(short, copy):
     assert "No known face" not in text
 
 
+def test_rounds_are_told_in_their_units(copy):
+    rounds = read_star(copy / "rounds.star")["rounds"]
+    names = ("ResolutionUsed", "LogLikelihood", "HalfMapResolution", "OffsetRangeAngst")
+    rounds = rounds.assign(**{f"cryorecon{name}": "12.5" for name in names})
+    write_star(copy / "rounds.star", {"rounds": rounds})
+    report.write_report(copy)
+    headings = re.findall(r"<th[^>]*>([^<]*)</th>", page_of(copy).split('id="rounds"')[1])
+    for heading in (
+        *("stage", "round", "resolution used (A)", "pose change (degrees)", "log likelihood"),
+        *("offset change (A)", "half map resolution (A)", "offset range (A)"),
+    ):
+        assert heading in headings
+
+
 def test_offsets_count_as_at_the_limit_where_the_last_search_ended(copy):
     assert read_job(copy).offset_limit_angst == pytest.approx(7.68)
     rounds = read_star(copy / "rounds.star")["rounds"]

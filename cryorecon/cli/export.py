@@ -119,12 +119,14 @@ def _export_map(
 ) -> tuple[list[str], dict[str, Any]]:
     """The map and half maps, and for the other hand the poses that belong to it."""
     from cryorecon.io.files import refuse_to_replace
-    from cryorecon.io.particles import read_particles
+    from cryorecon.io.table_alone import read_with_or_without_images
     from cryorecon.run import export
 
     star = output.with_suffix(".star")
     # Before anything is written: poses that cannot be read must not leave a lone map.
-    particles = read_particles(source.table, project) if edits.flip and source.table else None
+    particles, warning = None, ""
+    if edits.flip and source.table:
+        particles, warning = read_with_or_without_images(source.table, project)
     refuse_to_replace([star] if particles else [], [source.table], overwrite=overwrite)
     written = export.to_mrc(source, output, edits, overwrite=overwrite)
     lines = [str(path) for path in written]
@@ -132,6 +134,7 @@ def _export_map(
         old = not particles.has_optics_table
         export.to_relion(particles, star, flip=True, old=old, overwrite=overwrite)
         lines.append(f"{star}  poses for the map of this hand")
+        lines += [f"WARNING: {warning}."] if warning else []
         written = [*written, star]
     return lines, {"files": written}
 
@@ -146,10 +149,10 @@ def _export_table(
     passthrough: Path | None,
     overwrite: bool,
 ) -> tuple[list[str], dict[str, Any]]:
-    from cryorecon.io.particles import read_particles
+    from cryorecon.io.table_alone import read_with_or_without_images
     from cryorecon.run import export
 
-    particles = read_particles(source.need_table(), project, passthrough=passthrough)
+    particles, warning = read_with_or_without_images(source.need_table(), project, passthrough)
     count, order = f"{len(particles)} particles", ""
     written = [output]
     if to == "relion":
@@ -160,4 +163,5 @@ def _export_table(
         written = export.to_cryodrgn(particles, output, flip=flip, overwrite=overwrite)
         order = f", in the order of {particles.path}"
     lines = [f"{path}  {count}{order}" for path in written]
+    lines += [f"WARNING: {warning}."] if warning else []
     return lines, {"files": written, "particles": len(particles)}

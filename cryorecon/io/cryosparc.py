@@ -34,6 +34,8 @@ Text = Callable[[slice], list[str]]
 # Columns that no RELION program uses, kept so that the way back finds the same particles.
 UID_COLUMN = "cryosparcUid"
 SIGN_COLUMN = "cryosparcBlobSign"
+# Of optics groups; cryoSPARC's number of the group follows.
+GROUP_NAME = "expGroup"
 
 # After a first byte that tells the version.
 _STREAMED = b"CSDAT"
@@ -266,7 +268,7 @@ def _optics(path: Path, fields: Fields) -> tuple[pd.DataFrame, Text]:
     _, first, which = np.unique(keys, axis=0, return_index=True, return_inverse=True)
     table = {
         "rlnOpticsGroup": _shortest(np.arange(len(first)) + 1),
-        "rlnOpticsGroupName": [f"expGroup{number}" for number in group[first]],
+        "rlnOpticsGroupName": [f"{GROUP_NAME}{number}" for number in group[first]],
         **{label: _shortest(values[first]) for label, values in columns.items()},
         "rlnImageDimensionality": ["2"] * len(first),
     }

@@ -12,10 +12,10 @@ from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 from cryorecon.errors import CryoreconError
-from cryorecon.io.cryosparc import SIGN_COLUMN, UID_COLUMN
+from cryorecon.io.cryosparc import GROUP_NAME, SIGN_COLUMN, UID_COLUMN
 from cryorecon.io.files import replacing
 from cryorecon.io.particles import Particles
-from cryorecon.io.stacks import parse_image_names
+from cryorecon.io.stacks import bare_names, parse_image_names
 from cryorecon.io.star import numbers
 
 _CTF_NUMBERS = {
@@ -114,21 +114,30 @@ def unique_numbers(particles: Particles) -> NDArray[np.uint64]:
             return kept
     seen: dict[str, int] = {}
     found = np.empty(len(particles), dtype=np.uint64)
-    for row, name in enumerate(particles.table["rlnImageName"]):
+    for row, name in enumerate(bare_names(particles.table["rlnImageName"])):
         copy = seen[name] = seen.get(name, -1) + 1
         digest = hashlib.sha256(f"{name} {copy}".encode()).digest()
         found[row] = int.from_bytes(digest[:8], "little")
     return found
 
 
+def _groups(particles: Particles) -> NDArray[np.uint32]:
+    """Experiment groups: those that the particles came with, else the optics groups from 1."""
+    if not particles.has_optics_table:
+        return np.zeros(len(particles), dtype=np.uint32)
+    optics, index = particles.blocks["optics"], particles.optics_index()
+    if "rlnOpticsGroupName" in optics:
+        told = optics["rlnOpticsGroupName"].str.extract(rf"^{GROUP_NAME}(\d{{1,10}})$")[0]
+        if told.notna().all() and (told.astype(np.int64) < 2**32).all():
+            return told.to_numpy(np.uint32)[index]
+    return (index + 1).astype(np.uint32)
+
+
 def _ctf(particles: Particles) -> dict[str, NDArray[np.generic]]:
     count, optics = len(particles), particles.ctf_parameters()
-    group = np.zeros(count, dtype=np.uint32)
-    if particles.has_optics_table:
-        group = (particles.optics_index() + 1).astype(np.uint32)
     fields: dict[str, NDArray[np.generic]] = {
         "ctf/type": _repeated(np.array(b"imported"), count),
-        "ctf/exp_group_id": group,
+        "ctf/exp_group_id": _groups(particles),
     }
     for name, attribute in _CTF_NUMBERS.items():
         fields[f"ctf/{name}"] = getattr(optics, attribute).numpy().astype(np.float32)

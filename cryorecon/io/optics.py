@@ -9,25 +9,27 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from cryorecon.errors import CryoreconError
-from cryorecon.io.star import integers, numbers
+from cryorecon.io.star import correct_rows, integers, numbers, such_rows
 from cryorecon.io.text_table import TextTable
 
-# Far wider than any microscope's: beyond them, formulas overflow.
+# Unit and limits, far wider than any microscope's: beyond them, formulas overflow.
 _LIMITS = {
-    "rlnVoltage": (1.0, 1e5),
-    "rlnSphericalAberration": (-1e3, 1e3),
-    "rlnAmplitudeContrast": (-1.0, 1.0),
-    "rlnDefocusU": (-1e7, 1e7),
-    "rlnDefocusV": (-1e7, 1e7),
-    "rlnDefocusAngle": (-1e6, 1e6),
-    "rlnPhaseShift": (-1e6, 1e6),
-    "rlnCtfBfactor": (-1e6, 1e6),
-    "rlnCtfDataArePhaseFlipped": (0, 1),
-    "rlnOriginX": (-1e7, 1e7),
-    "rlnOriginY": (-1e7, 1e7),
-    "rlnOriginXAngst": (-1e7, 1e7),
-    "rlnOriginYAngst": (-1e7, 1e7),
+    "rlnVoltage": (" kV", 1.0, 2e3),
+    "rlnSphericalAberration": (" mm", -1e3, 1e3),
+    "rlnAmplitudeContrast": ("", -1.0, 1.0),
+    "rlnDefocusU": (" A", -1e7, 1e7),
+    "rlnDefocusV": (" A", -1e7, 1e7),
+    "rlnDefocusAngle": (" degrees", -1e6, 1e6),
+    "rlnPhaseShift": (" degrees", -1e6, 1e6),
+    "rlnCtfBfactor": (" A^2", -1e6, 1e6),
+    "rlnCtfDataArePhaseFlipped": ("", 0, 1),
+    "rlnOriginX": (" A", -1e7, 1e7),
+    "rlnOriginY": (" A", -1e7, 1e7),
+    "rlnOriginXAngst": (" A", -1e7, 1e7),
+    "rlnOriginYAngst": (" A", -1e7, 1e7),
 }
+# From here on a voltage is one in volts.
+_VOLTS = 1e4
 _PIXEL_ANGST = (1e-3, 1e5)
 # Sizes that differ by a smaller share are one: of images of 1,000 px the rim moves by 0.05 px.
 _SAME_SIZE = 1e-4
@@ -43,14 +45,24 @@ def require_within(
     CryoreconError
         Naming file, row and column.
     """
-    low, high = _LIMITS[column]
+    unit, low, high = _LIMITS[column]
     bad = np.flatnonzero(~((values >= low) & (values <= high)))
     if len(bad):
+        value = float(values[bad[0]])
         raise CryoreconError(
-            f"{path}, row {rows[bad[0]] + 1}, column {column}: {values[bad[0]]:g} is not between "
-            f"{low:g} and {high:g} ({len(bad)} such rows)",
-            "Correct or remove these rows",
+            f"{path}, row {rows[bad[0]] + 1}, column {column}: {value:g} is not between "
+            f"{low:g} and {high:g}{unit} ({such_rows(len(bad), len(values))})",
+            _meant(column, value) or correct_rows(len(bad), len(values)),
         )
+
+
+def _meant(column: str, value: float) -> str:
+    """What to write instead, where the unit tells."""
+    if column == "rlnVoltage" and _VOLTS <= value < np.inf:
+        return f"It is in kV, where volts seem to be meant: write {value / 1e3:g} for {value:g} V"
+    if column == "rlnAmplitudeContrast":
+        return "It is a fraction: write 0.1 for 10 percent"
+    return ""
 
 
 def optics_index(

@@ -9,6 +9,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from cryorecon.io.particles import Particles
+from cryorecon.io.stacks import names_for_relion
 from cryorecon.io.star import numbers
 
 # What an optics table says of its groups and images, which 3.0 says otherwise or not at all.
@@ -54,7 +55,7 @@ def relion31(
         Columns to leave out.
     """
     if particles.has_optics_table:
-        return {**particles.blocks, particles.block_name: particles.table.frames(new, stale)}
+        return {**particles.blocks, particles.block_name: _without(particles, new, stale)}
     table = particles.table
     moved = [name for name in _OPTICS if name in table]
     keys = pd.DataFrame({name: table[name] for name in moved}, index=range(len(table)))
@@ -115,6 +116,7 @@ def relion30(
     return {"": _without(particles, new, [*stale, *dropped])}
 
 
-def _without(particles: Particles, new: Columns, names: list[str]) -> Iterator[pd.DataFrame]:
+def _without(particles: Particles, new: Columns, names: Collection[str]) -> Iterator[pd.DataFrame]:
     for frame in particles.table.frames(new):
+        frame["rlnImageName"] = names_for_relion(frame["rlnImageName"])
         yield frame.drop(columns=[name for name in names if name in frame])

@@ -11,7 +11,7 @@ import pandas as pd
 import yaml
 from numpy.typing import NDArray
 
-from cryorecon.errors import CryoreconError
+from cryorecon.errors import CryoreconError, MissingStacksError
 from cryorecon.io.mrc import Header, read_header
 from cryorecon.io.text_table import TextTable
 
@@ -56,7 +56,7 @@ def resolve_stacks(star: Path, names: list[str], project: str | Path | None) -> 
 
     Raises
     ------
-    CryoreconError
+    MissingStacksError
         Saying how many stacks are missing, the first three, and the flag that mends it.
     """
     own, above = _places(star)
@@ -75,10 +75,11 @@ def resolve_stacks(star: Path, names: list[str], project: str | Path | None) -> 
         else:
             found.append(hit)
     if missing:
-        shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-        raise CryoreconError(
+        more = len(missing) - 3
+        shown = ", ".join(missing[:3]) + (f" and {more} more" if more > 0 else "")
+        raise MissingStacksError(
             f"{star} names {len(missing)} of {len(names)} stacks that do not exist: {shown}",
-            "Run from the RELION project folder or give it with --project",
+            "Run from the project folder of RELION or cryoSPARC, or give it with --project",
         )
     return found
 
@@ -95,6 +96,16 @@ def one_a_file(
         return stacks, stack_of
     place = {file: number for number, file in enumerate(first)}
     return list(first.values()), np.array([place[file] for file in files], np.int32)[stack_of]
+
+
+def names_for_relion(names: pd.Series) -> pd.Series:
+    """Names of images with the kind of the file behind a stack that is named as RELION's maps."""
+    return names.str.replace(r"^(\d+@.+\.mrc)(?::mrcs?)?$", r"\1:mrcs", regex=True)
+
+
+def bare_names(names: pd.Series) -> pd.Series:
+    """Names of images without the kind of the file, which is no part of the image's name."""
+    return names.str.replace(r":mrcs?$", "", regex=True)
 
 
 class ImageNames(NamedTuple):

@@ -344,9 +344,19 @@ def _refuse(
     told = row if rows is None else int(rows[row])
     raise CryoreconError(
         f"{path}, row {told + 1}, column {column}: {_shown(table[column].iloc[row])} is {what} "
-        f"({count} such rows)",
-        "Correct or remove these rows",
+        f"({such_rows(count, len(bad))})",
+        correct_rows(count, len(bad)),
     )
+
+
+def such_rows(count: int, of: int) -> str:
+    """How many rows of a table are bad."""
+    return f"all {of} rows" if count == of > 1 else f"{count} such row{'s' * (count != 1)}"
+
+
+def correct_rows(count: int, of: int) -> str:
+    """What to do about them: nothing would be left without all."""
+    return "Correct the column" if count == of else "Correct or remove these rows"
 
 
 def _shown(value: object) -> str:

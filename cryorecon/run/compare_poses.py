@@ -15,6 +15,7 @@ from cryorecon.conventions import euler_to_matrix
 from cryorecon.errors import CryoreconError
 from cryorecon.io.cryosparc import is_cryosparc_file, read_cryosparc
 from cryorecon.io.optics import pixel_sizes_angst, require_within
+from cryorecon.io.stacks import bare_names
 from cryorecon.io.star import Tables, numbers, read_star
 from cryorecon.maps.poses import FRACTION_LIMITS_DEG, PoseComparison, compare_pose_sets
 from cryorecon.physics.symmetry import fold_of
@@ -87,7 +88,8 @@ def read_pose_table(path: Path) -> PoseTable:
 
 def _images(table: pd.DataFrame) -> pd.Index[str]:
     """Names of images; where one occurs again, with how often it came before."""
-    names = table["rlnImageName"].astype(str).str.replace(r"^0+(?=\d+@)", "", regex=True)
+    names = bare_names(table["rlnImageName"].astype(str))
+    names = names.str.replace(r"^0+(?=\d+@)", "", regex=True)
     before = names.groupby(names).cumcount()
     # No name has a line break: none becomes that of another image.
     return pd.Index(names.where(before == 0, names + "\n" + before.astype(str)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.resources import files
@@ -12,7 +11,6 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-import pandas as pd
 from matplotlib.colors import to_hex
 from numpy.typing import NDArray
 
@@ -43,6 +41,7 @@ from cryorecon.run.report.pictures import (
     sphere_picture,
 )
 from cryorecon.run.report.surface import surface_mesh
+from cryorecon.run.report.tables import table_of
 
 _PDF_LOGFILE = 13
 _SECTIONS = (
@@ -286,9 +285,9 @@ def _content(report: Report) -> Json:
         "fsc_title": "FSC of half maps" if inputs.starts is None else "FSC of starts",
         "fsc": _fsc(report),
         "views": _views(report),
-        "starts": _table(inputs.starts),
+        "starts": table_of(inputs.starts),
         "information": inputs.information is not None,
-        "rounds": _table(inputs.rounds),
+        "rounds": table_of(inputs.rounds),
         "no_rounds": "This job has no rounds of refinement on record.",
         "particles": _particles(report),
         "likelihood": inputs.log_likelihood is not None,
@@ -366,27 +365,6 @@ def _particles(report: Report) -> Json | None:
         )
     ]
     return {"rows": rows, "caption": caption}
-
-
-def _table(table: pd.DataFrame | None) -> Json | None:
-    if table is None or len(table) == 0:
-        return None
-    rows = [[_short(cell) for cell in row] for row in table.itertuples(index=False)]
-    columns = [_words(str(name)) for name in table.columns]
-    return {"columns": columns, "rows": rows}
-
-
-def _words(column: str) -> str:
-    """A column's name as words: cryoreconPoseChange is pose change."""
-    bare = column.removeprefix("cryorecon").removeprefix("rln")
-    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", bare).lower()
-
-
-def _short(cell: object) -> str:
-    try:
-        return f"{float(str(cell)):.4g}"
-    except ValueError:
-        return str(cell)
 
 
 def _script_json(value: object) -> str:

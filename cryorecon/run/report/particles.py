@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cryorecon.errors import CryoreconError
 from cryorecon.io.particles import Particles
+from cryorecon.io.stacks import bare_names
 from cryorecon.physics.ctf import ctf
 from cryorecon.physics.fourier import (
     HalfPlane,
@@ -116,11 +117,12 @@ def _rows_of(
             f"has {len(inputs.map.data)} px",
             remedy,
         )
-    images, names = particles.table["rlnImageName"], inputs.poses.names
+    images = bare_names(particles.table["rlnImageName"])
+    names = bare_names(pd.Series(inputs.poses.names, dtype=object))
     # An image may be in two rows, with a CTF and a pose of each: names alone do not tell them.
     if len(images) == len(names) and (images == names).all():
         return shown
-    wanted = pd.Series(names, dtype=object).iloc[shown]
+    wanted = names.iloc[shown]
     first = images.drop_duplicates()
     found = pd.Index(first).get_indexer(pd.Index(wanted))
     if (found < 0).any():
