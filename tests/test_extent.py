@@ -88,8 +88,18 @@ def test_a_job_takes_the_diameter_that_images_tell(wide, tmp_path, monkeypatch):
     assert "a smaller --diameter cuts them" in told.stdout
 
 
-@pytest.mark.parametrize(("factor", "doubted"), [(1.0, False), (1e-4, True), (-1e-4, True)])
-def test_a_defocus_in_micrometres_is_doubted(wide, monkeypatch, factor, doubted):
+@pytest.mark.parametrize(
+    ("factor", "doubted"),
+    [
+        (1.0, ()),
+        (1e-4, ("if it is in micrometres",)),
+        (-1e-4, ("if it is in micrometres", "check its sign")),
+        (0.1, ("if it is in nanometres",)),
+        (10.0, ("so far from focus",)),
+        (-1.0, ("underfocus is positive",)),
+    ],
+)
+def test_a_defocus_of_another_unit_or_sign_is_doubted(wide, monkeypatch, factor, doubted):
     monkeypatch.chdir(wide.parent)
     tables = read_star(wide)
     for axis in "UV":
@@ -98,7 +108,9 @@ def test_a_defocus_in_micrometres_is_doubted(wide, monkeypatch, factor, doubted)
     write_star(wide.parent / "scaled.star", tables)
     told = run("abinitio", "scaled.star", "-o", "no", "--dry-run", "--diameter", 75)
     assert told.returncode == 0, told.stderr
-    assert ("the median defocus is" in told.stdout) == doubted
+    assert ("the median defocus is" in told.stdout) == bool(doubted)
+    for words in doubted:
+        assert words in " ".join(told.stdout.split())
 
 
 def test_images_that_tell_nothing_leave_the_default(wide, monkeypatch):

@@ -22,9 +22,9 @@ from cryorecon.physics.resampling import resample_volume
 from cryorecon.ranks import ALONE, Ranks
 from cryorecon.run.device import usable_device
 from cryorecon.run.extent import particle_extent
-from cryorecon.run.image_checks import not_modelled_text
 from cryorecon.run.load import Keep, map_like
 from cryorecon.run.settings import point_group
+from cryorecon.run.table_doubts import table_doubts
 
 Halves = Literal["independent", "shared", "none"]
 Assign = Literal["none", "read", "refine"]
@@ -35,8 +35,6 @@ _LARGEST_BOX = 128
 _MARGIN, _WIDEST, _CUTS = 1.05, 0.95, 0.85
 # Of a particle's width: less shows nothing.
 _LEAST_PIXELS = 4
-# Hardly anybody records so near to focus; 1.5 is a defocus in micrometres.
-_LEAST_DEFOCUS_ANGST = 1000.0
 
 
 @dataclass(frozen=True)
@@ -210,8 +208,8 @@ class Prepared(NamedTuple):
         Diameter that the images show, as a share of the box.
     told : bool
         Whether the settings follow it.
-    defocus_angst : float
-        Median over the particles, of either sign.
+    table_doubts : list of str
+        What is odd about the table.
     """
 
     particles: Particles
@@ -219,7 +217,7 @@ class Prepared(NamedTuple):
     config: RmfnConfig | AmortizedConfig
     extent: float | None
     told: bool
-    defocus_angst: float
+    table_doubts: list[str]
 
     @property
     def width_text(self) -> str:
@@ -230,7 +228,7 @@ class Prepared(NamedTuple):
 
     @property
     def doubts(self) -> list[str]:
-        """What is odd about a diameter that was given, or about the CTF, and what is left out."""
+        """What is odd about a diameter that was given and the table, and what is left out."""
         odd, seen, used = [], self.extent, self.config.diameter
         if seen is not None and not self.told and used <= _CUTS * seen:
             seen_angst = seen * self.particles.box * self.particles.pixel_size_angst
@@ -238,12 +236,7 @@ class Prepared(NamedTuple):
                 f"the images look as if particles were {seen_angst:.0f} A wide: a smaller "
                 "--diameter cuts them"
             )
-        if self.defocus_angst < _LEAST_DEFOCUS_ANGST:
-            odd.append(
-                f"the median defocus is {self.defocus_angst:.4g} A: if it is in micrometres, "
-                "write it in angstrom"
-            )
-        return odd + not_modelled_text(self.particles)
+        return odd + self.table_doubts
 
 
 def prepared(star: str | Path, options: AbinitioOptions, ranks: Ranks = ALONE) -> Prepared:
@@ -271,14 +264,14 @@ def prepared(star: str | Path, options: AbinitioOptions, ranks: Ranks = ALONE) -
     usable_device(options.device)
     config = _resolved(options, particles)
     _refuse_contradictions(options, particles)
-    defocus_angst = float(particles.ctf_parameters().defocus_u_angst.abs().median())
+    doubts = table_doubts(particles)
     (seen,) = ranks.numbers(_extent(particles) if ranks.first else 0.0)
     given = options.diameter_set or config.diameter != RefineConfig.diameter
     free = options.diameter_angst is None and not given
     if seen > 0 and free:
         config = dataclasses.replace(config, diameter=min(_MARGIN * seen, _WIDEST))
     config = _banded(config, options, particles)
-    return Prepared(particles, rows, config, seen or None, free and seen > 0, defocus_angst)
+    return Prepared(particles, rows, config, seen or None, free and seen > 0, doubts)
 
 
 def _extent(particles: Particles) -> float:

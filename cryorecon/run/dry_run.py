@@ -34,6 +34,7 @@ from cryorecon.run.load import (
 from cryorecon.run.moments.estimate import MomentsOptions, resolve_geometry
 from cryorecon.run.moments.reconstruct import MomentReconstructOptions
 from cryorecon.run.results import size_text
+from cryorecon.run.table_doubts import table_doubts
 
 # Images that the contrast is guessed from: enough to be sure of most stacks.
 _LOOKED_AT = 500
@@ -97,6 +98,8 @@ def describe_moments(
     share = geometry.diameter_angst / (particles.box * particles.pixel_size_angst)
     found = _tell_particles(particles, share, say, ctf=wanted.ctf)
     say(f"particle diameter {geometry.diameter_angst:.0f} A")
+    for doubt in table_doubts(particles, ctf=wanted.ctf):
+        say(f"WARNING: {doubt}")
     radius, side = geometry.max_radius, geometry.side_angst
     say(f"radii to {radius} cycles per {side:.0f} A ({side / radius:.1f} A)")
     cost = moments_cost(geometry, len(particles))
