@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -32,6 +33,7 @@ from cryorecon.run import independent_halves, load, refining, stages
 from cryorecon.run.abinitio import abinitio
 from cryorecon.run.abinitio_input import AbinitioOptions, prepared
 from cryorecon.run.load import load_observations
+from cryorecon.run.results import report_offsets
 from cryorecon.run.rmfn_stages import RmfnStages
 from cryorecon.run.simulate import simulate
 from cryorecon.run.simulate_config import SimulateConfig
@@ -230,6 +232,16 @@ def test_particles_at_the_offset_limit_are_reported(few, tmp_path):
     abinitio(few / "particles.star", tmp_path / "job", options, QUIET)
     assert "at the limit of 2.0 A" in log_of(tmp_path / "job")
     assert "give a larger --offset-range" in log_of(tmp_path / "job")
+
+
+def test_no_larger_offset_range_is_advised_beyond_a_quarter_of_the_box(few):
+    said = []
+    particles = read_particles(few / "particles.star")
+    state = SimpleNamespace(offsets_px=torch.full((80, 2), 6 / 2**0.5), searched_to=lambda _: 0.25)
+    report_offsets(SimpleNamespace(say=said.append), state, TINY, particles)
+    assert "80 of 80 at the limit of 19.2 A" in said[0]
+    assert "junk or neighbours" in said[1]
+    assert "--offset-range" not in said[1]
 
 
 @pytest.mark.parametrize("angst", [-5.0, 0.51 * 24 * 3.2, float("nan")])

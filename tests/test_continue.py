@@ -33,7 +33,7 @@ from cryorecon.errors import CryoreconError
 from cryorecon.io.mrc import open_stack, read_map, stack_writer, write_map
 from cryorecon.io.star import read_star, write_star
 from cryorecon.ranks import ALONE
-from cryorecon.run import amortized_stages, checkpoint, refining, stages, stopping
+from cryorecon.run import abinitio_input, amortized_stages, checkpoint, refining, stages, stopping
 from cryorecon.run import job as job_module
 from cryorecon.run.abinitio import abinitio
 from cryorecon.run.abinitio_input import AbinitioOptions
@@ -70,6 +70,10 @@ def body(path):
 
 def log_of(job):
     return (job / "run.log").read_text()
+
+
+def stopped(*_):
+    raise CryoreconError("Enough", "Stop here")
 
 
 class Killed(BaseException):
@@ -135,6 +139,22 @@ CASES = {
 }
 QUICK = ("rmfn", "perturbed", "amortized")
 MARKED = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+
+
+@pytest.mark.parametrize("seen", [0.6, None])
+def test_a_job_that_goes_on_says_whence_its_diameter_is(few, tmp_path, monkeypatch, seen):
+    monkeypatch.setattr(abinitio_input, "particle_extent", lambda _: seen)
+    monkeypatch.setitem(abinitio.__globals__, "_read_images", stopped)
+    with pytest.raises(CryoreconError):
+        rmfn(few, tmp_path / "job")
+    with pytest.raises(CryoreconError):
+        continue_job(tmp_path / "job", QUIET)
+    said = [line.partition(" s  ")[2] for line in log_of(tmp_path / "job").splitlines()]
+    first, again = (n for n, line in enumerate(said) if "particle diameter" in line)
+    assert said[first:again] == said[again:]
+    whence = "as the images tell" if seen else "assumed: 0.8 of the box"
+    assert said[first].endswith(whence)
+    assert ("WARNING: the images do not tell" in said[first + 1]) == (seen is None)
 
 
 @pytest.mark.parametrize("case", MARKED)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import cryorecon as run
 from conftest import simulated
 
+from cryorecon.errors import CryoreconError
 from cryorecon.io.mrc import open_stack, stack_writer
 from cryorecon.io.particles import read_particles
 from cryorecon.io.star import read_star, write_star
@@ -14,6 +18,7 @@ from cryorecon.physics.fourier import half_plane, radius_grid
 from cryorecon.run import abinitio_input
 from cryorecon.run.abinitio_input import AbinitioOptions, prepared
 from cryorecon.run.extent import extent_of, particle_extent
+from cryorecon.run.width import diameter_share
 
 N, BOX = 400, 48
 
@@ -88,8 +93,18 @@ def test_a_job_takes_the_diameter_that_images_tell(wide, tmp_path, monkeypatch):
     assert "a smaller --diameter cuts them" in told.stdout
 
 
-@pytest.mark.parametrize(("factor", "doubted"), [(1.0, False), (1e-4, True), (-1e-4, True)])
-def test_a_defocus_in_micrometres_is_doubted(wide, monkeypatch, factor, doubted):
+@pytest.mark.parametrize(
+    ("factor", "doubted"),
+    [
+        (1.0, ()),
+        (1e-4, ("if it is in micrometres",)),
+        (-1e-4, ("if it is in micrometres", "check its sign")),
+        (0.1, ("if it is in nanometres",)),
+        (10.0, ("so far from focus",)),
+        (-1.0, ("underfocus is positive",)),
+    ],
+)
+def test_a_defocus_of_another_unit_or_sign_is_doubted(wide, monkeypatch, factor, doubted):
     monkeypatch.chdir(wide.parent)
     tables = read_star(wide)
     for axis in "UV":
@@ -98,7 +113,9 @@ def test_a_defocus_in_micrometres_is_doubted(wide, monkeypatch, factor, doubted)
     write_star(wide.parent / "scaled.star", tables)
     told = run("abinitio", "scaled.star", "-o", "no", "--dry-run", "--diameter", 75)
     assert told.returncode == 0, told.stderr
-    assert ("the median defocus is" in told.stdout) == doubted
+    assert ("the median defocus is" in told.stdout) == bool(doubted)
+    for words in doubted:
+        assert words in " ".join(told.stdout.split())
 
 
 def test_images_that_tell_nothing_leave_the_default(wide, monkeypatch):
@@ -107,7 +124,37 @@ def test_images_that_tell_nothing_leave_the_default(wide, monkeypatch):
     ready = prepared(wide, AbinitioOptions())
     assert ready.config.diameter == 0.8
     assert ready.extent is None
-    assert "as the images tell" not in ready.width_text
+    assert ready.width_text == "particle diameter 111 A, assumed: 0.8 of the box"
+    assert ready.doubts == [
+        "the images do not tell the particle's diameter: 0.8 of the box, 111 A, is assumed; "
+        "give --diameter"
+    ]
+
+
+@pytest.mark.parametrize(("side", "seen"), [(96.6, 0.93), (96.6, 0.6), (139.2, 0.6134)])
+def test_the_diameter_that_is_printed_can_be_given_back(wide, monkeypatch, side, seen):
+    monkeypatch.chdir(wide.parent)
+    particles = replace(read_particles(wide), stored_pixel_size_angst=side / 58)
+    monkeypatch.setattr(abinitio_input, "read_particles", lambda *_: particles)
+    monkeypatch.setattr(abinitio_input, "particle_extent", lambda _: seen)
+    told = prepared(wide, AbinitioOptions())
+    printed = float(told.width_text.split()[2])
+    given = prepared(wide, AbinitioOptions(diameter_angst=printed))
+    assert 0 <= told.config.diameter - given.config.diameter < 1 / side
+
+
+@pytest.mark.parametrize(("box", "pixel"), [(88, 1.1), (128, 1.061), (69, 1.4), (64, 1.5)])
+def test_the_limits_that_an_error_states_can_be_given(wide, monkeypatch, box, pixel):
+    monkeypatch.chdir(wide.parent)
+    particles = replace(read_particles(wide), stored_box=box, stored_pixel_size_angst=pixel)
+    with pytest.raises(CryoreconError) as caught:
+        diameter_share(0.97 * box * pixel, particles)
+    found = re.search(r"from (\S+) \(4 pixels\) to (\S+) \(0.95 of the box\)", caught.value.remedy)
+    least, most = map(float, found.groups())
+    assert 0 <= least - 4 * pixel < 0.11
+    assert 0 <= 0.95 * box * pixel + 1e-6 - most < 0.11
+    for angst in (least, most):
+        assert diameter_share(angst, particles) == pytest.approx(angst / (box * pixel))
 
 
 def test_a_stack_of_larger_images_tells_the_same(wide, monkeypatch):

@@ -105,8 +105,17 @@ def test_made_up_failures_warn(molecule_32, generator):
     )
     assert collapsed_views(crowd).fires
     lengths = torch.linspace(0, 7, 100)
-    assert offsets_at_limit(lengths, 7.0, 1.0).fires
-    assert not offsets_at_limit(lengths, 9.0, 1.0).fires
+    assert offsets_at_limit(lengths, 7.0, 1.0, 50.0).fires
+    assert not offsets_at_limit(lengths, 9.0, 1.0, 50.0).fires
+
+
+def test_no_larger_range_is_advised_where_searches_went_as_far_as_they_go():
+    lengths = torch.linspace(0, 7, 100)
+    assert "larger --offset-range" in offsets_at_limit(lengths, 7.0, 1.0, 50.0).remedy
+    # A quarter of the box, as rounds.star has it.
+    remedy = offsets_at_limit(lengths, 6.999999, 1.0, 28.0).remedy
+    assert "--offset-range" not in remedy
+    assert "junk or neighbours" in remedy
 
 
 def test_wide_boxes_make_no_false_alarm(molecule_32):

@@ -178,6 +178,7 @@ def test_poses_that_images_hardly_tell_are_warned_of():
     share[:62] = 0.7
     assert unsure_poses(share).fires
     assert unsure_poses(share).score == pytest.approx(0.62)
+    assert unsure_poses(share).remedy.startswith("Check the CTF columns and the pixel size first")
 
 
 def test_a_job_of_too_few_noisy_images_says_that_its_poses_are_unsure(tmp_path, with_report):
@@ -192,6 +193,6 @@ def test_a_job_of_too_few_noisy_images_says_that_its_poses_are_unsure(tmp_path, 
     assert (shares < 0.9).mean() > MOST_IN_DOUBT
     log = (tmp_path / "job" / "run.log").read_text()
     assert "half maps split after a shared search, poses unsure" in log
-    assert "WARNING: " in log
+    assert "check the CTF columns and the pixel size first" in log
     assert "Unsure poses" in log.rpartition("the report warns of")[2]
     assert "poses unsure" in (tmp_path / "job" / "fsc.star").read_text()[:200]

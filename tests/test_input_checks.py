@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -18,6 +20,7 @@ from cryorecon.run.load import load_observations
 from cryorecon.run.reconstruct import reconstruct
 from cryorecon.run.simulate import simulate
 from cryorecon.run.simulate_config import SimulateConfig
+from cryorecon.run.table_doubts import table_doubts
 
 BOX, PIXEL_SIZE_ANGST, N = 32, 2.4, 60
 
@@ -164,3 +167,59 @@ def test_half_sets_that_make_no_two_maps_are_told(changed):
     half, said = drawn(changed(table=lambda t: t.assign(rlnRandomSubset=few)))
     assert half.sum() == 3
     assert said[0].startswith("WARNING: half set 2 has 3 of 60 images")
+
+
+@pytest.mark.parametrize("command", ["abinitio", "reconstruct", "abinitio --method moments"])
+def test_a_doubtful_table_is_told_before_anything_is_done(changed, cryorecon, tmp_path, command):
+    changed(table=lambda particles: particles.assign(rlnDefocusU="1.7", rlnDefocusV="1.6"))
+    words = (tmp_path / "changed.star", "-o", tmp_path / "no.mrc", "--dry-run")
+    code, told, _ = cryorecon(*command.split(), *words)
+    assert code == 0
+    assert "WARNING: the median defocus is 1.7 A" in " ".join(told.split())
+
+
+def test_images_without_a_ctf_have_no_doubtful_defocus(changed):
+    def flat(particles):
+        return particles.assign(rlnDefocusU="0", rlnDefocusV="0")
+
+    assert "the median defocus is 0 A" in table_doubts(changed(table=flat))[0]
+    assert not table_doubts(changed(table=flat), ctf=False)
+    assert not table_doubts(changed(table=flat, rlnAmplitudeContrast="1"))
+    assert not table_doubts(changed(table=flat, rlnSphericalAberration="0"))
+
+
+@pytest.mark.parametrize(
+    ("stated", "header", "doubts"),
+    [
+        (2.4, 2.4, ()),
+        (2.4, 2.46, ()),
+        (2.4, 3.1, ("pixels are 2.4 A by", "3.1 A by the header of")),
+        # What says nothing: none, 1, and what no microscope has.
+        (2.4, 0.0, ()),
+        (2.4, 1.0, ()),
+        (2.4, 240.0, ()),
+        (1.0, 2.4, ("pixels are 1 A by",)),
+        (0.14, 0.14, ("is 0.14 A: if it is in nanometres, write it in angstrom",)),
+        (24.0, 0.0, ("is 24 A: check that it is in angstrom",)),
+    ],
+)
+def test_a_pixel_size_that_headers_contradict_is_doubted(changed, tmp_path, stated, header, doubts):
+    changed(rlnImagePixelSize=str(stated))
+    with (tmp_path / "changed.mrcs").open("r+b") as file:
+        file.seek(40)
+        file.write(np.full(2, header * BOX, "<f4").tobytes())
+    particles = read_particles(tmp_path / "changed.star")
+    # Images that are cropped as they are read are judged as they are on disk.
+    for some in (particles, particles.cropped(16)):
+        told = table_doubts(some)
+        assert len(told) == bool(doubts)
+        assert all(words in told[0] for words in doubts)
+
+
+def test_stacks_whose_headers_contradict_the_table_are_counted(stack):
+    one = read_particles(stack / "particles.star")
+    wrong = replace(one.headers[0], pixel_size_angst=1.2)
+    headers = (*one.headers, wrong, wrong)
+    (told,) = table_doubts(replace(one, headers=headers, _stacks=one.stacks * 3))
+    assert "1.2 A by the header" in told
+    assert "as of 2 of 3 stacks" in told

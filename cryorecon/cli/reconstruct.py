@@ -81,14 +81,14 @@ def reconstruct_command(
     from cryorecon.io.cryodrgn import with_poses
     from cryorecon.io.particles import read_particles
     from cryorecon.run.dry_run import describe_reconstruct
-    from cryorecon.run.image_checks import not_modelled_text
     from cryorecon.run.job import Task, open_job, write_output_nodes
+    from cryorecon.run.table_doubts import table_doubts
 
     use_threads(threads)
     told = messages(json)
     source = read_particles(particles, project, ctf=ctf)
     source = source if poses is None else with_poses(source, poses)
-    for doubt in not_modelled_text(source):
+    for doubt in table_doubts(source):
         told.print(f"WARNING: {doubt}", markup=False)
     if dry_run:
         estimate = describe_reconstruct(source, told, usable_device(device))

@@ -70,6 +70,8 @@ class Particles:
         Of these.
     rows : array of int
         Row of each particle in the file, 0-based.
+    headers : tuple of Header
+        Of `stacks`.
     crop_box : int, optional
         Samples a side that images are Fourier cropped to when they are read.
     """
@@ -84,7 +86,7 @@ class Particles:
     _stack_of: NDArray[np.int32] = field(repr=False)
     _section: NDArray[np.int32] = field(repr=False)
     _stacks: tuple[Path, ...] = field(repr=False)
-    _headers: tuple[Header, ...] = field(repr=False)
+    headers: tuple[Header, ...] = field(repr=False)
     crop_box: int | None = None
 
     @property
@@ -153,7 +155,7 @@ class Particles:
             stack_of, section = stack_of[order], section[order]
         for stack in np.unique(stack_of):
             first, end = np.searchsorted(stack_of, [stack, stack + 1])
-            path, header = self._stacks[stack], self._headers[stack]
+            path, header = self._stacks[stack], self.headers[stack]
             reader.read(path, header, section[first:end], images[first:end])
         if order is not None:
             found, images = images, np.empty_like(images)

@@ -52,6 +52,7 @@ def abinitio(
     *,
     resume: bool = False,
     ranks: Ranks = ALONE,
+    begun_with: float | None = None,
 ) -> None:
     """Run the job: poses and map from scratch; pose columns of the STAR file are not read.
 
@@ -65,13 +66,15 @@ def abinitio(
         Go on with what an interrupted job left there.
     ranks : Ranks
         Processes that share the job, each of which calls this; the first one writes.
+    begun_with : float, optional
+        Diameter of an interrupted job, as a share of the box: images are not asked for it anew.
 
     Raises
     ------
     CryoreconError
         For input or options that cannot be used, or with fewer than 20 particles.
     """
-    ready = prepared(star, options, ranks)
+    ready = prepared(star, options, ranks, begun_with)
     # Processes that must share a GPU are refused before anything is touched.
     own_device(options.device, ranks)
     also = checksums(ready.particles, mask=options.mask, init_map=options.init_map)

@@ -22,21 +22,18 @@ from cryorecon.physics.resampling import resample_volume
 from cryorecon.ranks import ALONE, Ranks
 from cryorecon.run.device import usable_device
 from cryorecon.run.extent import particle_extent
-from cryorecon.run.image_checks import not_modelled_text
 from cryorecon.run.load import Keep, map_like
 from cryorecon.run.settings import point_group
+from cryorecon.run.table_doubts import table_doubts
+from cryorecon.run.width import WIDEST, Source, diameter_share, width_doubts, width_text
 
 Halves = Literal["independent", "shared", "none"]
 Assign = Literal["none", "read", "refine"]
 # Samples a side that a first map has at most, if nobody asks for more: a particle's width in 80 or
 # 100 parts. Time and memory grow as the cube.
 _LARGEST_BOX = 128
-# What images tell of a width, and a margin; a given one that is so much smaller cuts particles.
-_MARGIN, _WIDEST, _CUTS = 1.05, 0.95, 0.85
-# Of a particle's width: less shows nothing.
-_LEAST_PIXELS = 4
-# Hardly anybody records so near to focus; 1.5 is a defocus in micrometres.
-_LEAST_DEFOCUS_ANGST = 1000.0
+# What images tell of a width, and a margin.
+_MARGIN = 1.05
 
 
 @dataclass(frozen=True)
@@ -128,31 +125,6 @@ def _resolved(options: AbinitioOptions, particles: Particles) -> RmfnConfig | Am
     return config
 
 
-def diameter_share(diameter_angst: float, particles: Particles) -> float:
-    """A particle's diameter as a share of the box side.
-
-    Raises
-    ------
-    CryoreconError
-        If it is no wider than a pixel or two, or does not fit the images.
-    """
-    side_angst = particles.box * particles.pixel_size_angst
-    least = _LEAST_PIXELS * particles.pixel_size_angst
-    if not diameter_angst >= least:
-        raise CryoreconError(
-            f"A particle of {diameter_angst:g} A is no wider than {_LEAST_PIXELS} pixels of "
-            f"{particles.path}",
-            f"Give --diameter in angstrom, at least {least:.3g}",
-        )
-    if diameter_angst > 0.95 * side_angst:
-        raise CryoreconError(
-            f"A particle of {diameter_angst:g} A does not fit the images of {particles.path}, "
-            f"{side_angst:.0f} A wide",
-            "Give --diameter in angstrom, at most 0.95 of the box",
-        )
-    return diameter_angst / side_angst
-
-
 def _refuse_small_input(config: AmortizedConfig) -> None:
     least = LEAST_INPUT_PX[config.encoder]
     if 0 < config.input_size < least or config.input_size < 0:
@@ -208,51 +180,45 @@ class Prepared(NamedTuple):
         The resolved settings.
     extent : float, optional
         Diameter that the images show, as a share of the box.
-    told : bool
-        Whether the settings follow it.
-    defocus_angst : float
-        Median over the particles, of either sign.
+    source : "given", "told" or "assumed"
+        Where the diameter of the settings comes from; told by the images.
+    table_doubts : list of str
+        What is odd about the table.
     """
 
     particles: Particles
     rows: Tensor
     config: RmfnConfig | AmortizedConfig
     extent: float | None
-    told: bool
-    defocus_angst: float
+    source: Source
+    table_doubts: list[str]
 
     @property
     def width_text(self) -> str:
         """The diameter, and where it comes from."""
-        side_angst = self.particles.box * self.particles.pixel_size_angst
-        whence = ", as the images tell" if self.told else ""
-        return f"particle diameter {self.config.diameter * side_angst:.0f} A{whence}"
+        return width_text(self.particles, self.config.diameter, self.source)
 
     @property
     def doubts(self) -> list[str]:
-        """What is odd about a diameter that was given, or about the CTF, and what is left out."""
-        odd, seen, used = [], self.extent, self.config.diameter
-        if seen is not None and not self.told and used <= _CUTS * seen:
-            seen_angst = seen * self.particles.box * self.particles.pixel_size_angst
-            odd.append(
-                f"the images look as if particles were {seen_angst:.0f} A wide: a smaller "
-                "--diameter cuts them"
-            )
-        if self.defocus_angst < _LEAST_DEFOCUS_ANGST:
-            odd.append(
-                f"the median defocus is {self.defocus_angst:.4g} A: if it is in micrometres, "
-                "write it in angstrom"
-            )
-        return odd + not_modelled_text(self.particles)
+        """What is odd about the diameter and the table, and what is left out."""
+        width = width_doubts(self.particles, self.config.diameter, self.source, self.extent)
+        return width + self.table_doubts
 
 
-def prepared(star: str | Path, options: AbinitioOptions, ranks: Ranks = ALONE) -> Prepared:
+def prepared(
+    star: str | Path,
+    options: AbinitioOptions,
+    ranks: Ranks = ALONE,
+    begun_with: float | None = None,
+) -> Prepared:
     """Everything that is looked at before anything is written.
 
     Parameters
     ----------
     ranks : Ranks
         Processes that share the job: all take the diameter that the first one's images tell.
+    begun_with : float, optional
+        Diameter that the job was begun with, as a share of the box: it is not told anew.
 
     Raises
     ------
@@ -271,14 +237,27 @@ def prepared(star: str | Path, options: AbinitioOptions, ranks: Ranks = ALONE) -
     usable_device(options.device)
     config = _resolved(options, particles)
     _refuse_contradictions(options, particles)
-    defocus_angst = float(particles.ctf_parameters().defocus_u_angst.abs().median())
+    doubts = table_doubts(particles)
     (seen,) = ranks.numbers(_extent(particles) if ranks.first else 0.0)
-    given = options.diameter_set or config.diameter != RefineConfig.diameter
-    free = options.diameter_angst is None and not given
-    if seen > 0 and free:
-        config = dataclasses.replace(config, diameter=min(_MARGIN * seen, _WIDEST))
+    config, source = _with_width(config, options, seen, begun_with)
     config = _banded(config, options, particles)
-    return Prepared(particles, rows, config, seen or None, free and seen > 0, defocus_angst)
+    return Prepared(particles, rows, config, seen or None, source, doubts)
+
+
+def _with_width(
+    config: RmfnConfig | AmortizedConfig,
+    options: AbinitioOptions,
+    seen: float,
+    begun_with: float | None,
+) -> tuple[RmfnConfig | AmortizedConfig, Source]:
+    """Settings with the diameter that the images tell, unless one was given."""
+    default = RefineConfig.diameter
+    if options.diameter_angst is not None or options.diameter_set or config.diameter != default:
+        return config, "given"
+    told = seen > 0 if begun_with is None else begun_with != default
+    if begun_with is None:
+        begun_with = min(_MARGIN * seen, WIDEST) if told else default
+    return dataclasses.replace(config, diameter=begun_with), "told" if told else "assumed"
 
 
 def _extent(particles: Particles) -> float:

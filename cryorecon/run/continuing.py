@@ -125,9 +125,9 @@ def _run(
     kind, given = record["kind"], record["options"]
     try:
         if kind == "abinitio":
-            options = _with_diameter(from_plain(AbinitioOptions, given, base), record)
-            here = _at_home(options, base)
-            abinitio(inputs, folder, here, console, resume=True, ranks=ranks)
+            here = _at_home(from_plain(AbinitioOptions, given, base), base)
+            width = record["config"]["diameter"]
+            abinitio(inputs, folder, here, console, resume=True, ranks=ranks, begun_with=width)
         elif kind == "perturbed" and ranks.count == 1:
             paper = from_plain(PaperOptions, given, base)
             abinitio_perturbed(inputs, folder, _at_home(paper, base), console, resume=True)
@@ -150,12 +150,6 @@ def _run(
             f"{folder / 'job.yaml'} has settings that this version does not know ({error})",
             "Start anew with --overwrite",
         ) from error
-
-
-def _with_diameter(options: AbinitioOptions, record: dict[str, Any]) -> AbinitioOptions:
-    """The diameter that was told from the images is not told anew."""
-    engine = dataclasses.replace(options.engine, diameter=record["config"]["diameter"])
-    return dataclasses.replace(options, engine=engine, diameter_set=True)
 
 
 def _found(path: str, base: Path) -> Path:

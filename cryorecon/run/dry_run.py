@@ -34,6 +34,8 @@ from cryorecon.run.load import (
 from cryorecon.run.moments.estimate import MomentsOptions, resolve_geometry
 from cryorecon.run.moments.reconstruct import MomentReconstructOptions
 from cryorecon.run.results import size_text
+from cryorecon.run.table_doubts import table_doubts
+from cryorecon.run.width import Source, width_text
 
 # Images that the contrast is guessed from: enough to be sure of most stacks.
 _LOOKED_AT = 500
@@ -96,7 +98,10 @@ def describe_moments(
     say = _teller(console)
     share = geometry.diameter_angst / (particles.box * particles.pixel_size_angst)
     found = _tell_particles(particles, share, say, ctf=wanted.ctf)
-    say(f"particle diameter {geometry.diameter_angst:.0f} A")
+    assumed: Source = "assumed" if wanted.diameter_angst is None else "given"
+    say(width_text(particles, share, assumed))
+    for doubt in table_doubts(particles, ctf=wanted.ctf):
+        say(f"WARNING: {doubt}")
     radius, side = geometry.max_radius, geometry.side_angst
     say(f"radii to {radius} cycles per {side:.0f} A ({side / radius:.1f} A)")
     cost = moments_cost(geometry, len(particles))

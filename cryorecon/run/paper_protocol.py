@@ -21,7 +21,6 @@ from cryorecon.io.mrc import write_map
 from cryorecon.io.particles import Particles, read_particles
 from cryorecon.maps.poses import compare_pose_sets
 from cryorecon.physics.fourier import max_band
-from cryorecon.run.abinitio_input import diameter_share
 from cryorecon.run.checkpoint import Entry, broken
 from cryorecon.run.contrast import first_look
 from cryorecon.run.image_checks import checksums
@@ -29,6 +28,7 @@ from cryorecon.run.job import Job, Task, open_job, write_output_nodes
 from cryorecon.run.load import load_observations
 from cryorecon.run.plots import map_figure, pose_error_figure, save_figure
 from cryorecon.run.report.page import report_at_end
+from cryorecon.run.width import diameter_share
 
 LEAST_DEG, MOST_DEG = 45.0, 90.0
 

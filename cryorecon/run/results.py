@@ -23,6 +23,7 @@ from cryorecon.physics.symmetry import fold_of
 from cryorecon.run.curves import FscCurve, write_fsc_star, write_fsc_xml
 from cryorecon.run.job import Job, write_output_nodes
 from cryorecon.run.plots import fsc_figure, map_figure, save_figure, viewing_direction_figure
+from cryorecon.run.report.doubts import AT_LIMIT, farthest_searched
 
 MAP, MASKED_MAP, MASK = (f"initial_model{kind}.mrc" for kind in ("", "_masked", "_mask"))
 _HALVES_LABEL = {
@@ -99,7 +100,13 @@ def report_offsets(
         f"{len(length)} at the limit of {limit:.1f} A"
     )
     if hits > MANY_AT_LIMIT * len(length):
-        job.say("WARNING: many particles lie at the limit; give a larger --offset-range")
+        remedy = "give a larger --offset-range"
+        if farthest_searched(limit, particles.box * pixel):
+            remedy = (
+                "such images, a quarter of the box or more off centre, are probably junk or "
+                "neighbours, or need extraction anew, centred"
+            )
+        job.say(f"WARNING: {AT_LIMIT}; {remedy}")
 
 
 def report_copies(job: Job, state: Reconstruction) -> None:
@@ -253,7 +260,8 @@ def _write_halves(job: Job, state: Reconstruction, particles: Particles, label: 
     if unsure:
         job.say(
             f"WARNING: {100 * doubt:.0f} % of the images may have another pose: half maps of a "
-            "shared search then agree further than they are right; see the report"
+            "shared search then agree further than they are right; check the CTF columns and the "
+            "pixel size first, and see the report"
         )
     if particles.crop_box and crossing_shell(curve.values, 0.143) > max_band(box) - 1:
         job.say(

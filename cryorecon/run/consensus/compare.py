@@ -26,6 +26,7 @@ from cryorecon.run.consensus.results import (
 )
 from cryorecon.run.job import Job, Task, open_job, write_output_nodes
 from cryorecon.run.settings import point_group
+from cryorecon.run.width import ROUNDED, WIDEST, widest_text
 
 # Agreement that counts reaches this many cycles per particle diameter: a cycle beyond what any
 # unlike maps of one size were seen to reach once chance was taken out (docs/consensus.md).
@@ -187,11 +188,11 @@ def _diameter(jobs: list[Candidate], options: ConsensusOptions) -> float:
     """Of the particle, as a fraction of the box."""
     side = _side_angst(jobs)
     if options.diameter_angst is not None:
-        if not 0 < options.diameter_angst <= 0.95 * side:
+        if not 0 < options.diameter_angst <= WIDEST * side * ROUNDED:
             raise CryoreconError(
-                f"A particle of {options.diameter_angst:g} A does not fit the maps, {side:.0f} A "
+                f"A particle of {options.diameter_angst:g} A does not fit the maps, {side:.4g} A "
                 "wide",
-                "Give --diameter in angstrom, at most 0.95 of the box",
+                f"Give --diameter in angstrom, at most {widest_text(side)}",
             )
         return options.diameter_angst / side
     return next((job.diameter for job in jobs if job.diameter is not None), _DIAMETER)

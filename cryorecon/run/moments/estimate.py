@@ -38,6 +38,7 @@ from cryorecon.run.image_checks import refuse_unfit
 from cryorecon.run.load import levelled, normalised, with_next
 from cryorecon.run.moments.store import Progress, load_progress, new_sums, save_progress
 from cryorecon.run.stopping import Stop, StoppedError, listening
+from cryorecon.run.width import LEAST_PIXELS, ROUNDED, WIDEST, limits_text
 
 _BLOCK = 128
 _DEFAULT_RADIUS = 16
@@ -103,12 +104,12 @@ def resolve_geometry(options: MomentsOptions, box: int, pixel_size_angst: float)
     """
     image_side = box * pixel_size_angst
     diameter = 0.8 * image_side if options.diameter_angst is None else options.diameter_angst
-    least = _LEAST_PIXELS * pixel_size_angst
-    if not least <= diameter <= 0.95 * image_side:
+    least = LEAST_PIXELS * pixel_size_angst
+    if not least <= diameter * ROUNDED or diameter > WIDEST * image_side * ROUNDED:
         raise CryoreconError(
-            f"A particle of {diameter:g} A does not fit images {image_side:.0f} A wide, of "
+            f"A particle of {diameter:g} A does not fit images {image_side:.4g} A wide, of "
             f"{pixel_size_angst:g} A a pixel",
-            f"Give --diameter in angstrom, from {least:.3g} to 0.95 of the box",
+            f"Give --diameter in angstrom, {limits_text(image_side, pixel_size_angst)}",
         )
     _refuse_contradictions(options)
     steerable = options.form == "steerable"

@@ -46,6 +46,7 @@ from cryorecon.run.moments.trust import Trust, agreement_with_best
 from cryorecon.run.plots import fsc_figure, map_figure, save_figure, view_density_figure
 from cryorecon.run.report.page import report_at_end
 from cryorecon.run.results import write_model
+from cryorecon.run.table_doubts import table_doubts
 
 # Cells of the picture of viewing directions.
 _NSIDE = 16
@@ -144,9 +145,12 @@ def abinitio_moments(
     particles = read_particles(star, wanted.project)
     resolve_geometry(wanted, particles.box, particles.pixel_size_angst)
     own_device(options.device, ranks)
+    doubts = table_doubts(particles, ctf=wanted.ctf)
     both = {"moments": wanted, "fit": options}
     task = Task("moments", star, len(particles), both, both, options.seed, checksums(particles))
     with open_job(output, console, task, resume=resume, ranks=ranks) as job:
+        for doubt in doubts:
+            job.say(f"WARNING: {doubt}")
         path = job.path("moments.h5")
         found = finished_moments(path, star) if resume else None
         if found is None:

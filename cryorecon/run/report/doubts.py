@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cryorecon.engines.reconstruction import MANY_AT_LIMIT
+from cryorecon.engines.reconstruction import MANY_AT_LIMIT, RefineConfig
 from cryorecon.engines.rivals import MOST_IN_DOUBT, SURE
 from cryorecon.maps.failures import (
     at_limit,
@@ -34,6 +34,8 @@ MOST_MIRROR = 0.65
 LEAST_VIEW_SPREAD = 0.15
 MOST_EMPTY = 0.02
 LEAST_CYCLES = 3.0
+# How the log's warning begins that a check repeats.
+AT_LIMIT = "many particles lie at the limit"
 # How much of its box a particle fills where shapes are judged.
 _FILLS = 0.85
 # The mirror score sees detail up to 8 cycles per box: a grid of this side holds it all.
@@ -149,8 +151,21 @@ def collapsed_views(views: Tensor, weights: Tensor | None = None) -> Finding:
     )
 
 
-def offsets_at_limit(lengths_angst: Tensor, limit_angst: float, step_angst: float) -> Finding:
-    """Particles that were found as far off centre as was searched."""
+def farthest_searched(limit_angst: float, side_angst: float) -> bool:
+    """Whether offsets were searched as far as new searches ever go by themselves."""
+    return limit_angst >= 0.999 * RefineConfig.farthest_offset * side_angst
+
+
+def offsets_at_limit(
+    lengths_angst: Tensor, limit_angst: float, step_angst: float, side_angst: float
+) -> Finding:
+    """Particles that were found as far off centre as was searched, in a box of some width."""
+    remedy = "Give a larger --offset-range, or centre the particles and extract them anew."
+    if farthest_searched(limit_angst, side_angst):
+        remedy = (
+            "Searches went as far as is of use, a quarter of the box or more: such images are "
+            "probably junk or neighbours, to be taken out, or need extraction anew, centred."
+        )
     return Finding(
         "Offsets at the limit",
         float(at_limit(lengths_angst, limit_angst, step_angst).double().mean()),
@@ -158,7 +173,7 @@ def offsets_at_limit(lengths_angst: Tensor, limit_angst: float, step_angst: floa
         "above",
         f"share of particles as far off centre as was searched, {limit_angst:.1f} A",
         "Many particles were found as far off centre as was searched: more may lie further out.",
-        "Give a larger --offset-range, or centre the particles and extract them anew.",
+        remedy,
     )
 
 
@@ -199,8 +214,9 @@ def unsure_poses(share: Tensor) -> Finding:
         "Most images may have another pose: the map is wrong, or they hardly tell theirs. Half "
         "maps of a shared search then follow each other's noise, and agree further than they are "
         "right.",
-        "Run again with another --seed or more --starts, and with --halves independent, whose "
-        "agreement means what it says; or take more images, or ones of more contrast.",
+        "Check the CTF columns and the pixel size first. Run again with another --seed or more "
+        "--starts, and with --halves independent, whose agreement means what it says; or take "
+        "more images, or ones of more contrast.",
     )
 
 
@@ -261,7 +277,8 @@ def findings(inputs: ReportInputs) -> list[Finding]:
         limit = inputs.offset_limit_angst
         if limit is not None and inputs.map is not None:
             lengths = inputs.poses.origins_angst.norm(dim=-1)
-            found.append(offsets_at_limit(lengths, limit, inputs.worked_pixel_angst))
+            step, side = inputs.worked_pixel_angst, inputs.side_angst
+            found.append(offsets_at_limit(lengths, limit, step, side))
         if inputs.log_likelihood is not None:
             found.append(empty_images(inputs.log_likelihood))
         if inputs.share is not None:
@@ -288,4 +305,5 @@ def views_of_density(inputs: ReportInputs) -> tuple[Tensor, Tensor]:
 def said_in_log(log: list[str]) -> list[str]:
     """Warnings that the run itself gave."""
     found = (_LOGGED.match(line) for line in log)
-    return [match[1] for match in found if match]
+    # A job that went on says again what it said at its start.
+    return list(dict.fromkeys(match[1] for match in found if match))

@@ -29,7 +29,7 @@ from cryorecon.run.report.charts import (
     mesh_data,
     rounds_chart,
 )
-from cryorecon.run.report.doubts import Finding, findings, said_in_log
+from cryorecon.run.report.doubts import AT_LIMIT, Finding, findings, said_in_log
 from cryorecon.run.report.inputs import ReportInputs, read_job, read_single_map
 from cryorecon.run.report.particles import Examples, example_particles
 from cryorecon.run.report.pdf import write_pdf
@@ -80,7 +80,7 @@ class Report:
         """Warnings of the run itself, less what a check says as well."""
         said = said_in_log(self.inputs.log)
         limited = any(f.name == "Offsets at the limit" and f.fires for f in self.findings)
-        return [line for line in said if not (limited and "--offset-range" in line)]
+        return [line for line in said if not (limited and AT_LIMIT in line)]
 
     @cached_property
     def _examples(self) -> tuple[Examples | None, str]:
