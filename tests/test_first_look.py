@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import simulated
+from conftest import cryorecon, simulated
 from rich.console import Console
 
 from cryorecon.engines.contrast import FirstLook
@@ -114,6 +115,9 @@ def test_each_optics_group_has_the_contrast_that_it_shows(stack, changed, black)
     assert FirstLook.at(found, 0.8).score() > 20
     given, said = looked(changed(images, group), "white")
     assert (given.gain > 0).all()
+    told = cryorecon("abinitio", changed(images, group), "-o", "no", "--dry-run", "--json")
+    assert json.loads(told.stdout)["contrast"] == "differs"
+    assert "each will be taken as it looks" in told.stderr
 
 
 def test_the_dimmed_are_marked_in_the_table_of_poses(stack, changed, tmp_path, monkeypatch):

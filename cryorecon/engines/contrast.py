@@ -83,6 +83,13 @@ class FirstLook:
         values = self.scores if rows is None else self.scores[rows]
         return float(values.mean() / (values.std() / len(values) ** 0.5).clamp(min=1e-12))
 
+    def sure_groups(self, group: Tensor) -> tuple[list[int], list[int]]:
+        """Groups of images, of those numbered by `group`, that are surely white, and black."""
+        members = {int(k): group == k for k in group.unique()}
+        scores = {k: self.score(rows) for k, rows in members.items() if int(rows.sum()) > 1}
+        white = [k for k, score in scores.items() if score >= SURE]
+        return white, [k for k, score in scores.items() if score <= -SURE]
+
     def dimming(self) -> Tensor:
         """Factor on each image, shape (n,): less than 1 where it outshines the others.
 

@@ -6,6 +6,10 @@ from dataclasses import fields
 from typing import Any
 
 
+# What its limits are, in angstrom, the images tell.
+_WITH_IMAGES = "offset_range"
+
+
 def refuse_senseless(config: Any, positive: str, shares: str) -> None:
     """Refuse a config whose numbers are negative, or 0 where they must not be.
 
@@ -22,7 +26,7 @@ def refuse_senseless(config: Any, positive: str, shares: str) -> None:
     ValueError
         Naming the field.
     """
-    for name in (f.name for f in fields(config)):
+    for name in (f.name for f in fields(config) if f.name != _WITH_IMAGES):
         value = getattr(config, name)
         if isinstance(value, tuple):
             if not value or min(value) <= 0:

@@ -45,9 +45,11 @@ def first_look(job: Job, images: ImageSet, diameter: float, contrast: Contrast) 
 
 def _set_contrast(job: Job, images: ImageSet, look: FirstLook, contrast: Contrast) -> None:
     score = look.score()
-    black = _black_groups(job, images, look) if contrast == "auto" else None
-    if black is not None:
-        images.gain[black] = -images.gain[black]
+    white, black = look.sure_groups(images.group)
+    if contrast == "auto" and white and black:
+        job.say(f"WARNING: {differing_text(white, black)}; the CTF of these is inverted")
+        rows = torch.isin(images.group, torch.tensor(black, dtype=images.group.dtype))
+        images.gain[rows] = -images.gain[rows]
         return
     seen = _WHITE if score > 0 else _BLACK
     # Nor if it is NaN.
@@ -66,16 +68,9 @@ def _set_contrast(job: Job, images: ImageSet, look: FirstLook, contrast: Contras
         images.gain.neg_()
 
 
-def _black_groups(job: Job, images: ImageSet, look: FirstLook) -> torch.Tensor | None:
-    """Images of optics groups that are surely black, where others are surely white; else None."""
-    members = {int(k): images.group == k for k in images.group.unique()}
-    scores = {k: look.score(rows) for k, rows in members.items() if int(rows.sum()) > 1}
-    white = [k for k, score in scores.items() if score >= SURE]
-    black = [k for k, score in scores.items() if score <= -SURE]
-    if not white or not black:
-        return None
-    job.say(
-        f"WARNING: particles look {_WHITE} in {len(white)} optics groups and {_BLACK} in "
-        f"{len(black)}, such as the table's number {black[0] + 1}; the CTF of these is inverted"
+def differing_text(white: list[int], black: list[int]) -> str:
+    """How the contrast of optics groups, numbered from 0, differs."""
+    return (
+        f"particles look {_WHITE} in {len(white)} optics groups and {_BLACK} in {len(black)}, such "
+        f"as the table's number {black[0] + 1}"
     )
-    return torch.isin(images.group, torch.tensor(black, dtype=images.group.dtype))

@@ -12,10 +12,11 @@ import psutil
 import torch
 from rich.console import Console
 
-from cryorecon.engines.contrast import SURE, contrast_score
+from cryorecon.engines.contrast import SURE, FirstLook
 from cryorecon.engines.moments.sums_full import check_full
 from cryorecon.io.particles import Particles, read_particles
 from cryorecon.run.abinitio_input import AbinitioOptions, prepared
+from cryorecon.run.contrast import differing_text
 from cryorecon.run.cost import (
     Cost,
     abinitio_cost,
@@ -151,7 +152,12 @@ def _tell_particles(
     say(f"voltage {', '.join(f'{v:g}' for v in voltages)} kV")
     some = order[:: max(1, -(-len(order) // _LOOKED_AT))]
     images = load_observations(particles.subset(np.sort(some)), diameter, keep="memory")
-    score = contrast_score(images, diameter)
+    look = FirstLook.at(images, diameter)
+    score, sure = look.score(), look.sure_groups(images.group)
+    if all(sure):
+        found["contrast"] = "differs"
+        say(f"contrast: {differing_text(*sure)}: each will be taken as it looks")
+        return found
     seen = "white on black" if score > 0 else "BLACK ON WHITE"
     if abs(score) >= SURE:
         found["contrast"] = "white" if score > 0 else "black"
