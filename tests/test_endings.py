@@ -187,7 +187,7 @@ def test_what_killed_processes_had_begun_to_write_is_removed(tmp_path):
     names = [".a.h5.123.tmp", ".a2.h5.77.tmp", ".mine.tmp", "a.h5"]
     for name in names:
         (tmp_path / name).touch()
-    remove_unfinished(tmp_path / "a.h5")
+    remove_unfinished(tmp_path, "a.h5")
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(names[1:])
     remove_unfinished(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [".mine.tmp", "a.h5"]

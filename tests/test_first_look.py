@@ -110,7 +110,10 @@ def test_each_optics_group_has_the_contrast_that_it_shows(stack, changed, black)
     images = images_of(stack)
     images[group == black] *= -1
     found, said = looked(changed(images, group))
-    assert "white on black in 1 optics groups and BLACK ON WHITE in 1" in said[0]
+    assert (
+        f"white on black in optics group {3 - black} and BLACK ON WHITE in optics group {black}"
+        in said[0]
+    )
     assert ((found.gain < 0).numpy() == (group == black)).all()
     assert FirstLook.at(found, 0.8).score() > 20
     given, said = looked(changed(images, group), "white")

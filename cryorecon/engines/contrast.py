@@ -72,7 +72,7 @@ class FirstLook:
             scores.append(fit / (weight * ball.abs() ** 2).sum(-1).sqrt().clamp(min=1e-12))
             seen = batch.coefficients.abs().square() * batch.precision()
             power.append((seen * coarse).sum(-1) / coarse.sum().clamp(min=1))
-        found = (torch.cat(parts).double() for parts in (scores, power))
+        found = (torch.cat(parts).double().cpu() for parts in (scores, power))
         return FirstLook(*images.everyones(everyone, *found))
 
     def score(self, rows: Tensor | None = None) -> float:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
-
 # What its limits are, in angstrom, the images tell.
-_WITH_IMAGES = "offset_range"
+_WITH_IMAGES = ("offset_range", "farthest_offset")
 
 
 def refuse_senseless(config: Any, positive: str, shares: str) -> None:
@@ -26,7 +25,7 @@ def refuse_senseless(config: Any, positive: str, shares: str) -> None:
     ValueError
         Naming the field.
     """
-    for name in (f.name for f in fields(config) if f.name != _WITH_IMAGES):
+    for name in (f.name for f in fields(config) if f.name not in _WITH_IMAGES):
         value = getattr(config, name)
         if isinstance(value, tuple):
             if not value or min(value) <= 0:

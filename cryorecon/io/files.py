@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import glob
 import hashlib
 import os
 import shutil
@@ -201,11 +200,13 @@ def _on_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def remove_unfinished(path: Path) -> None:
-    """Remove what processes that were killed had written of a file that nobody else writes now.
+def remove_unfinished(folder: Path, names: str = "*") -> None:
+    """Remove what processes that were killed had written of files that nobody else writes now.
 
-    Of a folder, of all files in it.
+    Parameters
+    ----------
+    names : str
+        Pattern of the files' own names.
     """
-    folder, name = (path, "*") if path.is_dir() else (path.parent, glob.escape(path.name))
-    for left in folder.glob(f".{name}.[0-9]*.tmp"):
+    for left in folder.glob(f".{names}.[0-9]*.tmp"):
         left.unlink(missing_ok=True)

@@ -333,8 +333,7 @@ class Particles:
         random_subsets : array of 1 and 2, optional
         class_number : int, optional
         pose_share : array, shape (n,), optional
-            How much of an image belongs to its pose, 0 to 1, where RELION tells the largest
-            probability.
+            How much of an image belongs to its pose, 0 to 1: RELION's largest probability.
         log_likelihood, merit : array, shape (n,), optional
             Of each image, against an empty one; 1, or less if it was dimmed.
         """

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cryorecon import __version__
 from cryorecon.errors import CryoreconError
-from cryorecon.io.files import replacing
+from cryorecon.io.files import remove_unfinished, replacing
 from cryorecon.ranks import ALONE, Ranks
 from cryorecon.run.stopping import Stop, StoppedError
 
@@ -99,6 +99,8 @@ class Checkpoint:
         self._counts: dict[str, int] = {}
         for file in self._files() if resume else ():
             self._take_later(*_read(file))
+        if ranks.first:
+            remove_unfinished(path.parent, f"{path.stem}*{path.suffix}")
         if ranks.first and not resume:
             self.remove()
         ranks.wait()

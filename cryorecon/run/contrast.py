@@ -70,7 +70,11 @@ def _set_contrast(job: Job, images: ImageSet, look: FirstLook, contrast: Contras
 
 def differing_text(white: list[int], black: list[int]) -> str:
     """How the contrast of optics groups, numbered from 0, differs."""
-    return (
-        f"particles look {_WHITE} in {len(white)} optics groups and {_BLACK} in {len(black)}, such "
-        f"as the table's number {black[0] + 1}"
-    )
+    return f"particles look {_WHITE} in {_groups(white)} and {_BLACK} in {_groups(black)}"
+
+
+def _groups(numbers: list[int]) -> str:
+    """Optics groups by their places in the table, the first few."""
+    some = ", ".join(str(number + 1) for number in numbers[:3])
+    more = f" and {len(numbers) - 3} more" if len(numbers) > 3 else ""
+    return f"optics group{'s' * (len(numbers) > 1)} {some}{more}"

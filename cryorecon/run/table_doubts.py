@@ -69,7 +69,8 @@ def _defocus_text(particles: Particles) -> list[str]:
         doubts.append("hardly any image is recorded so far from focus; check its unit")
     if signed < 0:
         doubts.append("underfocus is positive, as in RELION; check its sign")
-    return [f"the median defocus is {signed:.4g} A: {'; '.join(doubts)}"] if doubts else []
+    told = f"{signed:.4g}" if abs(signed) < 1000 else f"{signed:,.0f}"
+    return [f"the median defocus is {told} A: {'; '.join(doubts)}"] if doubts else []
 
 
 def _pixel_size_text(particles: Particles) -> list[str]:

@@ -1,12 +1,13 @@
 """Images that do not show the particle: is the map still found, and can they be told?
 
-    python examples/benchmarks/junk.py STACK OTHER OUT [--share 0.15] [--cuts 0 100]
+    python examples/benchmarks/junk.py STACK OTHER OUT [--share 0.15] [--ice 0] [--cuts 0 100]
         [--options "--diameter 70"]
 
 Of STACK's images a share become pure noise, and as many those of OTHER, a stack of another molecule
-with the same box. `cryorecon abinitio` runs on all, then on those whose log-likelihood
-(rlnLogLikeliContribution of run_data.star) is above each cut. Prints how it lies by kind, and each
-map's resolution against STACK's truth.
+with the same box; a share of the others get a blob of ice, eight times as bright as the noise.
+`cryorecon abinitio` runs on all, then on those whose log-likelihood (rlnLogLikeliContribution of
+run_data.star) is above each cut. Prints how it lies by kind, and each map's resolution against
+STACK's truth.
 """
 
 import argparse
@@ -21,11 +22,13 @@ from measure import timed
 from cryorecon.io.mrc import open_stack, stack_writer
 from cryorecon.io.star import read_star, write_star
 
-KINDS = ("the particle", "noise", "another molecule")
+KINDS = ("the particle", "noise", "another molecule", "with ice")
 SHOWN = (1, 50, 99)
+# Height in standard deviations of the noise, and half widths in pixels.
+ICE, ICE_PX = 8.0, (4.0, 9.0)
 
 
-def mix(stack: Path, other: Path, out: Path, share: float) -> np.ndarray:
+def mix(stack: Path, other: Path, out: Path, share: float, ice: float) -> np.ndarray:
     """Write OUT/mixed.star and its stack; the kind of each image."""
     tables = read_star(stack / "blind.star")
     table = tables["particles"]
@@ -36,11 +39,13 @@ def mix(stack: Path, other: Path, out: Path, share: float) -> np.ndarray:
     kind, few = np.zeros(n, int), round(share * n)
     order = generator.permutation(n)
     kind[order[:few]], kind[order[few : 2 * few]] = 1, 2
+    kind[order[2 * few : 2 * few + round(ice * n)]] = 3
     level, spread = images[:, :5].mean(), images[:, :5].std()
     noise = generator.standard_normal(images.shape, dtype=np.float32)
     alien = (others[:n] - others[:, :5].mean()) / others[:, :5].std()
     images[kind == 1] = level + spread * noise[kind == 1]
     images[kind == 2] = level + spread * alien[kind == 2]
+    add_ice(images, np.flatnonzero(kind == 3), spread, generator)
     pixel = float(tables["optics"]["rlnImagePixelSize"].iloc[0])
     with stack_writer(out / "mixed.mrcs", images.shape[-1], pixel) as written:
         written.append(images)
@@ -48,6 +53,18 @@ def mix(stack: Path, other: Path, out: Path, share: float) -> np.ndarray:
     tables["particles"] = table.assign(rlnImageName=numbers + "@mixed.mrcs")
     write_star(out / "mixed.star", tables)
     return kind
+
+
+def add_ice(
+    images: np.ndarray, rows: np.ndarray, spread: float, generator: np.random.Generator
+) -> None:
+    """A blob at a random place of each of some images."""
+    box = images.shape[-1]
+    axis = np.arange(box) - box // 2
+    for row in rows:
+        x, y = generator.uniform(-box / 4, box / 4, 2)
+        squares = (axis[:, None] - y) ** 2 + (axis - x) ** 2
+        images[row] += ICE * spread * np.exp(-squares / (2 * generator.uniform(*ICE_PX) ** 2))
 
 
 def job(star: Path, folder: Path, options: str) -> pd.DataFrame:
@@ -63,16 +80,19 @@ def main() -> None:
     parser.add_argument("other", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("--share", type=float, default=0.15)
-    parser.add_argument("--cuts", type=float, nargs="+", default=[0.0, 100.0])
+    parser.add_argument("--ice", type=float, default=0.0, help="share of bright images")
+    parser.add_argument("--cuts", type=float, nargs="*", default=[0.0, 100.0])
     parser.add_argument("--options", default="--diameter 70", help="of cryorecon abinitio")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
-    kind = mix(args.stack, args.other, args.output, args.share)
+    kind = mix(args.stack, args.other, args.output, args.share, args.ice)
     told = job(args.output / "mixed.star", args.output / "all", args.options)
     likelihood = told["rlnLogLikeliContribution"].astype(float).to_numpy()
     print("| images | number | log-likelihood, percentiles 1, 50, 99 |\n|---|---|---|")
     for number, name in enumerate(KINDS):
         of_kind = likelihood[kind == number]
+        if len(of_kind) == 0:
+            continue
         some = " ".join(f"{v:.0f}" for v in np.percentile(of_kind, SHOWN))
         print(f"| {name} | {len(of_kind)} | {some} |")
     mixed = read_star(args.output / "mixed.star")

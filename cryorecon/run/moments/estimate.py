@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import glob
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -297,8 +298,8 @@ def moments_of(
     state = state_path(output)
     device = own_device(options.device, ranks)
     if ranks.first:
-        remove_unfinished(state)
-        remove_unfinished(output)
+        for file in (state, output):
+            remove_unfinished(file.parent, glob.escape(file.name))
     done = Progress(new_sums(geometry, device), 0, len(particles), (source,))
     if resume:
         saved = load_progress(state, geometry, source, device)
