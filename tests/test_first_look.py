@@ -7,9 +7,10 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from conftest import cryorecon, simulated
+from conftest import MODEL, cryorecon, simulated
 from rich.console import Console
 
 from cryorecon.engines.contrast import FirstLook
@@ -22,6 +23,8 @@ from cryorecon.run.abinitio import abinitio
 from cryorecon.run.abinitio_input import AbinitioOptions
 from cryorecon.run.contrast import first_look
 from cryorecon.run.load import load_observations
+from cryorecon.run.simulate import simulate
+from cryorecon.run.simulate_config import SimulateConfig
 
 N, BOX, PIXEL_ANGST = 300, 24, 3.2
 ICE = slice(0, N, 12)
@@ -79,7 +82,7 @@ def test_bright_images_are_dimmed_to_what_is_usual_and_told(stack, changed):
     assert "white on black" in said[1]
     look = FirstLook.at(images, 0.8)
     usual = look.power[~bright]
-    assert look.power[bright].max() < 1.1 * usual.max()
+    assert look.power[bright].max() < 1.5 * usual.max()
     assert (look.dimming() == 1).all()
 
 
@@ -87,6 +90,31 @@ def test_particles_alone_are_left_as_they_are(stack):
     images, said = looked(stack / "particles.star")
     assert images.dimming is None
     assert not any("WARNING" in line for line in said)
+
+
+def test_particles_far_from_focus_are_no_ice(tmp_path):
+    """One image in ten shows ten times the coarse power of the others, by its CTF."""
+    parts, tables = [], []
+    for number, (n, near, far) in enumerate(((270, 1000.0, 2500.0), (30, 35000.0, 40000.0))):
+        config = SimulateConfig(
+            n_particles=n, box=BOX, pixel_size_angst=PIXEL_ANGST, snr=float("inf"),
+            defocus_min_angst=near, defocus_max_angst=far,
+        )  # fmt: skip
+        simulate(MODEL, tmp_path / str(number), config)
+        parts.append(np.array(open_stack(tmp_path / str(number) / "particles.mrcs")))
+        tables.append(read_star(tmp_path / str(number) / "particles.star"))
+    images = np.concatenate(parts)
+    noise = np.random.default_rng(0).standard_normal(images.shape)
+    with stack_writer(tmp_path / "both.mrcs", BOX, PIXEL_ANGST) as written:
+        written.append(images + 1.5 * parts[0].std() * noise)
+    rows = pd.concat([table["particles"] for table in tables], ignore_index=True)
+    rows["rlnImageName"] = [f"{i + 1}@{tmp_path}/both.mrcs" for i in range(len(rows))]
+    write_star(tmp_path / "both.star", {**tables[0], "particles": rows})
+    look = FirstLook.at(load_observations(read_particles(tmp_path / "both.star"), 0.8), 0.8)
+    middle = look.power.median()
+    spread = 1.4826 * (look.power - middle).abs().median()
+    assert (look.power.max() - middle) / spread > 15
+    assert (look.dimming() == 1).all()
 
 
 def test_dimming_follows_images_into_parts_and_mini_batches(stack, changed):

@@ -34,12 +34,14 @@ class FirstLook:
     ----------
     scores : Tensor, shape (n,), float64
         Of each image, how well a white solid ball of the particle's diameter fits it.
-    power : Tensor, shape (n,), float64
-        In units of the noise, mean of the coefficients that searches begin with.
+    power, shares : Tensor, shape (n,), float64
+        In units of the noise, mean of the coefficients that searches begin with; of a signal that
+        falls as a solid ball's, the share that its CTF lets through, in any unit.
     """
 
     scores: Tensor
     power: Tensor
+    shares: Tensor
 
     @staticmethod
     def at(images: ImageSet, diameter: float) -> FirstLook:
@@ -57,12 +59,13 @@ class FirstLook:
         plane = images.plane
         radius = diameter / 2 * plane.box
         distance = radius_grid(plane.box, 2, images.device).to(images.gain.dtype)
-        ball = to_coefficients((radius**2 - distance**2).clamp(min=0).sqrt(), plane)
+        whole = to_coefficients((radius**2 - distance**2).clamp(min=0).sqrt(), plane)
         # The origin is what levelling has made it.
         shown = plane.radius > 0
-        ball = ball * (shown & (plane.radius * diameter < FIRST_LOBE)).to(images.device)
+        ball = whole * (shown & (plane.radius * diameter < FIRST_LOBE)).to(images.device)
         coarse = (shown & (plane.radius * diameter < _COARSE)).to(images.device)
-        scores, power = [], []
+        power_of_ball = whole.abs() ** 2 * coarse
+        scores, power, shares = [], [], []
         everyone = torch.arange(len(images))
         for rows in images.mine(everyone).split(500):
             batch = images.select(rows)
@@ -72,7 +75,8 @@ class FirstLook:
             scores.append(fit / (weight * ball.abs() ** 2).sum(-1).sqrt().clamp(min=1e-12))
             seen = batch.coefficients.abs().square() * batch.precision()
             power.append((seen * coarse).sum(-1) / coarse.sum().clamp(min=1))
-        found = (torch.cat(parts).double().cpu() for parts in (scores, power))
+            shares.append((weight * power_of_ball).sum(-1))
+        found = (torch.cat(parts).double().cpu() for parts in (scores, power, shares))
         return FirstLook(*images.everyones(everyone, *found))
 
     def score(self, rows: Tensor | None = None) -> float:
@@ -94,12 +98,14 @@ class FirstLook:
         """Factor on each image, shape (n,): less than 1 where it outshines the others.
 
         Ice, carbon and aggregates may be ten times as bright as particles; a few of them would
-        make the map. They are dimmed to what is usual.
+        make the map. They are dimmed to what is usual of images with their CTF.
         """
-        middle = self.power.median()
-        spread = 1.4826 * (self.power - middle).abs().median()
-        bright = self.power > middle + _OUTSHINES * spread
-        usual = (middle + _USUAL * spread) / self.power.clamp(min=1e-12)
+        signal = ((self.power - 1) / self.shares.clamp(min=1e-12)).median().clamp(min=0)
+        power = self.power / (1 + signal * self.shares)
+        middle = power.median()
+        spread = 1.4826 * (power - middle).abs().median()
+        bright = power > middle + _OUTSHINES * spread
+        usual = (middle + _USUAL * spread) / power.clamp(min=1e-12)
         return torch.where(bright, usual.sqrt(), 1.0)
 
 
