@@ -14,7 +14,6 @@ from conftest import MODEL, cryorecon, simulated, trimer_stack
 from rich.console import Console
 
 from cryorecon.conventions import euler_to_matrix
-from cryorecon.engines import new_search
 from cryorecon.engines.contrast import contrast_score
 from cryorecon.engines.rmfn import RmfnConfig
 from cryorecon.engines.rounds import refine_round
@@ -342,34 +341,6 @@ def test_symmetry_makes_half_maps_from_poses_before_the_joint_rounds(trimer, tmp
     before, after = seen[at - 1][1], seen[at][1]
     turns = before.transpose(-1, -2) @ after
     assert geodesic_distance_deg(turns, turns[:1]).max() < 0.1
-
-
-def test_symmetric_half_sets_stay_apart(trimer, tmp_path, monkeypatch, coarse_alignment):
-    """Poses are searched anew in symmetric maps, and in each half set's own ones."""
-    one_trial(monkeypatch)
-    seen = []
-
-    def spy(state, images, *args):
-        seen.append((len(state.group), images.rows))
-        return new_search.reassign(state, images, *args)
-
-    monkeypatch.setattr(refining, "reassign", spy)
-    engine = dataclasses.replace(TINY, half_rounds=4)
-    options = AbinitioOptions(symmetry="C3", halves="independent", engine=engine)
-    abinitio(trimer / "particles.star", tmp_path / "job", options, QUIET)
-    assert [order for order, _ in seen] == [3] * len(seen)
-    subsets = read_particles(tmp_path / "job" / "run_data.star").random_subsets()
-    halves = [sorted(set(subsets[rows].tolist())) for _, rows in seen]
-    assert sorted(map(tuple, halves)) == [(1,), (2,)]
-    kinds = ("half-maps", "joint-map")
-    numbered = [f"{number}-{kind}" for number in (1, 2) for kind in kinds]
-    assert stages_of(tmp_path / "job") == [
-        *(f"half-set-{each}" for each in numbered),
-        "joint-map",
-        *(f"symmetric-half-set-{each}" for each in numbered),
-        "symmetric-joint-map",
-    ]
-    assert agreement(tmp_path / "job", trimer, 7) > 0.9
 
 
 def test_symmetry_is_found_and_applied(trimer, tmp_path, coarse_alignment):

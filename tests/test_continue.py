@@ -134,7 +134,7 @@ CASES = {
     "perturbed": (perturbed, {}, (1, 2)),
     "amortized": (amortized, {}, (5,)),
     "amortized-subset": (amortized, {"subset": 60}, (3, 7, 2, 3)),
-    "rmfn-independent": (rmfn, HALVES, (2, 4, 7, 7, 8, 13, 3, 4, 4)),
+    "rmfn-independent": (rmfn, HALVES, (2, 4, 7, 7, 8, 2)),
     "moments": (moments, {}, (1, 2)),
 }
 QUICK = ("rmfn", "perturbed", "amortized")

@@ -164,12 +164,12 @@ def test_two_processes_search_anew_as_one_does(tmp_path, sets):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("group", "times"), [("C1", 1), ("C2", 2)])
-def test_two_processes_take_one_half_set_each(script, few, tmp_path, group, times):
+@pytest.mark.parametrize("group", ["C1", "C2"])
+def test_two_processes_take_one_half_set_each(script, few, tmp_path, group):
     words = ["abinitio-rmfn", few, *SEARCH, "--halves", "independent", "--images", "disk"]
     told = both(script, [*words, "--symmetry", group], tmp_path)
-    assert told.count("both half sets at the same time") == times
-    assert told.count("half set 2, ") == times
+    assert told.count("both half sets at the same time") == 1
+    assert told.count("half set 2, ") == 1
     # The second half set is moved onto the first until steps are small, axes are found in both.
     if group == "C1":
         assert same_maps(tmp_path, "run_half1_class001_unfil.mrc") < ROUNDING

@@ -12,18 +12,15 @@ from cryorecon.engines.observations import ImageSet
 from cryorecon.engines.reconstruction import Reconstruction
 from cryorecon.engines.rivals import PosePair
 from cryorecon.engines.rounds import refine_round
-from cryorecon.image_table import image_table, kept
+from cryorecon.image_table import image_table
 from cryorecon.maps.align import align_maps
 from cryorecon.maps.chance import beyond_chance, chance_fsc
 from cryorecon.maps.fsc import fsc_curve
 from cryorecon.maps.poses import mirror_poses, rotate_poses, shift_origins
 from cryorecon.ranks import Ranks
 from cryorecon.run.checkpoint import frozen
-from cryorecon.run.parts import HALF_SETS, SYMMETRIC_HALF_SETS
+from cryorecon.run.parts import HALF_SETS
 from cryorecon.run.refining import Refining
-
-# What is done with one of them: its number, its images, and which half of its own each is in.
-_Work = Callable[[int, ImageSet, torch.Tensor], Reconstruction]
 
 
 @dataclass
@@ -48,59 +45,24 @@ class HalfSets(Refining):
         return self.go_through("both", images, begin, self.finish, instead_of=HALF_SETS)
 
     def _both_halves(self, images: ImageSet, half: torch.Tensor) -> Reconstruction:
-        def work(number: int, own: ImageSet, quarters: torch.Tensor) -> Reconstruction:
-            return self.from_scratch(own, quarters, HALF_SETS[number])
-
-        runs = self._each(images, half, "by itself", work)
+        runs = self._each(images, half)
         aligned = runs[1].maps[0], runs[0].maps[0]
         self._move_second(runs, images.ranks)
         state = self._together(runs, images, half)
         self._take_out_chance(state, aligned)
         return state
 
-    def apart_in_symmetry(self, state: Reconstruction, images: ImageSet) -> Reconstruction:
-        """Each half set on its own again, from poses about the axes of a symmetric map.
-
-        The axes stay where they are, so that the second need not be moved again.
-        """
-
-        def work(number: int, own: ImageSet, quarters: torch.Tensor) -> Reconstruction:
-            def begin() -> Reconstruction:
-                return self._half_of(state, number, own, quarters)
-
-            return self.go_through(SYMMETRIC_HALF_SETS[number], own, begin, self.refine)
-
-        runs = self._each(images, state.half, "by itself about the axes", work)
-        found = self._together(runs, images, state.half, state)
-        assert state.chance is not None
-        found.chance, found.fsc = state.chance, beyond_chance(found.fsc, state.chance)
-        return found
-
-    def _half_of(
-        self, state: Reconstruction, number: int, own: ImageSet, quarters: torch.Tensor
-    ) -> Reconstruction:
-        """A half set's poses, and the maps of its two quarters."""
-        mine = torch.nonzero(state.half == number)[:, 0]
-        poses = kept(state.rotations[mine]), kept(state.offsets_px[mine])
-        maps = [state.maps[number]] * 2
-        part = Reconstruction(*poses, quarters, maps, state.band, self.support)
-        part.group, part.offset_range = state.group, state.offset_range
-        refine_round(part, own, self.config, fsc_curve, joint=False, n_steps=0)
-        return part
-
-    def _each(
-        self, images: ImageSet, half: torch.Tensor, how: str, work: _Work
-    ) -> list[Reconstruction]:
-        """The same work with both half sets: one after the other, or each by half the processes."""
+    def _each(self, images: ImageSet, half: torch.Tensor) -> list[Reconstruction]:
+        """Both half sets from scratch: one after the other, or each by half of the processes."""
         rows = [torch.nonzero(half == number)[:, 0] for number in (0, 1)]
         seeds = torch.randint(2**62, (2,), generator=self.generator).tolist()
 
         def one(number: int, ranks: Ranks) -> Reconstruction:
             mine, drawn = rows[number], torch.Generator().manual_seed(seeds[number])
-            self.job.say(f"half set {number + 1}, {len(mine)} images, {how}")
+            self.job.say(f"half set {number + 1}, {len(mine)} images, by itself")
             own = images.apart(mine, ranks)
             generator, self.generator = self.generator, drawn
-            run = work(number, own, self._quarters(mine))
+            run = self.from_scratch(own, self._quarters(mine), HALF_SETS[number])
             self.generator = generator
             images.gain[mine] = own.gain
             return run
@@ -153,19 +115,13 @@ class HalfSets(Refining):
         return runs
 
     def _together(
-        self,
-        runs: list[Reconstruction],
-        images: ImageSet,
-        half: torch.Tensor,
-        like: Reconstruction | None = None,
+        self, runs: list[Reconstruction], images: ImageSet, half: torch.Tensor
     ) -> Reconstruction:
-        """Both half sets in one table, and their half maps; symmetric as a state is."""
+        """Both half sets in one table, and their half maps."""
         n = len(images)
         maps, band = [run.maps[0] for run in runs], min(run.band for run in runs)
         rotations, offsets = image_table(n, 3, 3), image_table(n, 2)
         state = Reconstruction(rotations, offsets, half, maps, band, self.support)
-        if like is not None:
-            state.group = like.group
         for number, run in enumerate(runs):
             mine = torch.nonzero(half == number)[:, 0]
             state.rotations[mine], state.offsets_px[mine] = run.rotations, run.offsets_px

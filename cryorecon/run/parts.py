@@ -22,7 +22,6 @@ FIRST_NEW_SEARCH = 3
 # What a state is made anew with, or kept as tables.
 _NOT_KEPT = ("support", "rivals")
 HALF_SETS = ("half set 1", "half set 2")
-SYMMETRIC_HALF_SETS = ("half set 1, symmetric", "half set 2, symmetric")
 
 
 @dataclass
@@ -58,8 +57,7 @@ class Parts(ABC):
     """One run's surroundings: where it logs, its settings and its random numbers.
 
     A run goes through parts: "map", or "half set 1", "half set 2" and "both"; then "all" if
-    others than the first images join; of a symmetric particle "symmetry", before which half sets
-    that are apart are searched on their own again. Each part has one entry of the job's
+    others than the first images join, and "symmetry". Each part has one entry of the job's
     checkpoint, so that a continued job takes up the part that it was in.
 
     Attributes
@@ -143,8 +141,7 @@ class Parts(ABC):
                 "generator": self.generator.get_state(),
             }
 
-        goes_on = HALF_SETS + SYMMETRIC_HALF_SETS + (("both",) if self.axes_follow else ())
-        hold = place.done and self.part in goes_on
+        hold = place.done and self.part in HALF_SETS
         self.job.checkpoint.put(self.part, pack, force=force, hold=hold)
 
     def _unpack(self, saved: Entry, images: ImageSet) -> tuple[Reconstruction, Place]:

@@ -25,8 +25,6 @@ _IN_TABLE = {
     "half set 2": "half-set-2-",
     "all": "all-particles-",
     "symmetry": "symmetric-",
-    "half set 1, symmetric": "symmetric-half-set-1-",
-    "half set 2, symmetric": "symmetric-half-set-2-",
 }
 
 

@@ -26,7 +26,7 @@ from cryorecon.maps.symmetry import find_symmetry
 from cryorecon.physics.fourier import lowpass
 from cryorecon.physics.symmetry import symmetry_group
 from cryorecon.run.independent_halves import HalfSets
-from cryorecon.run.parts import SYMMETRIC_HALF_SETS, Place
+from cryorecon.run.parts import Place
 
 # The axes are looked for where half maps agree by more than this; copies that correlate less are
 # doubtful.
@@ -155,19 +155,17 @@ class Stages(HalfSets):
         first : callable
             Gives the state without symmetry.
         independent : bool
-            Whether half sets have not seen each other: then each is searched on its own again.
+            Whether half sets have not seen each other: then neither is searched in the other's map.
         """
 
         def begin() -> Reconstruction:
-            self.axes_follow = True
+            self.axes_follow = not independent
             state = first()
             self.axes_follow = False
-            state = self._on_axes(state, images, name)
-            return self.apart_in_symmetry(state, images) if independent else state
+            return self._on_axes(state, images, name)
 
         work = self.finish if independent else self.refine
-        before = ("map", "all", "both", *SYMMETRIC_HALF_SETS)
-        return self.go_through("symmetry", images, begin, work, before)
+        return self.go_through("symmetry", images, begin, work, ("map", "all", "both"))
 
     def _on_axes(self, state: Reconstruction, images: ImageSet, name: str) -> Reconstruction:
         group = symmetry_group(name)
