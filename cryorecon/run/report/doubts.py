@@ -191,7 +191,7 @@ def empty_images(log_likelihood: Tensor) -> Finding:
         MOST_EMPTY,
         "above",
         "share of images that fit the map no better than an empty image",
-        "Some images fit the map no better than an empty image: noise, ice, or other particles.",
+        "Some images fit the map no better than an empty image: noise or other particles.",
         "Take out the rows of run_data.star whose rlnLogLikeliContribution is below 0, or lower "
         "than that of most others (relion_star_handler --select), and run again.",
     )
