@@ -166,6 +166,14 @@ def test_black_particles_are_found_and_said(bright, start, tmp_path):
     assert not (tmp_path / "job" / "run_half1_class001_unfil.mrc").exists()
 
 
+@pytest.mark.parametrize("looks", [True, False])
+def test_images_that_look_phase_flipped_are_warned_of(bright, start, tmp_path, monkeypatch, looks):
+    monkeypatch.setattr("cryorecon.run.abinitio.look_flipped", lambda *_: looks)
+    options = AbinitioOptions(halves="none", init_map=start, engine=SHORT)
+    abinitio(bright / "particles.star", tmp_path / "job", options, QUIET)
+    assert ("look phase flipped" in log_of(tmp_path / "job")) == looks
+
+
 def test_contrast_is_sure_of_particles_and_unsure_of_noise(bright, generator):
     particles = read_particles(bright / "particles.star")
     images = load_observations(particles, 0.8)

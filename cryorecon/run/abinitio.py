@@ -25,6 +25,7 @@ from cryorecon.run.amortized_stages import AmortizedStages
 from cryorecon.run.contrast import first_look
 from cryorecon.run.device import device_text, own_device
 from cryorecon.run.empty_shells import empty_text
+from cryorecon.run.flip_check import look_flipped
 from cryorecon.run.half_sets import half_sets
 from cryorecon.run.image_checks import checksums
 from cryorecon.run.job import Job, Task, open_job
@@ -113,6 +114,12 @@ def _run(job: Job, ready: Prepared, options: AbinitioOptions) -> None:
     else:
         state = without_symmetry()
     report_poses(job, state, config, particles)
+    flipped = bool((particles.ctf_parameters().phase_flipped != 0).any())
+    if not flipped and look_flipped(images, state, config):
+        job.say(
+            "WARNING: half maps agree further by the magnitude of the CTF: the images look phase "
+            "flipped. Write rlnCtfDataArePhaseFlipped 1 into the optics table and run again"
+        )
     if job.writes:
         scales = [volume * factor for volume in stages.scale_maps(joint_map(state))]
         merit = images.dimming
