@@ -117,6 +117,15 @@ def test_particles_far_from_focus_are_no_ice(tmp_path):
     assert (look.dimming() == 1).all()
 
 
+def test_images_that_hardly_differ_do_not_outshine_each_other():
+    """Where most rows show one image, nothing is spread about the median."""
+    power = torch.full((40,), 5.0, dtype=torch.float64)
+    power[30:], shares = 7.0, torch.ones(40, dtype=torch.float64)
+    assert (FirstLook(power, power, shares).dimming() == 1).all()
+    power[39] = 50.0
+    assert (FirstLook(power, power, shares).dimming() < 1).nonzero().tolist() == [[39]]
+
+
 def test_dimming_follows_images_into_parts_and_mini_batches(stack, changed):
     images, _ = looked(changed(with_ice(stack)))
     rows = torch.tensor([0, 7, 24, 25])

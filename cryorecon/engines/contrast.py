@@ -24,6 +24,8 @@ _COARSE = 3.2
 
 # Images count as outshining the others beyond so many standard deviations, of those without such.
 _OUTSHINES, _USUAL = 15.0, 3.0
+# And by this factor, at least: many rows may show one image.
+_TIMES = 2.0
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ class FirstLook:
         power = self.power / (1 + signal * self.shares)
         middle = power.median()
         spread = 1.4826 * (power - middle).abs().median()
-        bright = power > middle + _OUTSHINES * spread
+        bright = power > torch.maximum(middle + _OUTSHINES * spread, _TIMES * middle)
         usual = (middle + _USUAL * spread) / power.clamp(min=1e-12)
         return torch.where(bright, usual.sqrt(), 1.0)
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cryorecon.physics.fourier import centred_frequencies, crop_or_pad_centred, lowpass
-from cryorecon.physics.masks import centre_of_mass
+from cryorecon.physics.fourier import centred_frequencies, crop_or_pad_centred
+from cryorecon.physics.masks import centre_of_mass, standing_out
 
-# What stands out of a map low-passed to as many cycles per box, by this share of its maximum.
-_BAND, _THRESHOLD = 8.0, 0.15
+# What stands out of a map low-passed to as many cycles per box.
+_BAND = 8.0
 # Sides of a cut box per distance of what stands out from its centre: maps are masked by a sphere
 # of 0.44 of the box. A margin, as a fraction of the box, and the widest cut that is worth it.
 _SIDES, _MARGIN, _WORTHWHILE = 2.3, 0.03, 0.8
@@ -48,11 +48,10 @@ def about_molecules(first: Tensor, second: Tensor) -> tuple[list[Tensor], list[T
 def _reach(volume: Tensor, centre: Tensor) -> float:
     """Distance in pixels of what stands out farthest from a centre, around the box's borders."""
     box = volume.shape[-1]
-    smooth = lowpass(volume, min(_BAND, box / 2), 3)
     axis = centred_frequencies(box, volume.device)
     apart = [((axis - float(c) + box / 2) % box - box / 2).square() for c in centre.flip(0)]
     squares = apart[0][:, None, None] + apart[1][:, None] + apart[2]
-    inside = smooth > _THRESHOLD * smooth.max().clamp(min=0)
+    inside = standing_out(volume, min(_BAND, box / 2))
     return float(squares[inside].max().sqrt()) if inside.any() else float(box)
 
 

@@ -60,7 +60,7 @@ def molecule_mask(
         Ones if nothing stands out.
     """
     box = volume.shape[-1]
-    inside = _standing_out(volume, band, threshold)
+    inside = standing_out(volume, band, threshold)
     if not inside.any():
         return torch.ones_like(volume)
     reach = max(1, round(margin * box))
@@ -119,7 +119,7 @@ def solvent_mask(
     Tensor, shape (N, N, N)
         On the CPU; zeros if nothing stands out.
     """
-    inside = _standing_out(volume, band, threshold).cpu()
+    inside = standing_out(volume, band, threshold).cpu()
     if not inside.any():
         return torch.zeros(volume.shape, dtype=volume.dtype)
     away = torch.from_numpy(distance_transform_edt(~inside.numpy())) / volume.shape[-1]
@@ -127,7 +127,8 @@ def solvent_mask(
     return (0.5 + 0.5 * torch.cos(torch.pi * ramp)).to(volume.dtype)
 
 
-def _standing_out(volume: Tensor, band: float, threshold: float) -> Tensor:
+def standing_out(volume: Tensor, band: float, threshold: float = 0.15) -> Tensor:
+    """What of a map, low-passed to a band, is above a share of its maximum; (N, N, N), bool."""
     smooth = lowpass(volume, band, 3)
     return smooth > threshold * smooth.max().clamp(min=0)
 
