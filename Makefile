@@ -24,6 +24,8 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy --config-file examples/mypy.ini examples/benchmarks/*.py
+	$(BIN)/mypy --config-file examples/mypy.ini examples/reproduce/*.py
 	$(BIN)/lint-imports
 
 # One process a core with one thread each: many small tests gain more than from two threads.

@@ -16,13 +16,14 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from measure import timed
 from peer_relion import initial_model, last, refinement
 
-SHORT = {"iterations": (25, 50, 25), "mini_batches": (100, 200)}
+SHORT: dict[str, Any] = {"iterations": (25, 50, 25), "mini_batches": (100, 200)}
 MASKED = "ours, masked"
-HELPED = {"resolutions_angst": (25, 8), "offset_range_px": 2}
+HELPED: dict[str, Any] = {"resolutions_angst": (25, 8), "offset_range_px": 2}
 
 
 def command_of(name: str, args: argparse.Namespace, star: Path) -> list[str]:
@@ -36,9 +37,17 @@ def command_of(name: str, args: argparse.Namespace, star: Path) -> list[str]:
         model = last(args.output / "default", "class001.mrc")
         if model is None:
             raise SystemExit("`refined` goes on from `default`: name it before in --runs")
-        options = {"low_pass_angst": 15, "offset_range_px": 2, "local_from_order": 3}
-        threads = max(1, args.threads // 2)  # Two processes work, one a half set.
-        return refinement(star, model, out, diameter, threads=threads, **options)
+        return refinement(
+            star,
+            model,
+            out,
+            diameter,
+            low_pass_angst=15,
+            offset_range_px=2,
+            local_from_order=3,
+            # Two processes work, one a half set.
+            threads=max(1, args.threads // 2),
+        )
     schedule = SHORT if name == "short" else {}
     return initial_model(star, out, diameter, threads=args.threads, **HELPED, **schedule)
 

@@ -20,7 +20,7 @@ def write_blind(source: Path, target: Path) -> None:
     whole = {name: Path(name).resolve() for name in set(stack)}
     particles["rlnImageName"] = [f"{i}@{whole[n]}" for i, n in zip(section, stack, strict=True)]
     write_star(source, tables)
-    poses = [c for c in particles if c.startswith(("rlnAngle", "rlnOrigin"))]
+    poses = [c for c in map(str, particles) if c.startswith(("rlnAngle", "rlnOrigin"))]
     write_star(target, {**tables, "particles": particles.drop(columns=poses)})
 
 

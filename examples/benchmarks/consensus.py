@@ -89,6 +89,8 @@ def agreed(star: Path, truth_path: Path, paths: list[Path], project: Path | None
         raise SystemExit("both jobs need run_data.star with half sets")
     half = torch.from_numpy(both[0].half_sets).long() - 1
     a, a_origins = both[0].rotations, both[0].origins_angst
+    if a_origins is None or both[1].origins_angst is None:
+        raise SystemExit("both jobs' run_data.star need origins")
     b, b_origins = moved_poses(both[1].rotations, both[1].origins_angst, found.alignment, pixel)
     same = geodesic_distance_deg(b, a) <= 5
 

@@ -48,7 +48,7 @@ def distinct(stack: Path, count: int) -> Path:
         return path
     tables = read_star(stack / "particles.star")
     particles = tables["particles"]
-    poses = [c for c in particles if c.startswith(("rlnAngle", "rlnOrigin"))]
+    poses = [c for c in map(str, particles) if c.startswith(("rlnAngle", "rlnOrigin"))]
     particles = particles.drop(columns=poses)
     random = np.random.default_rng(0)
 
@@ -109,6 +109,7 @@ def _search(star: Path, folder: Path, mark: Callable[[str], None], engine: str) 
     from cryorecon.run.half_sets import half_sets
     from cryorecon.run.job import Task, open_job
     from cryorecon.run.load import load_observations
+    from cryorecon.run.rmfn_stages import RmfnStages
     from cryorecon.run.stages import HELD_OUT
 
     short = RmfnConfig(n_starts=1, temperatures=(10.0, 1.0))
@@ -123,8 +124,8 @@ def _search(star: Path, folder: Path, mark: Callable[[str], None], engine: str) 
         images = load_observations(particles, config.diameter, keep="disk")
         half = half_sets(particles, generator)
         mark("noise")
-        stages = _stages(job, config, generator, particles.pixel_size_angst, options, particles)
-        if engine == "rmfn":
+        stages = _stages(job, config, generator, options, particles)
+        if isinstance(stages, RmfnStages):
             stages.first_map(images)
         else:
             order = torch.randperm(len(images), generator=generator)

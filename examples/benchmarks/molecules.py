@@ -74,8 +74,8 @@ def main() -> None:
 
         told = job_summary(job)
         found = score(stack, job / "initial_model.mrc", job / "run_data.star")
-        figures = (found["fsc_0.5_angst"], found["fsc_0.143_angst"])
-        figures += (told["fsc"]["resolution_angst"]["0.143"] or float("inf"), found["median_deg"])
+        figures = [found["fsc_0.5_angst"], found["fsc_0.143_angst"]]
+        figures += [told["fsc"]["resolution_angst"]["0.143"] or float("inf"), found["median_deg"]]
         row = " | ".join(f"{value:.2f}" for value in figures)
         head = f"| {Path(name).stem} | {told['pixel_size_angst']:.2f} | {cost['cpu_s']:.0f}"
         print(f"{head} | {row} | {100 * found['within_5_deg']:.1f} % |", flush=True)

@@ -93,7 +93,7 @@ def accuracy() -> None:
             found = estimate_moments(folder / "particles.star", folder / "m.h5", options)
             volume = torch.from_numpy(read_map(folder / "map.mrc").data.copy())
         if truth is None:
-            grid = found.geometry.map_grid(config.box * 2.4)
+            grid = found.geometry.map_grid(len(volume) * 2.4)
             truth = exact_moments(volume, rule.directions, weights, grid)[1].to(torch.complex128)
         inverse = 1 / found.second_error**2
         scale = float((inverse * (found.second.conj() * truth).real).sum())

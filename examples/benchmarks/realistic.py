@@ -134,7 +134,7 @@ def make(args: argparse.Namespace) -> None:
     error = DEFOCUS_ERROR_ANGST * generator.standard_normal(args.n)
     for column in ("rlnDefocusU", "rlnDefocusV"):
         table[column] = table[column].astype(float) + error
-    poses = [name for name in table if name.startswith(("rlnAngle", "rlnOrigin"))]
+    poses = [name for name in map(str, table) if name.startswith(("rlnAngle", "rlnOrigin"))]
     blind = {"optics": optics, "particles": table.drop(columns=poses)}
     write_star(args.output / "blind.star", blind)
     # Sample 2 N // 2 of the wide box lies on N // 2 of the narrow one.

@@ -67,7 +67,7 @@ def measured(box: int, count: int) -> dict[str, float]:
 
     def steps() -> None:
         for _ in range(count // BATCH):
-            objective = PoseObjective(batch, model, 10.0)
+            objective = PoseObjective(batch, model)
             for _ in range(EVALUATIONS):
                 value, *_ = objective(rotations, offsets)
             poses = Poses(rotations, offsets, value)

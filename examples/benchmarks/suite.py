@@ -53,8 +53,7 @@ def run_row(run: Run, name: str, limit_s: float | None) -> dict:
             (step.folder / step.name).mkdir(parents=True)
         env = environment_of(run.threads, program.peer)
         # Some peers write their own logs where they are called.
-        where = {"cwd": step.folder, "env": env}
-        cost = timed(step.command, step.record, limit_s, may_fail=True, **where)
+        cost = timed(step.command, step.record, limit_s, may_fail=True, cwd=step.folder, env=env)
         costs.append(cost)
         if not cost["finished"]:
             break

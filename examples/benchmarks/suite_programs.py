@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from peer_relion import initial_model, last, refinement
 from suite_cases import HERE, SHIFTS_PX, Case
@@ -151,7 +152,7 @@ class Relion:
     def steps(self, run: Run) -> Iterator[Step]:
         # RELION's own offsets of +-6 px take a CPU minutes an iteration, 300 of them; 35 to 15 A
         # tell nothing apart on a molecule of 70 A. It is helped in both.
-        helped = {"offset_range_px": 4 if SHIFTS_PX[run.case.shifts] else 2}
+        helped: dict[str, Any] = {"offset_range_px": 4 if SHIFTS_PX[run.case.shifts] else 2}
         if run.diameter_angst < 150:
             helped["resolutions_angst"] = (25, 8)
         home = run.folder.parent.parent / "relion" / run.folder.name
@@ -165,9 +166,12 @@ class Relion:
         )
         yield Step("initial", home, words)
         if self.refined:
+            model = last(home / "initial", "class001.mrc")
+            if model is None:
+                return
             words = refinement(
                 run.star,
-                last(home / "initial", "class001.mrc"),
+                model,
                 run.folder / "refined",
                 run.diameter_angst,
                 low_pass_angst=min(60.0, round(run.diameter_angst / 4.5)),
@@ -266,7 +270,8 @@ class Aspire:
     def found(self, run: Run) -> Found:
         out = run.folder / "lines"
         files = [path if path.exists() else None for path in (out / "map.mrc", out / "poses.star")]
-        return Found(*files, "poses of the class averages")
+        volume, star = files
+        return Found(volume, star, "poses of the class averages")
 
 
 def installed_version(place: Path, package: str) -> str:

@@ -53,7 +53,7 @@ def symmetric_map(group: torch.Tensor, folder: Path) -> Path:
     )
     turn = exp_map(torch.tensor([0.4, -0.2, 0.9]))
     moved = rotate_map(protein, turn, place * (away / pixel))
-    whole = sum(rotate_map(moved, rotation.to(moved)) for rotation in group)
+    whole = torch.stack([rotate_map(moved, rotation.to(moved)) for rotation in group]).sum(0)
     path = folder / "map.mrc"
     write_map(path, whole.numpy(), round(pixel, 3))
     return path

@@ -67,10 +67,10 @@ def simulated(folder: Path, n: int, box: int) -> Path:
 def judged(stack: Path, config: AmortizedConfig, seed: int, device: str) -> dict:
     """Train once and compare with the truth."""
     particles = read_particles(stack / "particles.star")
-    images = load_observations(particles, config.diameter)
+    images = load_observations(particles, config.diameter, device=device)
     generator = torch.Generator().manual_seed(seed)
     start = time.monotonic()
-    run = Amortized(config, images, particles.pixel_size_angst, generator, device=device)
+    run = Amortized(config, images, particles.pixel_size_angst, generator)
     while run.seen < config.images_seen:
         run.step()
     seconds = time.monotonic() - start

@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import reduce
 from importlib.resources import files
 from pathlib import Path
 
@@ -137,7 +138,8 @@ def shares(args: argparse.Namespace, path: Path, third_radius: int) -> None:
     small = sample_volume(volume, size, box / size) * (box / size) ** 3
     slices = PolarSlices(size, g.map_grid(), frames(rule.directions), torch.float64)
     s = slices.harmonics(small)
-    noise = sum(noise_by_shell(box, g.map_grid())) * box**2 * noise_variance(volume, args.snr)
+    noise = reduce(torch.add, noise_by_shell(box, g.map_grid()))
+    noise = noise * box**2 * noise_variance(volume, args.snr)
     noise = noise[len(noise) // 2 :][: order + 1]
     entries = Entries.of(g)
     spread = covariance(s, weights, noise, g, entries, args.draws)
@@ -149,7 +151,8 @@ def shares(args: argparse.Namespace, path: Path, third_radius: int) -> None:
         slopes.append((ends[0] - ends[1]) / (2 * step))
     tilt = real_harmonics(6, both)[:, 1:]
     tilt = weights[:, None] * (tilt - weights @ tilt)
-    slopes += [entries.flat(*moments(s, *column.chunk(2), g)) for column in tilt.T]
+    tilts = zip(*(part.T for part in tilt.chunk(2)), strict=True)
+    slopes += [entries.flat(*moments(s, near, far, g)) for near, far in tilts]
     slope = torch.stack(slopes, -1)
     twice = torch.where(torch.arange(order + 1) > 0, 2.0, 1.0).double()
     power = (s.abs().square() * twice).sum(2).T @ (one + other)
