@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import ast
 import importlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from conftest import simulated
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SCRIPTS = sorted(EXAMPLES.rglob("*.py"))
@@ -52,3 +55,34 @@ def names_in(script):
             for target in targets:
                 found |= {n.id for n in ast.walk(target) if isinstance(n, ast.Name)}
     return found
+
+
+@pytest.fixture(scope="module")
+def small_stack(tmp_path_factory):
+    return simulated(tmp_path_factory.mktemp("scripts") / "stack", 1200, 32, 1.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["limits.py", "STACK", "--diameter", "61"], '"true_map_pose_error_deg"'),
+        (["parts.py", "STACK", "--diameter", "61"], "| map from its equations |"),
+        (["amortized_parts.py", "STACK"], "poses are read at"),
+        (["scaling.py", "--boxes", "16", "20", "--counts", "250"], "power of the box"),
+        (["reading.py", "OUT", "--images", "2000"], "| moments |"),
+        (["score.py", "STACK", "true=STACK/map.mrc,STACK/particles.star"], "| true | "),
+        (["memory.py", "OUT", "--counts", "2000", "--averaged", "500"], "| moments | 2000 |"),
+    ],
+    ids=lambda value: value[0].partition(".")[0] if isinstance(value, list) else "",
+)
+def test_measurements_run(words, told, small_stack, tmp_path):
+    """What they find is not judged here."""
+    places = {"STACK": str(small_stack), "OUT": str(tmp_path / "out")}
+    script, *rest = words
+    for name, place in places.items():
+        rest = [word.replace(name, place) for word in rest]
+    command = [sys.executable, str(EXAMPLES / "benchmarks" / script), *rest]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert told in done.stdout
