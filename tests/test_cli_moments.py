@@ -22,11 +22,11 @@ from cryorecon.io.particles import read_particles
 from cryorecon.io.star import read_star, write_star
 from cryorecon.run.moments.estimate import (
     MomentsOptions,
-    centred_images,
     estimate_moments,
     resolve_geometry,
     state_path,
 )
+from cryorecon.run.moments.reader import centred_images
 from cryorecon.run.moments.store import merge_moments, read_moments
 from cryorecon.run.simulate import simulate
 from cryorecon.run.simulate_config import SimulateConfig

@@ -23,6 +23,7 @@ from cryorecon.run.abinitio import abinitio
 from cryorecon.run.abinitio_input import AbinitioOptions
 from cryorecon.run.contrast import first_look
 from cryorecon.run.load import load_observations
+from cryorecon.run.moments.estimate import MomentsOptions, estimate_moments
 from cryorecon.run.simulate import simulate
 from cryorecon.run.simulate_config import SimulateConfig
 
@@ -172,3 +173,33 @@ def test_the_dimmed_are_marked_in_the_table_of_poses(stack, changed, tmp_path, m
     merit = table["rlnParticleFigureOfMerit"].astype(float).to_numpy()
     assert (merit[ICE] < 0.9).all()
     assert (np.delete(merit, np.arange(N)[ICE]) == 1).all()
+
+
+@pytest.mark.parametrize("form", ["steerable", "full"])
+def test_moments_leave_bright_images_out(stack, changed, tmp_path, form):
+    """Exactly as if the STAR file had not named them."""
+    star, said = changed(with_ice(stack)), []
+    tables = read_star(star)
+    dark = np.ones(N, bool)
+    dark[ICE] = False
+    rows = tables["particles"][dark].reset_index(drop=True)
+    write_star(tmp_path / "dark.star", {**tables, "particles": rows})
+    options = MomentsOptions(form=form, max_radius=8)
+    found = estimate_moments(star, tmp_path / "all.h5", options, say=said.append)
+    wanted = estimate_moments(tmp_path / "dark.star", tmp_path / "dark.h5", options)
+    assert found.n_images == wanted.n_images == dark.sum()
+    assert said == [
+        f"WARNING: {N - dark.sum()} of {N} images are much brighter than the others, as ice, "
+        "carbon and aggregates are; they are left out"
+    ]
+    error = (found.second - wanted.second).abs().max()
+    assert error < 1e-5 * wanted.second.abs().max()
+
+
+def test_moments_of_particles_alone_are_those_of_all(stack, tmp_path):
+    said = []
+    found = estimate_moments(
+        stack / "particles.star", tmp_path / "all.h5", MomentsOptions(), say=said.append
+    )
+    assert found.n_images == N
+    assert not said

@@ -30,7 +30,7 @@ from cryorecon.maps.align import align_maps, apply_alignment
 from cryorecon.maps.fsc import fsc_curve
 from cryorecon.physics.fourier import fft_centred, radius_grid
 from cryorecon.physics.sphere import lebedev
-from cryorecon.run.moments import estimate as moments_run
+from cryorecon.run.moments import reader as moments_reader
 from cryorecon.run.moments.estimate import MomentsOptions, resolve_geometry
 from cryorecon.run.moments.maps import on_images
 from cryorecon.run.moments.store import Progress, read_moments, save_progress
@@ -404,8 +404,8 @@ def test_an_interrupted_job_is_marked_and_told_how_to_go_on(
         signal.raise_signal(signal.SIGINT)
         return read(self, *given)
 
-    read = moments_run._Reader.read
-    monkeypatch.setattr(moments_run._Reader, "read", stop)
+    read = moments_reader.Reader.read
+    monkeypatch.setattr(moments_reader.Reader, "read", stop)
     job = tmp_path / "a job"
     words = ["abinitio", stack_32 / "particles.star", "-o", job, "--method", "moments"]
     monkeypatch.setattr("sys.argv", ["cryorecon", *map(str, words), "--diameter", "50"])

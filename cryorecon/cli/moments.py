@@ -165,8 +165,9 @@ def estimate_command(
         with joined() as ranks, count_progress("Averaging", "images") as progress:
             together = ranks
             finishing = partial(progress, title="Subtracting the noise", unit="shells")
+            said: list[str] = []
             result = estimate_moments(
-                particles, output, options, resume, progress, finishing, ranks
+                particles, output, options, resume, progress, finishing, ranks, said.append
             )
     except StoppedError as stop:
         if is_first():
@@ -174,6 +175,8 @@ def estimate_command(
             again = program_command([*words, "--continue"], together)
             error_console.print(f"{stop}. Go on with:\n{again}", markup=False)
         raise KeyboardInterrupt from stop
+    for line in said:
+        messages(json).print(line, markup=False)
     if is_first():
         _report(output, result, json)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cryorecon.engines.observations import ImageSet
-from cryorecon.physics.fourier import radius_grid, to_coefficients
+from cryorecon.physics.fourier import HalfPlane, radius_grid, to_coefficients
 
 Contrast = Literal["auto", "white", "black"]
 
@@ -19,13 +19,98 @@ SURE = 4.0
 # either sign, and there is most of what images with little amplitude contrast show.
 FIRST_LOBE = 1.43
 # Band of searches, in cycles per diameter.
-_COARSE = 3.2
-
-
+COARSE = 3.2
 # Images count as outshining the others beyond so many standard deviations, of those without such.
 _OUTSHINES, _USUAL = 15.0, 3.0
 # And by this factor, at least: many rows may show one image.
 _TIMES = 2.0
+
+
+@dataclass(frozen=True)
+class Coarse:
+    """The coefficients that searches begin with.
+
+    Attributes
+    ----------
+    plane : HalfPlane of m coefficients
+    inside : Tensor, shape (m,)
+        1 there, 0 elsewhere and at the origin, which is what levelling has made it.
+    ball : Tensor, shape (m,), complex
+        Projection of a solid ball of the particle's diameter.
+    """
+
+    plane: HalfPlane
+    inside: Tensor
+    ball: Tensor
+
+    @staticmethod
+    def of(plane: HalfPlane, diameter: float, device: torch.device, dtype: torch.dtype) -> Coarse:
+        """For a particle's diameter as a fraction of the box side."""
+        distance = radius_grid(plane.box, 2, device).to(dtype)
+        shape = ((diameter / 2 * plane.box) ** 2 - distance**2).clamp(min=0).sqrt()
+        shown = (plane.radius > 0) & (plane.radius * diameter < COARSE)
+        return Coarse(plane, shown.to(device), to_coefficients(shape, plane))
+
+    def seen(
+        self, coefficients: Tensor, weight: Tensor, precision: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Power of images in units of the noise, and the share of it that their CTFs let through.
+
+        Parameters
+        ----------
+        coefficients : Tensor, shape (b, m), complex
+        weight : Tensor, shape (b, m)
+            CTF squared over the noise's power.
+        precision : Tensor, shape (b, m)
+            One over the noise's power.
+
+        Returns
+        -------
+        power : Tensor, shape (b,)
+            Mean over the coefficients.
+        share : Tensor, shape (b,)
+            Of a signal that falls as a solid ball's, in any unit.
+        """
+        power = coefficients.abs().square() * precision
+        share = weight * self.ball.abs().square() * self.inside
+        mean = (power * self.inside).sum(-1) / self.inside.sum().clamp(min=1)
+        return mean, share.sum(-1)
+
+
+@dataclass(frozen=True)
+class Usual:
+    """What is usual of images, whatever their CTF.
+
+    Attributes
+    ----------
+    signal : Tensor, scalar
+        Power that the particle adds, over the share that the CTF lets through.
+    middle, spread : Tensor, scalar
+        Median of images' power relative to what is expected, and its standard deviation.
+    """
+
+    signal: Tensor
+    middle: Tensor
+    spread: Tensor
+
+    @staticmethod
+    def of(power: Tensor, shares: Tensor) -> Usual:
+        """Of images whose power and shares, each of shape (n,), :class:`Coarse` has found."""
+        signal = ((power - 1) / shares.clamp(min=1e-12)).median().clamp(min=0)
+        power = power / (1 + signal * shares)
+        middle = power.median()
+        return Usual(signal, middle, 1.4826 * (power - middle).abs().median())
+
+    def dimming(self, power: Tensor, shares: Tensor) -> Tensor:
+        """Factor on each image, shape (n,): less than 1 where it outshines what is usual.
+
+        Ice, carbon and aggregates may be ten times as bright as particles; a few of them would
+        make the map. They are dimmed to what is usual of images with their CTF.
+        """
+        power = power / (1 + self.signal * shares)
+        least = torch.maximum(self.middle + _OUTSHINES * self.spread, _TIMES * self.middle)
+        usual = (self.middle + _USUAL * self.spread) / power.clamp(min=1e-12)
+        return torch.where(power > least, usual.sqrt(), 1.0)
 
 
 @dataclass(frozen=True)
@@ -58,15 +143,11 @@ class FirstLook:
         diameter : float
             Of the particle, as a fraction of the box side.
         """
-        plane = images.plane
-        radius = diameter / 2 * plane.box
-        distance = radius_grid(plane.box, 2, images.device).to(images.gain.dtype)
-        whole = to_coefficients((radius**2 - distance**2).clamp(min=0).sqrt(), plane)
+        coarse = Coarse.of(images.plane, diameter, images.device, images.gain.dtype)
         # The origin is what levelling has made it.
-        shown = plane.radius > 0
-        ball = whole * (shown & (plane.radius * diameter < FIRST_LOBE)).to(images.device)
-        coarse = (shown & (plane.radius * diameter < _COARSE)).to(images.device)
-        power_of_ball = whole.abs() ** 2 * coarse
+        radius = images.plane.radius
+        lobe = ((radius > 0) & (radius * diameter < FIRST_LOBE)).to(images.device)
+        ball = coarse.ball * lobe
         scores, power, shares = [], [], []
         everyone = torch.arange(len(images))
         for rows in images.mine(everyone).split(500):
@@ -75,9 +156,9 @@ class FirstLook:
             fit = (matched * ball.conj()).real.sum(-1)
             # Nothing, where the images show nothing.
             scores.append(fit / (weight * ball.abs() ** 2).sum(-1).sqrt().clamp(min=1e-12))
-            seen = batch.coefficients.abs().square() * batch.precision()
-            power.append((seen * coarse).sum(-1) / coarse.sum().clamp(min=1))
-            shares.append((weight * power_of_ball).sum(-1))
+            seen = coarse.seen(batch.coefficients, weight, batch.precision())
+            power.append(seen[0])
+            shares.append(seen[1])
         found = (torch.cat(parts).double().cpu() for parts in (scores, power, shares))
         return FirstLook(*images.everyones(everyone, *found))
 
@@ -97,18 +178,8 @@ class FirstLook:
         return white, [k for k, score in scores.items() if score <= -SURE]
 
     def dimming(self) -> Tensor:
-        """Factor on each image, shape (n,): less than 1 where it outshines the others.
-
-        Ice, carbon and aggregates may be ten times as bright as particles; a few of them would
-        make the map. They are dimmed to what is usual of images with their CTF.
-        """
-        signal = ((self.power - 1) / self.shares.clamp(min=1e-12)).median().clamp(min=0)
-        power = self.power / (1 + signal * self.shares)
-        middle = power.median()
-        spread = 1.4826 * (power - middle).abs().median()
-        bright = power > torch.maximum(middle + _OUTSHINES * spread, _TIMES * middle)
-        usual = (middle + _USUAL * spread) / power.clamp(min=1e-12)
-        return torch.where(bright, usual.sqrt(), 1.0)
+        """Factor on each image, shape (n,): see :meth:`Usual.dimming`."""
+        return Usual.of(self.power, self.shares).dimming(self.power, self.shares)
 
 
 def contrast_score(images: ImageSet, diameter: float) -> float:

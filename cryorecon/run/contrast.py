@@ -35,8 +35,7 @@ def first_look(job: Job, images: ImageSet, diameter: float, contrast: Contrast) 
         look = replace(look, scores=look.scores * dimming)
         images = replace(images, dimming=dimming.to(images.gain.dtype))
         job.say(
-            f"WARNING: {n_bright} of {len(images)} images are much brighter than the others, as "
-            "ice, carbon and aggregates are; they are dimmed. Take them out: "
+            f"WARNING: {bright_text(n_bright, len(images))}; they are dimmed. Take them out: "
             "rlnParticleFigureOfMerit in run_data.star is less than 1"
         )
     _set_contrast(job, images, look, contrast)
@@ -66,6 +65,14 @@ def _set_contrast(job: Job, images: ImageSet, look: FirstLook, contrast: Contras
     if seen != _WHITE:
         job.say("the CTF is inverted for the reconstruction; the map will be white on black")
         images.gain.neg_()
+
+
+def bright_text(n_bright: int, total: int) -> str:
+    """That some images outshine the others."""
+    return (
+        f"{n_bright} of {total} images are much brighter than the others, as ice, carbon and "
+        "aggregates are"
+    )
 
 
 def differing_text(white: list[int], black: list[int]) -> str:

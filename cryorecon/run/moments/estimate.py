@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import psutil
 import torch
-from torch import Tensor
 
 from cryorecon.engines.contrast import Contrast
 from cryorecon.engines.moments.forms import (
@@ -22,21 +21,17 @@ from cryorecon.engines.moments.forms import (
     Moments,
     MomentsGeometry,
 )
-from cryorecon.engines.moments.sums import MomentBatch, MomentSums
+from cryorecon.engines.moments.sums import MomentSums
 from cryorecon.engines.moments.sums_full import check_full
-from cryorecon.engines.observations import taken_to
 from cryorecon.errors import CryoreconError
 from cryorecon.io.files import remove_unfinished, sha256_of
 from cryorecon.io.particles import Particles, read_particles
-from cryorecon.io.read_ahead import ReadAhead
-from cryorecon.physics.ctf import CtfParameters, ctf
-from cryorecon.physics.fourier import HalfPlane, half_plane, max_band
-from cryorecon.physics.imaging import noise_powers_outside, noise_unmixing
-from cryorecon.physics.masks import soft_ball
+from cryorecon.physics.fourier import max_band
 from cryorecon.ranks import ALONE, Ranks
+from cryorecon.run.contrast import bright_text
 from cryorecon.run.device import own_device
-from cryorecon.run.image_checks import refuse_unfit
-from cryorecon.run.load import levelled, normalised, with_next
+from cryorecon.run.load import with_next
+from cryorecon.run.moments.reader import Reader
 from cryorecon.run.moments.store import Progress, load_progress, new_sums, save_progress
 from cryorecon.run.stopping import Stop, StoppedError, listening
 from cryorecon.run.width import LEAST_PIXELS, ROUNDED, WIDEST, limits_text
@@ -164,83 +159,6 @@ def _third_radius(options: MomentsOptions, radius: int) -> int:
     return options.third_radius
 
 
-@dataclass(frozen=True)
-class _Reader:
-    """Blocks of images with what the sums need to know of them, on the device of the plane."""
-
-    images: ReadAhead
-    geometry: MomentsGeometry
-    optics: CtfParameters | None
-    offsets_px: Tensor
-    plane: HalfPlane
-    outside: Tensor
-    unmixing: Tensor
-
-    @staticmethod
-    def of(particles: Particles, geometry: MomentsGeometry, device: torch.device | str) -> _Reader:
-        origins = torch.from_numpy(particles.origins_angst() / particles.pixel_size_angst)
-        radius_px, plane = geometry.diameter / 2 * geometry.box, half_plane(geometry.box)
-        return _Reader(
-            ReadAhead(particles),
-            geometry,
-            particles.ctf_parameters() if geometry.ctf else None,
-            origins,
-            plane.to(device),
-            (1 - soft_ball(geometry.box, radius_px, 2.0, 2)).to(device),
-            noise_unmixing(radius_px, plane).to(device),
-        )
-
-    def read(self, rows: Tensor, frequencies: Tensor, following: Tensor) -> MomentBatch:
-        """Images of some rows, centred, then normalised, with CTF and noise.
-
-        What lies outside a particle is told once it is in the middle. The following images are
-        read while these are worked on.
-        """
-        geometry, box, device = self.geometry, self.geometry.box, self.outside.device
-        self.images.expect(following.numpy())
-        images = torch.from_numpy(self.images.images(rows.numpy()))
-        refuse_unfit(self.images.particles, rows, images)
-        images, rest = centred_images(taken_to(images, device), self.offsets_px[rows])
-        if geometry.normalised:
-            images = normalised(images, self.outside)
-            radius_px = geometry.diameter / 2 * box
-            power = noise_powers_outside(images, radius_px, self.plane, self.unmixing)
-        else:
-            images = levelled(images, self.outside)
-            level = (geometry.noise_std * box) ** 2
-            power = torch.full((len(rows), self.plane.n_shells), level, device=device)
-        gain = None
-        if self.optics is not None:
-            optics, at = self.optics[rows].to(device), frequencies.to(device)
-            gain = ctf(at, optics, box, geometry.pixel_size_angst)
-        return MomentBatch(images, rest, gain, power)
-
-
-def centred_images(images: Tensor, offsets_px: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Move particles to the centre by whole pixels, around the borders; and what is left.
-
-    Moving by whole pixels keeps white noise white over the whole box.
-
-    Parameters
-    ----------
-    images : Tensor, shape (b, N, N)
-    offsets_px : Tensor, shape (b, 2)
-        (ox, oy): content lies at minus the origin.
-
-    Returns
-    -------
-    images : Tensor, shape (b, N, N)
-    rest : Tensor, shape (b, 2), or None where nothing is left
-    """
-    if not bool(offsets_px.any()):
-        return images, None
-    whole = offsets_px.round().long()
-    moved = [
-        image.roll((int(y), int(x)), (0, 1)) for image, (x, y) in zip(images, whole, strict=True)
-    ]
-    return torch.stack(moved), offsets_px - whole
-
-
 def estimate_moments(
     path: Path,
     output: Path,
@@ -249,6 +167,7 @@ def estimate_moments(
     progress: Callable[[int, int], None] | None = None,
     finishing: Callable[[int, int], None] | None = None,
     ranks: Ranks = ALONE,
+    say: Callable[[str], None] | None = None,
 ) -> Moments:
     """Estimate moments and write them; the state is kept beside the output while it runs.
 
@@ -266,6 +185,8 @@ def estimate_moments(
         Called with (shells done, shells in all) while the noise is subtracted at the end.
     ranks : Ranks
         Processes that share the images; the first one writes.
+    say : callable, optional
+        Told, by each process, of images that are left out.
 
     Raises
     ------
@@ -276,7 +197,7 @@ def estimate_moments(
     """
     particles = read_particles(path, options.project)
     return moments_of(
-        particles, output, options, resume, progress, finishing=finishing, ranks=ranks
+        particles, output, options, resume, progress, finishing=finishing, ranks=ranks, say=say
     )
 
 
@@ -289,6 +210,7 @@ def moments_of(
     stop: Stop | None = None,
     finishing: Callable[[int, int], None] | None = None,
     ranks: Ranks = ALONE,
+    say: Callable[[str], None] | None = None,
 ) -> Moments:
     """The same for particles whose table is read; `stop` is the job's, if there is one."""
     geometry = resolve_geometry(options, particles.box, particles.pixel_size_angst)
@@ -308,8 +230,11 @@ def moments_of(
     patient = ranks.count > 1
     listen = nullcontext(stop) if stop is not None else listening(grace_s=None, patient=patient)
     with listen as asked:
-        reader = _Reader.of(particles, geometry, device)
+        reader = Reader.of(particles, geometry, device)
         done = _pass(reader, done, state, options, progress, asked, ranks)
+    n_bright = len(particles) - done.sums.n_images
+    if n_bright and say is not None:
+        say(f"WARNING: {bright_text(n_bright, len(particles))}; they are left out")
     if geometry.max_radius > _LONG_FINISH and ranks.first:
         # Solving for the moments takes long at high radii: an interruption must lose no sums.
         save_progress(state, done)
@@ -327,7 +252,7 @@ def state_path(output: Path) -> Path:
 
 
 def _pass(
-    reader: _Reader,
+    reader: Reader,
     done: Progress,
     state: Path,
     options: MomentsOptions,
@@ -344,7 +269,9 @@ def _pass(
     mine = slice(ranks.index * _BLOCK, (ranks.index + 1) * _BLOCK)
     for rows, following in with_next(blocks):
         if len(rows[mine]) > 0:
-            sums.add(reader.read(rows[mine], sums.frequencies, following[mine]))
+            batch = reader.read(rows[mine], sums.frequencies, following[mine])
+            if len(batch) > 0:
+                sums.add(batch)
         seen += len(rows)
         if progress is not None:
             progress(seen, total)

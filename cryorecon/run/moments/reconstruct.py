@@ -165,6 +165,7 @@ def abinitio_moments(
                     job.stop,
                     lambda *done: bar(len(particles), "noise: shell {} of {}".format(*done)),
                     ranks,
+                    job.say,
                 )
         _fit_and_write(job, path, found, options, None)
 
