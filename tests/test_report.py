@@ -34,9 +34,10 @@ from cryorecon.run.checkpoint import Checkpoint
 from cryorecon.run.curves import FscCurve, read_fsc_star, write_fsc_star
 from cryorecon.run.export import to_cryosparc
 from cryorecon.run.job import Job, Task, add_output_node, open_job, write_output_nodes
-from cryorecon.run.report import page as report
 from cryorecon.run.report import particles as report_particles
+from cryorecon.run.report import written as report
 from cryorecon.run.report.charts import likelihood_histogram
+from cryorecon.run.report.contents import Report
 from cryorecon.run.report.doubts import findings
 from cryorecon.run.report.inputs import read_job, read_single_map
 from cryorecon.run.report.particles import example_particles
@@ -296,7 +297,7 @@ def test_poses_that_name_no_images_are_told(copy, job):
     tables = read_star(copy / "run_data.star")
     del tables["particles"]["rlnImageName"]
     write_star(copy / "run_data.star", tables)
-    told = report.Report(read_job(copy, job / "run_data.star")).no_examples
+    told = Report(read_job(copy, job / "run_data.star")).no_examples
     assert "run_data.star names no images" in told
 
 
@@ -308,7 +309,7 @@ def test_images_are_found_by_name_where_they_moved(copy, stack_32, tmp_path):
     write_star(copy / "run_data.star", tables)
     settings = (copy / "job.yaml").read_text().replace("particles.star", "gone.star")
     (copy / "job.yaml").write_text(settings)
-    lost = report.Report(read_job(copy))
+    lost = Report(read_job(copy))
     assert lost.examples is None
     assert "Give the file that leads to them with --particles" in lost.no_examples
     shutil.move(moved / "particles.mrcs", moved / "gone.mrcs")

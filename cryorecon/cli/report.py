@@ -44,7 +44,7 @@ def report_command(
     the file with its poses, and the report is written beside the map.
     """
     # torch takes seconds to load: only when the command runs.
-    from cryorecon.run.report.page import write_map_report, write_report
+    from cryorecon.run.report.written import write_map_report, write_report
 
     if job.suffix.lower() in (".mrc", ".map"):
         written = write_map_report(job, particles=particles, project=project)

@@ -30,7 +30,7 @@ from cryorecon.run.half_sets import half_sets
 from cryorecon.run.image_checks import checksums
 from cryorecon.run.job import Job, Task, open_job
 from cryorecon.run.load import load_observations
-from cryorecon.run.report.page import report_at_end
+from cryorecon.run.report.written import report_at_end
 from cryorecon.run.results import (
     joint_map,
     recorded_scale,

@@ -27,7 +27,7 @@ from cryorecon.run.image_checks import checksums
 from cryorecon.run.job import Job, Task, open_job, write_output_nodes
 from cryorecon.run.load import load_observations
 from cryorecon.run.plots import map_figure, pose_error_figure, save_figure
-from cryorecon.run.report.page import report_at_end
+from cryorecon.run.report.written import report_at_end
 from cryorecon.run.width import diameter_share
 
 LEAST_DEG, MOST_DEG = 45.0, 90.0

@@ -44,7 +44,7 @@ from cryorecon.run.moments.start_map import (
 from cryorecon.run.moments.store import finished_moments, read_moments
 from cryorecon.run.moments.trust import Trust, agreement_with_best
 from cryorecon.run.plots import fsc_figure, map_figure, save_figure, view_density_figure
-from cryorecon.run.report.page import report_at_end
+from cryorecon.run.report.written import report_at_end
 from cryorecon.run.results import write_model
 from cryorecon.run.table_doubts import table_doubts
 

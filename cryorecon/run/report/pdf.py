@@ -23,13 +23,12 @@ from cryorecon.run.report.charts import (
     THRESHOLD_NAMES,
     likelihood_histogram,
 )
+from cryorecon.run.report.contents import Report
 from cryorecon.run.report.pictures import mosaic, particle_pictures
 
 if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor
-
-    from cryorecon.run.report.page import Report
 
 # A5, so that text stays large in a small window.
 _SIZE = (8.27, 5.83)
