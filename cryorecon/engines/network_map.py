@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cryorecon.engines.accumulate import NormalEquations
+from cryorecon.engines.adam import Adam
 from cryorecon.networks.mfn import MfnConfig, ResidualMfn, grid_points, smallest_grid
 from cryorecon.physics.fourier import crop_or_pad_centred
 from cryorecon.physics.masks import Support
@@ -75,11 +76,7 @@ class NetworkMap:
     ) -> None:
         self.fit_config = fit or FitConfig()
         self.network = ResidualMfn(config, generator).to(device)
-        self.optimizer = torch.optim.Adam(
-            self.network.parameters(),
-            lr=self.fit_config.learning_rate,
-            fused=torch.device(device).type in ("cpu", "cuda"),
-        )
+        self.optimizer = Adam(self.network.parameters(), self.fit_config.learning_rate)
         self.support = support
         self.scale = 1.0
         self._fitted = False
@@ -196,7 +193,7 @@ class NetworkMap:
         """All that training has changed, by reference."""
         return {
             "network": self.network.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.optimizer.state(),
             "scale": self.scale,
             "fitted": self._fitted,
         }
@@ -204,5 +201,5 @@ class NetworkMap:
     def load(self, state: dict[str, Any]) -> None:
         """Go on from what :meth:`state` gave."""
         self.network.load_state_dict(state["network"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load(state["optimizer"])
         self.scale, self._fitted = state["scale"], state["fitted"]
