@@ -230,6 +230,24 @@ def test_exit_codes(cryorecon, monkeypatch, tmp_path):
         assert "Traceback" not in err
 
 
+def test_an_interruption_while_the_program_loads_is_quiet():
+    script = """
+import sys
+
+class Stop:
+    def find_spec(self, name, path, target=None):
+        if name == "cryorecon.cli.main":
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Stop())
+from cryorecon.__main__ import start
+start()
+"""
+    words = [sys.executable, "-c", script]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "", "Interrupted.\n")
+
+
 @pytest.mark.parametrize(
     "words",
     [(), *(pytest.param(w, marks=pytest.mark.slow) for w in (FSC, (*FSC, "--json")))],
