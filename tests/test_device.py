@@ -107,10 +107,12 @@ LOOPS += ("physics/projection", "physics/rotations", "networks/")
 def in_loops(waits):
     """Lines that wait in inner loops, but for the one that tells which images still move.
 
-    It is waited for once a step of thousands of images, and halves the number of steps.
+    It is waited for once a step of thousands of images, and halves the number of steps. Planes and
+    grids of rotations are taken to the device once.
     """
     found = [line for line in waits if line.startswith(LOOPS)]
-    return [line for line in found if not re.fullmatch(r"engines/refine.py:\d+ step", line)]
+    once = r"engines/refine.py:\d+ step|physics/(fourier.py:\d+ to|rotations.py:\d+ so3_grid_on)"
+    return [line for line in found if not re.fullmatch(once, line)]
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -280,6 +282,7 @@ def test_processes_that_share_a_gpu_are_refused(monkeypatch):
     """At once, and by their number; where each has its own they go on."""
     told: list[str] = []
     precisions: list[str] = []
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     monkeypatch.setattr(torch, "set_float32_matmul_precision", precisions.append)
     monkeypatch.setattr(torch.cuda, "set_device", told.append)
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -303,6 +306,7 @@ def test_processes_that_share_a_gpu_are_refused(monkeypatch):
     assert device.own_device("cuda", Two(1, 2)) == "cuda:1"
     assert told == ["cuda:0", "cuda:1"]
     assert precisions == ["highest", "highest"]
+    assert not torch.backends.cudnn.allow_tf32
     assert device.own_device("cpu", Two(1, 2)) == "cpu"
 
 
@@ -356,6 +360,21 @@ def test_spans_shrink_and_go_on_where_memory_ended():
     assert len(told) == 3
     with pytest.raises(torch.OutOfMemoryError):
         list(ShrinkingBatch(16).over(5, TinyMemory(0)))
+
+
+@pytest.mark.parametrize(
+    "words", ["cuFFT error: CUFFT_ALLOC_FAILED", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when"]
+)
+def test_spans_shrink_where_a_librarys_memory_ended(words):
+    def work(span):
+        if span.stop - span.start > 2:
+            raise RuntimeError(words)
+        return span.stop - span.start
+
+    assert sum(n for _, n in ShrinkingBatch(8).over(11, work)) == 11
+    assert sum(ShrinkingBatch(8)(torch.arange(11), lambda rows: work(slice(0, len(rows))))) == 11
+    with pytest.raises(RuntimeError, match="another"):
+        list(ShrinkingBatch(8).over(11, lambda _: (_ for _ in ()).throw(RuntimeError("another"))))
 
 
 def test_a_round_on_a_full_device_is_the_same_round(few, tmp_path, monkeypatch):

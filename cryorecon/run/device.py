@@ -34,9 +34,13 @@ def usable_device(name: str) -> str:
 
 
 def _full_precision(name: str) -> None:
-    """Matrix products in single precision: containers may allow ten bits, which tell no poses."""
+    """Single precision: containers may allow products of ten bits, which tell no poses.
+
+    In convolutions, of encoders, torch allows them by itself.
+    """
     if name.startswith("cuda"):
         torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
 
 
 def own_device(name: str, ranks: Ranks) -> str:
