@@ -25,6 +25,7 @@ DEVICE = torch.device("meta")
 # What a GPU's results must be waited for, besides copies to the CPU.
 _WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "bincount", "equal", "unique_dim"}
 _WAITS |= {"_unique2", "unique_consecutive", "linalg_matrix_exp", "repeat_interleave"}
+_PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "mv", "addmv", "dot"}
 _SOURCE = str(Path(__file__).parents[1] / "cryorecon")
 
 
@@ -94,6 +95,13 @@ def _wait() -> None:
         _waits[f"{name}:{frame.f_lineno} {frame.f_code.co_name}"] += 1
 
 
+def _refuse_lacking(func, tensors) -> None:
+    """What the CPU can do and a GPU cannot."""
+    whole = any(not (t.is_floating_point() or t.is_complex()) for t in tensors)
+    if whole and func.overloadpacket.__name__ in _PRODUCTS:
+        raise RuntimeError(f"{func}: a GPU has no products of matrices of whole numbers")
+
+
 def _refuse_mix(func, tensors) -> None:
     numbers = torch.Tag.pointwise in func.tags or func.overloadpacket.__name__ in ("fill_", "where")
     for tensor in tensors:
@@ -131,6 +139,7 @@ def _compute(func, args, kwargs):
         on = isinstance(args[0], OnDevice)
     elif on:
         _refuse_mix(func, tensors)
+        _refuse_lacking(func, tensors)
     masks = name == "index" and any(t.dtype == torch.bool for t in tensors[1:])
     copies = on and name in ("_to_copy", "copy_")
     taken = copies and not all(isinstance(t, OnDevice) for t in tensors)

@@ -78,6 +78,8 @@ def test_the_pretended_device_refuses_what_a_gpu_refuses():
         ):
             with pytest.raises(RuntimeError, match="of the CPU among"):
                 mix()
+        with pytest.raises(RuntimeError, match="whole numbers"):
+            there.long()[None] @ there.long()[:, None]
         with pytest.raises(RuntimeError, match="numpy"):
             there.numpy()
         weight = torch.nn.Linear(6, 1).to(DEVICE)
@@ -400,6 +402,14 @@ def test_a_round_on_a_full_device_is_the_same_round(few, tmp_path, monkeypatch):
     rounds._insert(sums[1], images, poses, doubt, group)
     assert torch.allclose(sums[0].signal, sums[1].signal)
     assert torch.allclose(sums[0].weight, sums[1].weight)
+
+
+def test_a_device_that_computes_nothing_is_refused():
+    """As a GPU that torch was not built for: it gives memory, but runs no kernel."""
+    with pytest.raises(CryoreconError, match="--device meta cannot be used"):
+        device.usable_device("meta")
+    with pretended_device():
+        assert device.usable_device("meta") == "meta"
 
 
 def test_a_device_that_is_not_there_is_refused_before_anything_is_written(few, tmp_path):

@@ -21,6 +21,7 @@ from rich.console import Console
 
 from cryorecon.engines import reconstruction
 from cryorecon.engines.amortized import Amortized, AmortizedConfig
+from cryorecon.engines.moments.config import MomentFitConfig
 from cryorecon.engines.new_search import reassign
 from cryorecon.engines.reconstruction import RefineConfig, assign, telling_grid
 from cryorecon.engines.rmfn import RmfnConfig, Search
@@ -34,6 +35,9 @@ from cryorecon.run import checkpoint, independent_halves, load
 from cryorecon.run.abinitio import abinitio
 from cryorecon.run.abinitio_input import AbinitioOptions
 from cryorecon.run.load import load_observations
+from cryorecon.run.moments import reconstruct as moment_reconstruct
+from cryorecon.run.moments.estimate import MomentsOptions
+from cryorecon.run.moments.reconstruct import MomentReconstructOptions, abinitio_moments
 
 QUIET = Console(quiet=True)
 TINY = RmfnConfig(
@@ -85,7 +89,8 @@ def motley(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """No report, and one map of noise; the device has room for all images."""
-    monkeypatch.setattr(abinitio_module, "report_at_end", lambda *_: None)
+    for module in (abinitio_module, moment_reconstruct):
+        monkeypatch.setattr(module, "report_at_end", lambda *_: None)
     fewer = partial(independent_halves.chance_fsc, n_trials=1)
     monkeypatch.setattr(independent_halves, "chance_fsc", fewer)
     monkeypatch.setattr(load, "free_memory", lambda _: 1e9)
@@ -156,6 +161,38 @@ def test_cropped_images_of_several_groups_give_the_map_of_the_cpu(motley, tmp_pa
     assert "brighter than the others" in (tmp_path / "there" / "run.log").read_text()
     here = read_map(tmp_path / "here" / "initial_model.mrc").data
     assert correlation(there, here) > 0.999
+
+
+MOMENTS = [
+    ("steerable", {"volume": "grid"}),
+    ("steerable", {"volume": "fouriernet", "third_radius": 0}),
+    ("steerable", {"density": "free"}),
+    ("steerable", {"density": "encoder"}),
+    ("full", {"volume": "rmfn"}),
+    ("full", {"density": "free"}),
+    ("full", {"density": "encoder"}),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_pictures", "coarse_alignment")
+@pytest.mark.parametrize(("form", "options"), MOMENTS, ids=str)
+def test_moments_are_fitted_on_a_device_with_any_model(few, tmp_path, form, options):
+    engine = MomentFitConfig(
+        starts=2,
+        iterations=2,
+        settling=2,
+        first_iterations=2,
+        radius=3,
+        beads=8,
+        width=8,
+        **options,
+    )
+    wanted = MomentsOptions(form=form, max_radius=4, device="meta")
+    solve = MomentReconstructOptions(engine, allow_ambiguous=True, device="meta")
+    with pretended_device():
+        abinitio_moments(few, tmp_path / "there", wanted, solve, QUIET)
+    assert np.isfinite(read_map(tmp_path / "there" / "initial_model.mrc").data).all()
 
 
 class Killed(BaseException):

@@ -22,8 +22,9 @@ def usable_device(name: str) -> str:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(1, device=own_gpu(name))
-    except (RuntimeError, AssertionError) as error:
+        # Memory alone is given by GPUs that torch was not built for, too; others lack precision.
+        torch.ones(1, dtype=torch.float64, device=own_gpu(name)).add_(1).tolist()
+    except (RuntimeError, AssertionError, TypeError) as error:
         remedy = "Give --device cpu"
         if name.startswith("cuda"):
             remedy += ", or use a machine with a GPU and a torch that is built for it"
