@@ -25,6 +25,7 @@ from cryorecon.engines.moments.config import MomentFitConfig
 from cryorecon.engines.new_search import reassign
 from cryorecon.engines.reconstruction import RefineConfig, assign, telling_grid
 from cryorecon.engines.rmfn import RmfnConfig, Search
+from cryorecon.errors import CryoreconError
 from cryorecon.io.mrc import open_stack, read_map, stack_writer, write_map
 from cryorecon.io.particles import read_particles
 from cryorecon.io.star import read_star, write_star
@@ -238,6 +239,17 @@ def test_a_job_goes_on_from_each_state_on_a_device(few, tmp_path, monkeypatch, e
     assert (tmp_path / "job" / "initial_model.mrc").exists()
 
 
+@pytest.mark.usefixtures("no_pictures")
+def test_a_job_of_a_gpu_says_so_where_there_is_none(few, tmp_path):
+    """It goes on on another machine; the device is what its record says."""
+    engine = MomentFitConfig(starts=2, iterations=2, settling=2, first_iterations=2, radius=3)
+    solve = MomentReconstructOptions(engine, allow_ambiguous=True, device="cuda:7")
+    wanted = MomentsOptions(max_radius=4, device="cuda:7")
+    with pytest.raises(CryoreconError, match="--device cuda:7 cannot be used"):
+        abinitio_moments(few, tmp_path / "job", wanted, solve, QUIET)
+    assert not (tmp_path / "job").exists()
+
+
 def waited(waits: Counter[str], lines: str) -> int:
     return sum(n for line, n in waits.items() if re.match(lines, line))
 
@@ -309,15 +321,31 @@ SEARCH = ("search_images=30", "temperatures=[5.0,1.0]", "final_steps=2", "width=
     ids=["halves", "disk", "amortized"],
 )
 def test_processes_exchange_what_lies_on_devices(few, tmp_path, command, settings, more):
+    chosen = [word for pair in (*SMALL, *settings) for word in ("--set", pair)]
+    two_processes(tmp_path, [command, few, "-o", tmp_path / "job", *more, *chosen])
+    assert (tmp_path / "job" / "initial_model.mrc").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["steerable", "full"])
+def test_processes_exchange_moments_that_lie_on_devices(few, tmp_path, form):
+    moments, small = tmp_path / "moments.h5", ("radius=3", "iterations=2", "settling=2", "beads=8")
+    chosen = [word for pair in (*small, "starts=3") for word in ("--set", pair)]
+    radius = ["--form", form, "--max-radius", "4"]
+    two_processes(tmp_path, ["moments", "estimate", few, "-o", moments, *radius])
+    words = ["moments", "reconstruct", moments, "-o", tmp_path / "job", "--allow-ambiguous"]
+    two_processes(tmp_path, [*words, *chosen])
+    assert (tmp_path / "job" / "initial_model.mrc").exists()
+
+
+def two_processes(tmp_path, words):
+    """Run a command on two devices."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    chosen = [word for pair in (*SMALL, *settings) for word in ("--set", pair)]
-    words = [command, few, "-o", tmp_path / "job", "--device", "meta", *more, *chosen]
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, *TWO, str(script), *map(str, words)],
+        [sys.executable, *TWO, str(script), *map(str, words), "--device", "meta"],
         capture_output=True, text=True, timeout=300, check=False,
         env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": path},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert (tmp_path / "job" / "initial_model.mrc").exists()

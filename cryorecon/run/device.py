@@ -50,13 +50,11 @@ def own_device(name: str, ranks: Ranks) -> str:
     Raises
     ------
     CryoreconError
-        If processes share a GPU, which the library that adds up their sums refuses.
+        If it cannot be used: a job may go on on another machine. If processes share a GPU, which
+        the library that adds up their sums refuses.
     """
-    device = ranks.device(name)
-    if not device.startswith("cuda"):
-        return device
-    _full_precision(device)
-    if ranks.count > 1:
+    device = usable_device(ranks.device(name))
+    if device.startswith("cuda") and ranks.count > 1:
         torch.cuda.set_device(device)
         _refuse_shared(f"{socket.gethostname()} {_identity(device)}", ranks)
     return device
