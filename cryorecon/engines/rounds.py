@@ -49,7 +49,7 @@ _UNEVEN = 1.1
 
 
 def poses_at_once(
-    plane: HalfPlane, device: torch.device, on_cpu: int = _IMAGES, most: int = 65536
+    plane: HalfPlane, device: torch.device, on_cpu: int = _IMAGES, most: int = 32768
 ) -> int:
     """How many poses to work on together: as many as a GPU holds, of so many coefficients."""
     most = min(most, max(1, _MOST_POINTS // (8 * len(plane))))
