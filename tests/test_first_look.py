@@ -13,11 +13,13 @@ import torch
 from conftest import MODEL, cryorecon, simulated
 from rich.console import Console
 
+from cryorecon.engines import contrast
 from cryorecon.engines.contrast import FirstLook
 from cryorecon.engines.rmfn import RmfnConfig
 from cryorecon.engines.stream import read_ahead
 from cryorecon.io.mrc import open_stack, stack_writer
 from cryorecon.io.particles import read_particles
+from cryorecon.io.read_ahead import ReadAhead
 from cryorecon.io.star import read_star, write_star
 from cryorecon.run.abinitio import abinitio
 from cryorecon.run.abinitio_input import AbinitioOptions
@@ -172,3 +174,14 @@ def test_the_dimmed_are_marked_in_the_table_of_poses(stack, changed, tmp_path, m
     merit = table["rlnParticleFigureOfMerit"].astype(float).to_numpy()
     assert (merit[ICE] < 0.9).all()
     assert (np.delete(merit, np.arange(N)[ICE]) == 1).all()
+
+
+def test_images_are_read_while_others_are_looked_at(stack, monkeypatch):
+    images = load_observations(read_particles(stack / "particles.star"), 0.8, keep="disk")
+    here, told = FirstLook.at(images, 0.8), []
+    expect = ReadAhead.expect
+    monkeypatch.setattr(contrast, "_AT_ONCE", 100)
+    monkeypatch.setattr(ReadAhead, "expect", lambda self, r: (told.append(len(r)), expect(self, r)))
+    there = FirstLook.at(images, 0.8)
+    assert told == [100, 100, 0]
+    assert torch.allclose(there.scores, here.scores)
