@@ -75,12 +75,16 @@ class _Everything(TorchDispatchMode):
 
 
 _waits: Counter[str] = Counter()
+# Operations on the device, by name, but for those that only look at memory in another way.
+operations: Counter[str] = Counter()
+_NONE = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "detach"}
 
 
 @contextmanager
 def pretended_device() -> Iterator[Counter[str]]:
     """Let ``device="meta"`` compute; gives how often each line of the program waits for it."""
     _waits.clear()
+    operations.clear()
     with _Everything():
         yield _waits
 
@@ -150,6 +154,8 @@ def _compute(func, args, kwargs):
     )
     if name == "copy_":
         return args[0]
+    if on and not func.is_view and name not in _NONE:
+        operations[name] += 1
     if not on or func.namespace == "c10d":  # What an exchange returns is never looked at.
         return result
     return return_and_correct_aliasing(func, args, kwargs, _each(result, _outer))

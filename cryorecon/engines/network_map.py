@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cryorecon.engines.accumulate import NormalEquations
+from cryorecon.engines.observations import taken_to
 from cryorecon.networks.mfn import MfnConfig, ResidualMfn, grid_points, smallest_grid
 from cryorecon.physics.fourier import crop_or_pad_centred
 from cryorecon.physics.masks import Support
@@ -177,7 +178,7 @@ class NetworkMap:
         loss = torch.zeros(())
         for _ in range(n_steps):
             draw = torch.randint(len(ball.rows), (n_points,), generator=generator)
-            rows = draw.to(ball.rows.device)
+            rows = taken_to(draw, ball.rows.device)
             residual = self.network(ball.points[rows], scale + 1)[-1][:, 0] - values[rows]
             loss = residual.square().mean() / norm
             self.optimizer.zero_grad()
