@@ -415,6 +415,19 @@ def test_a_device_that_computes_nothing_is_refused():
         assert device.usable_device("meta") == "meta"
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_auto_takes_no_gpu_that_computes_nothing(monkeypatch, processes):
+    """Several processes would not know of each other which of them computes where."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    if processes == 1:
+        assert device.usable_device("auto") == "cpu"
+    else:
+        with pytest.raises(CryoreconError, match="--device cuda cannot be used"):
+            device.usable_device("auto")
+
+
 def test_a_device_that_is_not_there_is_refused_before_anything_is_written(few, tmp_path):
     for command in ("abinitio-rmfn", "abinitio", "reconstruct"):
         done = cryorecon(command, few, "-o", tmp_path / command, "--device", "cuda:7")

@@ -8,11 +8,11 @@ import socket
 import torch
 
 from cryorecon.errors import CryoreconError
-from cryorecon.ranks import Ranks, own_gpu
+from cryorecon.ranks import Ranks, own_gpu, wanted
 
 
 def usable_device(name: str) -> str:
-    """A torch device by name; auto is a GPU where there is one.
+    """A torch device by name; auto is a GPU where there is one that can be used.
 
     Raises
     ------
@@ -20,7 +20,7 @@ def usable_device(name: str) -> str:
         If it cannot be used.
     """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        return _gpu_or_cpu()
     try:
         # Memory alone is given by GPUs that torch was not built for, too; others lack precision.
         torch.ones(1, dtype=torch.float64, device=own_gpu(name)).add_(1).tolist()
@@ -32,6 +32,17 @@ def usable_device(name: str) -> str:
         raise CryoreconError(f"--device {name} cannot be used: {reason}", remedy) from error
     _full_precision(name)
     return name
+
+
+def _gpu_or_cpu() -> str:
+    if not torch.cuda.is_available():
+        return "cpu"
+    try:
+        return usable_device("cuda")
+    except CryoreconError:
+        if wanted() > 1:  # All must compute on the same kind.
+            raise
+        return "cpu"
 
 
 def _full_precision(name: str) -> None:
