@@ -5,6 +5,9 @@ real numbers. As on a GPU, tensors of both sides must not meet in one operation 
 number (a tensor without axes) of the CPU may go into arithmetic with tensors of the device.
 Stricter than on a GPU, indices must lie where the tensor lies: torch would move them by itself,
 and wait.
+
+The program waits for a GPU when it copies from it, or to it but from page-locked memory, and when
+an operation tells how large its result is. Processes exchange what lies on the device, too.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ DEVICE = torch.device("meta")
 # What a GPU's results must be waited for, besides copies to the CPU.
 _WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "bincount", "equal", "unique_dim"}
 _WAITS |= {"_unique2", "unique_consecutive", "linalg_matrix_exp", "repeat_interleave"}
+_PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "mv", "addmv", "dot"}
 _SOURCE = str(Path(__file__).parents[1] / "cryorecon")
 
 
@@ -48,6 +52,14 @@ class OnDevice(torch.Tensor):
         _wait()
         return self.inner.tolist()
 
+    def data_ptr(self):
+        return self.inner.data_ptr()
+
+    def new_tensor(self, data, **kwargs):
+        """Torch would ask the real device "meta", which keeps no numbers."""
+        _wait()
+        return OnDevice(self.inner.new_tensor(data, **kwargs))
+
     def __repr__(self):
         return f"OnDevice({self.inner})"
 
@@ -63,12 +75,16 @@ class _Everything(TorchDispatchMode):
 
 
 _waits: Counter[str] = Counter()
+# Operations on the device, by name, but for those that only look at memory in another way.
+operations: Counter[str] = Counter()
+_NONE = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "detach"}
 
 
 @contextmanager
 def pretended_device() -> Iterator[Counter[str]]:
     """Let ``device="meta"`` compute; gives how often each line of the program waits for it."""
     _waits.clear()
+    operations.clear()
     with _Everything():
         yield _waits
 
@@ -77,9 +93,17 @@ def _wait() -> None:
     frame = sys._getframe(1)
     while frame is not None and not frame.f_code.co_filename.startswith(_SOURCE):
         frame = frame.f_back
-    if frame is not None:
+    # What is taken to a GPU is page-locked first, see there.
+    if frame is not None and frame.f_code.co_name != "taken_to":
         name = frame.f_code.co_filename[len(_SOURCE) + 1 :]
         _waits[f"{name}:{frame.f_lineno} {frame.f_code.co_name}"] += 1
+
+
+def _refuse_lacking(func, tensors) -> None:
+    """What the CPU can do and a GPU cannot."""
+    whole = any(not (t.is_floating_point() or t.is_complex()) for t in tensors)
+    if whole and func.overloadpacket.__name__ in _PRODUCTS:
+        raise RuntimeError(f"{func}: a GPU has no products of matrices of whole numbers")
 
 
 def _refuse_mix(func, tensors) -> None:
@@ -119,14 +143,19 @@ def _compute(func, args, kwargs):
         on = isinstance(args[0], OnDevice)
     elif on:
         _refuse_mix(func, tensors)
+        _refuse_lacking(func, tensors)
     masks = name == "index" and any(t.dtype == torch.bool for t in tensors[1:])
-    if before and (not on or name in _WAITS or masks):
+    copies = on and name in ("_to_copy", "copy_")
+    taken = copies and not all(isinstance(t, OnDevice) for t in tensors)
+    if taken or (before and (not on or name in _WAITS or masks)):
         _wait()
     result = (
         func(*_each(args, _inner), **_each(kwargs, _inner)) if before else func(*args, **kwargs)
     )
     if name == "copy_":
         return args[0]
-    if not on:
+    if on and not func.is_view and name not in _NONE:
+        operations[name] += 1
+    if not on or func.namespace == "c10d":  # What an exchange returns is never looked at.
         return result
     return return_and_correct_aliasing(func, args, kwargs, _each(result, _outer))

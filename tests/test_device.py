@@ -78,6 +78,8 @@ def test_the_pretended_device_refuses_what_a_gpu_refuses():
         ):
             with pytest.raises(RuntimeError, match="of the CPU among"):
                 mix()
+        with pytest.raises(RuntimeError, match="whole numbers"):
+            there.long()[None] @ there.long()[:, None]
         with pytest.raises(RuntimeError, match="numpy"):
             there.numpy()
         weight = torch.nn.Linear(6, 1).to(DEVICE)
@@ -107,10 +109,12 @@ LOOPS += ("physics/projection", "physics/rotations", "networks/")
 def in_loops(waits):
     """Lines that wait in inner loops, but for the one that tells which images still move.
 
-    It is waited for once a step of thousands of images, and halves the number of steps.
+    It is waited for once a step of thousands of images, and halves the number of steps. Planes and
+    grids of rotations are taken to the device once.
     """
     found = [line for line in waits if line.startswith(LOOPS)]
-    return [line for line in found if not re.fullmatch(r"engines/refine.py:\d+ step", line)]
+    once = r"engines/refine.py:\d+ step|physics/(fourier.py:\d+ to|rotations.py:\d+ so3_grid_on)"
+    return [line for line in found if not re.fullmatch(once, line)]
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -280,6 +284,9 @@ def test_processes_that_share_a_gpu_are_refused(monkeypatch):
     """At once, and by their number; where each has its own they go on."""
     told: list[str] = []
     precisions: list[str] = []
+    numbers = torch.ones(1)
+    monkeypatch.setattr(torch, "ones", lambda *_, **__: numbers)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     monkeypatch.setattr(torch, "set_float32_matmul_precision", precisions.append)
     monkeypatch.setattr(torch.cuda, "set_device", told.append)
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -302,7 +309,8 @@ def test_processes_that_share_a_gpu_are_refused(monkeypatch):
     monkeypatch.setattr(Two, "others", 1)
     assert device.own_device("cuda", Two(1, 2)) == "cuda:1"
     assert told == ["cuda:0", "cuda:1"]
-    assert precisions == ["highest", "highest"]
+    assert set(precisions) == {"highest"}
+    assert not torch.backends.cudnn.allow_tf32
     assert device.own_device("cpu", Two(1, 2)) == "cpu"
 
 
@@ -319,7 +327,8 @@ def test_batches_of_a_gpu_are_read_ahead(monkeypatch):
         assert 2 * batch * 4 * box**2 <= read_ahead._LARGEST
         assert 8 * len(plane) * batch <= 2**30
         few = plane.within(6.0)
-        assert rounds.poses_at_once(few, DEVICE) >= 8 * batch
+        # Libraries of a GPU take no more than 65,535 small matrices at once.
+        assert 8 * batch <= rounds.poses_at_once(few, DEVICE) < 2**16
 
 
 def test_batches_take_a_share_of_a_gpus_free_memory(monkeypatch):
@@ -358,6 +367,21 @@ def test_spans_shrink_and_go_on_where_memory_ended():
         list(ShrinkingBatch(16).over(5, TinyMemory(0)))
 
 
+@pytest.mark.parametrize(
+    "words", ["cuFFT error: CUFFT_ALLOC_FAILED", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when"]
+)
+def test_spans_shrink_where_a_librarys_memory_ended(words):
+    def work(span):
+        if span.stop - span.start > 2:
+            raise RuntimeError(words)
+        return span.stop - span.start
+
+    assert sum(n for _, n in ShrinkingBatch(8).over(11, work)) == 11
+    assert sum(ShrinkingBatch(8)(torch.arange(11), lambda rows: work(slice(0, len(rows))))) == 11
+    with pytest.raises(RuntimeError, match="another"):
+        list(ShrinkingBatch(8).over(11, lambda _: (_ for _ in ()).throw(RuntimeError("another"))))
+
+
 def test_a_round_on_a_full_device_is_the_same_round(few, tmp_path, monkeypatch):
     """Insertions that do not fit at once are repeated in parts, nothing twice."""
     sums = [NormalEquations.empty(6.0, 2, torch.float64, "cpu") for _ in range(2)]
@@ -381,6 +405,27 @@ def test_a_round_on_a_full_device_is_the_same_round(few, tmp_path, monkeypatch):
     rounds._insert(sums[1], images, poses, doubt, group)
     assert torch.allclose(sums[0].signal, sums[1].signal)
     assert torch.allclose(sums[0].weight, sums[1].weight)
+
+
+def test_a_device_that_computes_nothing_is_refused():
+    """As a GPU that torch was not built for: it gives memory, but runs no kernel."""
+    with pytest.raises(CryoreconError, match="--device meta cannot be used"):
+        device.usable_device("meta")
+    with pretended_device():
+        assert device.usable_device("meta") == "meta"
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_auto_takes_no_gpu_that_computes_nothing(monkeypatch, processes):
+    """Several processes would not know of each other which of them computes where."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    if processes == 1:
+        assert device.usable_device("auto") == "cpu"
+    else:
+        with pytest.raises(CryoreconError, match="--device cuda cannot be used"):
+            device.usable_device("auto")
 
 
 def test_a_device_that_is_not_there_is_refused_before_anything_is_written(few, tmp_path):

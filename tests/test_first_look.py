@@ -13,11 +13,13 @@ import torch
 from conftest import MODEL, cryorecon, simulated
 from rich.console import Console
 
+from cryorecon.engines import contrast
 from cryorecon.engines.contrast import FirstLook
 from cryorecon.engines.rmfn import RmfnConfig
 from cryorecon.engines.stream import read_ahead
 from cryorecon.io.mrc import open_stack, stack_writer
 from cryorecon.io.particles import read_particles
+from cryorecon.io.read_ahead import ReadAhead
 from cryorecon.io.star import read_star, write_star
 from cryorecon.run.abinitio import abinitio
 from cryorecon.run.abinitio_input import AbinitioOptions
@@ -203,3 +205,14 @@ def test_moments_of_particles_alone_are_those_of_all(stack, tmp_path):
     )
     assert found.n_images == N
     assert not said
+
+
+def test_images_are_read_while_others_are_looked_at(stack, monkeypatch):
+    images = load_observations(read_particles(stack / "particles.star"), 0.8, keep="disk")
+    here, told = FirstLook.at(images, 0.8), []
+    expect = ReadAhead.expect
+    monkeypatch.setattr(contrast, "_AT_ONCE", 100)
+    monkeypatch.setattr(ReadAhead, "expect", lambda self, r: (told.append(len(r)), expect(self, r)))
+    there = FirstLook.at(images, 0.8)
+    assert told == [100, 100, 0]
+    assert torch.allclose(there.scores, here.scores)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -20,6 +21,8 @@ SURE = 4.0
 FIRST_LOBE = 1.43
 # Band of searches, in cycles per diameter.
 COARSE = 3.2
+# Images that are looked at together.
+_AT_ONCE = 500
 # Images count as outshining the others beyond so many standard deviations, of those without such.
 _OUTSHINES, _USUAL = 15.0, 3.0
 # And by this factor, at least: many rows may show one image.
@@ -150,7 +153,9 @@ class FirstLook:
         ball = coarse.ball * lobe
         scores, power, shares = [], [], []
         everyone = torch.arange(len(images))
-        for rows in images.mine(everyone).split(500):
+        mine = images.mine(everyone)
+        for rows, following in pairwise([*mine.split(_AT_ONCE), mine[:0]]):
+            images.expect(following)
             batch = images.select(rows)
             matched, weight = batch.matched()
             fit = (matched * ball.conj()).real.sum(-1)

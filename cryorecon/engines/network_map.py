@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cryorecon.engines.accumulate import NormalEquations
 from cryorecon.engines.adam import Adam
+from cryorecon.engines.observations import taken_to
 from cryorecon.networks.mfn import MfnConfig, ResidualMfn, grid_points, smallest_grid
 from cryorecon.physics.fourier import crop_or_pad_centred
 from cryorecon.physics.masks import Support
@@ -174,7 +175,7 @@ class NetworkMap:
         loss = torch.zeros(())
         for _ in range(n_steps):
             draw = torch.randint(len(ball.rows), (n_points,), generator=generator)
-            rows = draw.to(ball.rows.device)
+            rows = taken_to(draw, ball.rows.device)
             residual = self.network(ball.points[rows], scale + 1)[-1][:, 0] - values[rows]
             loss = residual.square().mean() / norm
             self.optimizer.zero_grad()

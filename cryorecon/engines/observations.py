@@ -44,7 +44,7 @@ class Observations:
     def select(self, rows: Tensor | slice, band: float | None = None) -> Observations:
         """The images of some rows, up to a radius in cycles per box; noise spectra are shared."""
         near = self if band is None else self.within(band)
-        rows = rows if isinstance(rows, slice) else rows.to(self.device)
+        rows = rows if isinstance(rows, slice) else taken_to(rows, self.device)
         return replace(
             near, coefficients=near.coefficients[rows], ctf=near.ctf[rows], group=near.group[rows]
         )
@@ -244,7 +244,7 @@ class ImageSet:
 
 def rows_of(values: Tensor, rows: Tensor) -> Tensor:
     """Some rows of values on any device, asked for on the CPU."""
-    return values[rows.to(values.device)]
+    return values[taken_to(rows, values.device)]
 
 
 def taken_to(values: Tensor, device: torch.device) -> Tensor:

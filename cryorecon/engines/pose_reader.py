@@ -91,8 +91,9 @@ class PoseReader:
             rotations, shifts = self.encoder(images)
             return Guesses(rotations, shifts / self.pixel_size_angst)
         rotations, shifts = self.encoder(torch.cat([images, turned(images)]))
-        half_turn = torch.tensor([-1.0, -1.0, 1.0]).to(rotations)
         one, two = rotations.chunk(2)
+        # A half turn in the image's plane, without numbers that a device would be waited for.
+        half_turned = torch.cat([-two[..., :2, :], two[..., 2:, :]], -2)
         offsets = torch.cat([shifts[: len(images)], -shifts[len(images) :]], 1)
-        both = torch.cat([one, half_turn[:, None] * two], 1)
+        both = torch.cat([one, half_turned], 1)
         return Guesses(both, offsets / self.pixel_size_angst)

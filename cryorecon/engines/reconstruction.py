@@ -25,7 +25,7 @@ from cryorecon.physics.fourier import max_band
 from cryorecon.physics.masks import Support
 from cryorecon.physics.projection import extract_slices, padded_transform
 from cryorecon.physics.resampling import resample_sums
-from cryorecon.physics.rotations import random_rotations, so3_grid
+from cryorecon.physics.rotations import random_rotations, so3_grid_on
 from cryorecon.physics.symmetry import distinct_rotations
 
 Agreement = Callable[[Tensor, Tensor], Tensor]
@@ -239,7 +239,7 @@ class PoseGrid:
 
     def rotations(self, turn: Tensor) -> Tensor:
         """Those that are tried once the grid has been turned, shape (r, 3, 3)."""
-        turned = so3_grid(self.nside, torch.float32)[0].to(turn) @ turn
+        turned = so3_grid_on(self.nside, turn.device).to(turn) @ turn
         return turned if self.group is None else distinct_rotations(turned, self.group)
 
     def among(self, poses: float) -> int:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cryorecon.engines.observations import Observations
+from cryorecon.engines.observations import Observations, taken_to
 from cryorecon.engines.pose_reader import PoseReader
 from cryorecon.physics.fourier import HalfPlane, shift_phases
 from cryorecon.physics.projection import Transform, extract_slices
@@ -103,7 +103,7 @@ class ReverseTask:
         images : Tensor, shape (b, E, E)
             As the encoder sees them.
         """
-        rotations, offsets, noise = (values.to(whole.coefficients.device) for values in drawn)
+        rotations, offsets, noise = (taken_to(values, whole.device) for values in drawn)
         with torch.no_grad():
             plane = whole.plane.within(band)
             slices = extract_slices(transform, rotations, plane)

@@ -19,7 +19,7 @@ from cryorecon.engines.accumulate import NormalEquations
 from cryorecon.engines.grid_map import GridMap
 from cryorecon.engines.network_map import FitConfig, NetworkMap
 from cryorecon.engines.numbers import refuse_senseless
-from cryorecon.engines.observations import ImageSet, Observations
+from cryorecon.engines.observations import ImageSet, Observations, taken_to
 from cryorecon.engines.reconstruction import RefineConfig, offsets_for, shell_prior
 from cryorecon.engines.search import (
     Evidence,
@@ -32,7 +32,7 @@ from cryorecon.networks.mfn import MfnConfig
 from cryorecon.physics.fourier import lowpass, max_band
 from cryorecon.physics.masks import Support
 from cryorecon.physics.projection import extract_slices, padded_transform
-from cryorecon.physics.rotations import random_rotations, so3_grid
+from cryorecon.physics.rotations import random_rotations, so3_grid_on
 from cryorecon.ranks import ALONE, Ranks
 
 
@@ -204,7 +204,7 @@ class Search:
         self.band, box = band, self.observations.plane.box
         self.observations = self.observations.within(band)
         device = self.observations.device
-        self.grid = so3_grid(self.config.search_nside, torch.float32)[0].to(device)
+        self.grid = so3_grid_on(self.config.search_nside, device)
         self.offsets = offsets_for(self.config, box, band).to(device)
         every = len(self.observations), len(self.offsets)
         self.likely = torch.ones(*every, dtype=torch.bool, device=device)
@@ -247,8 +247,9 @@ class Search:
             If the images have no finite evidence.
         """
         turn = random_rotations(1, self.generator, torch.float32)[0]
-        rotations = self.grid @ turn.to(self.grid.device)
-        mine = self.ranks.share(rows).to(self.likely.device)
+        rotations = self.grid @ taken_to(turn, self.grid.device)
+        there = taken_to(rows, self.likely.device)
+        mine = self.ranks.share(there)
         batch = self.observations.select(mine)
         batch = replace(batch, noise_power=batch.noise_power * self.excess)
         with torch.no_grad():
@@ -268,7 +269,7 @@ class Search:
         sizes = self.ranks.sizes(len(rows))
         found = self.ranks.everyones(posterior.log_evidence, sizes)
         shares = self.ranks.everyones(posterior.offset_shares, sizes)
-        self.likely[rows.to(shares.device)] = offsets_to_try(shares, self.offsets, self.offsets)
+        self.likely[there] = offsets_to_try(shares, self.offsets, self.offsets)
         old = self.sums
         self.sums = new if old is None else old.scaled(self._kept()).plus(new)
         self._follow(self.sums)
@@ -343,7 +344,7 @@ def excess_power(batch: Observations, explained: Tensor | float = 0.0) -> Tensor
     """
     plane = batch.plane
     seen = (batch.coefficients.abs().square() * batch.precision()).sum(0)
-    shells = torch.zeros(2, plane.n_shells).to(seen)
+    shells = seen.new_zeros(2, plane.n_shells)
     pure = len(batch) * plane.multiplicity.to(seen) / 2
     shells.index_add_(1, plane.shell, torch.stack([seen - explained, pure]))
     return shells[0] / shells[1].clamp(min=1e-30)
@@ -366,7 +367,7 @@ def scaled_to_images(volume: Tensor, images: ImageSet, config: RmfnConfig) -> Te
     band = config.assign_band(box)
     smooth = lowpass(volume, float(band), 3)
     batch = images.select(torch.arange(len(images))[:: max(1, len(images) // 500)], band)
-    grid = so3_grid(2, torch.float32)[0].to(volume.device)
+    grid = so3_grid_on(2, volume.device)
     slices = extract_slices(padded_transform(smooth, band=band), grid, batch.plane)
     power, shell = slices.abs().square().mean(0), batch.plane.shell
     noise = batch.noise_power[:, shell][batch.group]

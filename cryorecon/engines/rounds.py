@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cryorecon.engines.accumulate import NormalEquations
 from cryorecon.engines.least_squares import least_squares_map, wiener_map
-from cryorecon.engines.observations import ImageSet, Observations, centred
+from cryorecon.engines.observations import ImageSet, Observations, centred, taken_to
 from cryorecon.engines.reconstruction import (
     Agreement,
     Progress,
@@ -49,7 +49,7 @@ _UNEVEN = 1.1
 
 
 def poses_at_once(
-    plane: HalfPlane, device: torch.device, on_cpu: int = _IMAGES, most: int = 65536
+    plane: HalfPlane, device: torch.device, on_cpu: int = _IMAGES, most: int = 32768
 ) -> int:
     """How many poses to work on together: as many as a GPU holds, of so many coefficients."""
     most = min(most, max(1, _MOST_POINTS // (8 * len(plane))))
@@ -160,12 +160,12 @@ def _refine_all(
     Disks give neighbours fastest, and half sets' images lie between each other.
     """
     order = images.in_file_order(torch.arange(len(images)))
-    sums = [_empty(images) for _ in range(2)]
+    sums, group = [_empty(images) for _ in range(2)], state.group.to(images.device)
     found: list[list[Poses]] = [[], []]
     for parts in _refined(state, images, images.mine(order), models, n_steps, learned):
         for half, rows, loaded, poses, doubt, seen in parts:
             learned.add(rows, seen)
-            _insert(sums[half], loaded, poses, doubt, state.group)
+            _insert(sums[half], loaded, poses, doubt, group)
             found[half].append(poses)
         tell(sum(len(rows) for _, rows, *_ in parts))
     for new in sums:
@@ -199,12 +199,12 @@ def _refined(
     def of(half: int, read: Tensor, both: Observations, few: Tensor) -> _Refined:
         mine, loaded = read[few], both.select(few)
         batch = loaded.within(state.band)
-        rotations, offsets = (t[mine] for t in (state.rotations, state.offsets_px))
-        start = rotations.to(images.device), offsets.to(images.device)
+        held = (table[mine] for table in (state.rotations, state.offsets_px, images.gain))
+        turns, offsets, scales = (taken_to(values, images.device) for values in held)
         model = models[min(half, len(models) - 1)]  # One for both in a joint round.
-        poses = refine_poses(batch, model, *start, n_steps=n_steps)
+        poses = refine_poses(batch, model, turns, offsets, n_steps=n_steps)
         doubt = state.rivals.of(mine, images.device)
-        seen = learned.seen(batch, predictions(batch, model, poses), images.gain[mine])
+        seen = learned.seen(batch, predictions(batch, model, poses), scales)
         return half, mine, loaded, poses, doubt, seen
 
     # Half of what is read is worked on at a time.

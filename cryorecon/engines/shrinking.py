@@ -10,6 +10,8 @@ from torch import Tensor
 
 Result = TypeVar("Result")
 
+# How libraries that torch calls, and page-locked memory, say that a GPU is full.
+_FULL = ("ALLOC_FAILED", "CUDA error: out of memory")
 # Share of a GPU's free memory that a batch may take: estimates are rough, and maps come and go.
 _SHARE = 0.25
 
@@ -39,6 +41,12 @@ def at_once(on_cpu: int, bytes_each: float, device: torch.device, most: int = 40
     if device.type != "cuda":
         return on_cpu
     return max(1, min(most, int(_SHARE * free_memory(device) / bytes_each)))
+
+
+def _is_full(error: RuntimeError) -> bool:
+    """Whether a device's memory has ended, by whatever error says so."""
+    full = isinstance(error, torch.OutOfMemoryError)
+    return full or any(words in str(error) for words in _FULL)
 
 
 class ShrinkingBatch:
@@ -79,8 +87,8 @@ class ShrinkingBatch:
         while True:
             try:
                 return [work(part) for part in rows.split(self.size)]
-            except torch.OutOfMemoryError:
-                if min(self.size, len(rows)) <= 1:
+            except RuntimeError as error:
+                if not _is_full(error) or min(self.size, len(rows)) <= 1:
                     raise
             # Not within the handler: its traceback would hold the tensors that filled the memory.
             self._shrink(len(rows))
@@ -105,8 +113,8 @@ class ShrinkingBatch:
             span = slice(start, min(start + self.size, count))
             try:
                 result = work(span)
-            except torch.OutOfMemoryError:
-                if span.stop - start <= 1:
+            except RuntimeError as error:
+                if not _is_full(error) or span.stop - start <= 1:
                     raise
             else:
                 yield span, result

@@ -47,7 +47,11 @@ class CtfParameters:
 
     def to(self, device: torch.device | str) -> CtfParameters:
         """The same parameters on another device."""
-        return CtfParameters(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+        return CtfParameters(*self.stacked().to(device))
+
+    def stacked(self) -> Tensor:
+        """All fields in order, shape (fields, n)."""
+        return torch.stack([getattr(self, field.name) for field in fields(self)])
 
 
 def ctf(

@@ -6,6 +6,8 @@ A rotation is a matrix A of shape (..., 3, 3) that takes reference to image coor
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import healpix
 import numpy as np
 import torch
@@ -128,6 +130,12 @@ def so3_grid(nside: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, in
     views = torch.rad2deg(views)[:, None, :].expand(-1, n_inplane, -1)
     angles = torch.cat([views, psi.expand(views.shape[0], -1)[..., None]], -1)
     return euler_to_matrix(angles.reshape(-1, 3)), n_inplane
+
+
+@lru_cache(maxsize=4)
+def so3_grid_on(nside: int, device: torch.device) -> Tensor:
+    """Rotations of :func:`so3_grid` in single precision on a device, kept: not to be changed."""
+    return so3_grid(nside, torch.float32)[0].to(device)
 
 
 def grid_step_deg(nside: int) -> float:

@@ -8,11 +8,11 @@ import socket
 import torch
 
 from cryorecon.errors import CryoreconError
-from cryorecon.ranks import Ranks, own_gpu
+from cryorecon.ranks import Ranks, own_gpu, wanted
 
 
 def usable_device(name: str) -> str:
-    """A torch device by name; auto is a GPU where there is one.
+    """A torch device by name; auto is a GPU where there is one that can be used.
 
     Raises
     ------
@@ -20,10 +20,11 @@ def usable_device(name: str) -> str:
         If it cannot be used.
     """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        return _gpu_or_cpu()
     try:
-        torch.empty(1, device=own_gpu(name))
-    except (RuntimeError, AssertionError) as error:
+        # Memory alone is given by GPUs that torch was not built for, too; others lack precision.
+        torch.ones(1, dtype=torch.float64, device=own_gpu(name)).add_(1).tolist()
+    except (RuntimeError, AssertionError, TypeError) as error:
         remedy = "Give --device cpu"
         if name.startswith("cuda"):
             remedy += ", or use a machine with a GPU and a torch that is built for it"
@@ -33,10 +34,25 @@ def usable_device(name: str) -> str:
     return name
 
 
+def _gpu_or_cpu() -> str:
+    if not torch.cuda.is_available():
+        return "cpu"
+    try:
+        return usable_device("cuda")
+    except CryoreconError:
+        if wanted() > 1:  # All must compute on the same kind.
+            raise
+        return "cpu"
+
+
 def _full_precision(name: str) -> None:
-    """Matrix products in single precision: containers may allow ten bits, which tell no poses."""
+    """Single precision: containers may allow products of ten bits, which tell no poses.
+
+    In convolutions, of encoders, torch allows them by itself.
+    """
     if name.startswith("cuda"):
         torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
 
 
 def own_device(name: str, ranks: Ranks) -> str:
@@ -45,13 +61,11 @@ def own_device(name: str, ranks: Ranks) -> str:
     Raises
     ------
     CryoreconError
-        If processes share a GPU, which the library that adds up their sums refuses.
+        If it cannot be used: a job may go on on another machine. If processes share a GPU, which
+        the library that adds up their sums refuses.
     """
-    device = ranks.device(name)
-    if not device.startswith("cuda"):
-        return device
-    _full_precision(device)
-    if ranks.count > 1:
+    device = usable_device(ranks.device(name))
+    if device.startswith("cuda") and ranks.count > 1:
         torch.cuda.set_device(device)
         _refuse_shared(f"{socket.gethostname()} {_identity(device)}", ranks)
     return device

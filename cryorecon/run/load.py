@@ -147,7 +147,7 @@ class _FromDisk:
         """CTF of some images at the first coefficients."""
         frequencies = self.plane.frequencies[:count]
         pixel = self.reader.particles.pixel_size_angst
-        optics = self.optics[rows].to(self.device)
+        optics = CtfParameters(*taken_to(self.optics[rows].stacked(), self.device))
         found = ctf(frequencies, optics, self.plane.box, pixel).float()
         if self.empty is None:
             return found

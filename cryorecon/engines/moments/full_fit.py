@@ -123,7 +123,7 @@ class FullTarget:
         # Y(-q) is the conjugate of Y(q): row -q of the second moment is that of pseudo*.
         rows = torch.cat([second, pseudo.conj()])
         reach = int(self.pixel.abs().max())
-        at = torch.cat([self.pixel, -self.pixel]) + reach
+        at = (torch.cat([self.pixel, -self.pixel]) + reach).to(rows.device)
         field = rows.new_zeros(2 * reach + 1, 2 * reach + 1, len(first) + 1)
         values = torch.cat([torch.cat([first, first.conj()])[:, None], rows], 1)
         field[at[:, 1], at[:, 0]] = values

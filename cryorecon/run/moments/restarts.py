@@ -11,7 +11,7 @@ import torch
 from cryorecon.engines.moments.fit import Fitter, MomentFit
 from cryorecon.errors import CryoreconError
 from cryorecon.ranks import ALONE
-from cryorecon.run.checkpoint import Entry
+from cryorecon.run.checkpoint import Entry, on_cpu
 from cryorecon.run.job import Job
 from cryorecon.run.progress import Update
 
@@ -76,7 +76,7 @@ def _at_once(fitter: Fitter, starts: range, seed: int, job: Job, bar: Update) ->
         number, fit = _one(fitter, start, seed, bar, keep, job.checkpoint.get(_part(start)))
         file = io.BytesIO()
         found = {"diverged": fit} if isinstance(fit, str) else fit.state()
-        torch.save({"number": number, **found}, file)
+        torch.save(on_cpu({"number": number, **found}), file)
         mine = file.getvalue()
     fits: Fits = []
     for source in range(len(starts)):
