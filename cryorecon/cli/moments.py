@@ -165,8 +165,9 @@ def estimate_command(
         with joined() as ranks, count_progress("Averaging", "images") as progress:
             together = ranks
             finishing = partial(progress, title="Subtracting the noise", unit="shells")
+            say = partial(messages(json).print, markup=False)
             result = estimate_moments(
-                particles, output, options, resume, progress, finishing, ranks
+                particles, output, options, resume, progress, finishing, ranks, say
             )
     except StoppedError as stop:
         if is_first():

@@ -91,10 +91,11 @@ def reconstruct_command(
     told = messages(json)
     source = read_particles(particles, project, ctf=ctf)
     source = source if poses is None else with_poses(source, poses)
-    for doubt in table_doubts(source):
+    doubts = table_doubts(source)
+    for doubt in doubts:
         told.print(f"WARNING: {doubt}", markup=False)
     if dry_run:
-        estimate = describe_reconstruct(source, told, usable_device(device))
+        estimate = describe_reconstruct(source, told, usable_device(device), doubts)
         if json:
             print_json(estimate)
         return

@@ -39,6 +39,7 @@ from cryorecon.run.image_checks import refuse_unfit
 from cryorecon.run.load import levelled, normalised, with_next
 from cryorecon.run.moments.store import Progress, load_progress, new_sums, save_progress
 from cryorecon.run.stopping import Stop, StoppedError, listening
+from cryorecon.run.table_doubts import table_doubts
 from cryorecon.run.width import LEAST_PIXELS, ROUNDED, WIDEST, limits_text
 
 _BLOCK = 128
@@ -249,6 +250,7 @@ def estimate_moments(
     progress: Callable[[int, int], None] | None = None,
     finishing: Callable[[int, int], None] | None = None,
     ranks: Ranks = ALONE,
+    say: Callable[[str], None] | None = None,
 ) -> Moments:
     """Estimate moments and write them; the state is kept beside the output while it runs.
 
@@ -266,6 +268,8 @@ def estimate_moments(
         Called with (shells done, shells in all) while the noise is subtracted at the end.
     ranks : Ranks
         Processes that share the images; the first one writes.
+    say : callable, optional
+        Called with a line on whatever is odd about the table.
 
     Raises
     ------
@@ -275,6 +279,9 @@ def estimate_moments(
         After Ctrl-C, with the state on disk.
     """
     particles = read_particles(path, options.project)
+    if say is not None:
+        for doubt in table_doubts(particles, ctf=options.ctf):
+            say(f"WARNING: {doubt}")
     return moments_of(
         particles, output, options, resume, progress, finishing=finishing, ranks=ranks
     )
