@@ -47,6 +47,8 @@ _DEFAULT_RADIUS = 16
 # Of a particle's width: less shows nothing.
 _LEAST_PIXELS = 4
 _DEFAULT_THIRD = 6
+# By this factor noise of images that are little but noise may seem to exceed all of them.
+_MOST_NOISE = 1.3
 # Beyond this radius the moments take seconds to solve for once all images are summed.
 _LONG_FINISH = 32
 
@@ -208,6 +210,7 @@ class _Reader:
             power = noise_powers_outside(images, radius_px, self.plane, self.unmixing)
         else:
             images = levelled(images, self.outside)
+            _refuse_more_noise_than_images(geometry.noise_std, images)
             level = (geometry.noise_std * box) ** 2
             power = torch.full((len(rows), self.plane.n_shells), level, device=device)
         gain = None
@@ -215,6 +218,17 @@ class _Reader:
             optics, at = self.optics[rows].to(device), frequencies.to(device)
             gain = ctf(at, optics, box, geometry.pixel_size_angst)
         return MomentBatch(images, rest, gain, power)
+
+
+def _refuse_more_noise_than_images(noise_std: float, images: Tensor) -> None:
+    """Of a block: what is left of them would be no power but less than nothing."""
+    found = float(images.square().mean()) ** 0.5
+    if noise_std > _MOST_NOISE * found:
+        raise CryoreconError(
+            f"--noise-std {noise_std:g} is more than all that images show, of standard deviation "
+            f"{found:.3g}",
+            "Give it in the units of the file, or leave it out: it is then measured",
+        )
 
 
 def centred_images(images: Tensor, offsets_px: Tensor) -> tuple[Tensor, Tensor | None]:
