@@ -208,6 +208,7 @@ def test_damaged_and_foreign_files_are_refused(tmp_path, stack_32):
         (["-o", "x.h5", "--resolution", 4.0], "1 to 15"),
         (["-o", "x.h5", "--device", "abacus"], "--device abacus"),
         (["-o", "x.h5", "--continue"], "no x.partial.h5 to continue"),
+        (["-o", "x.h5", "--noise-std", 1000], "--noise-std 1000 is more than all"),
     ],
 )
 def test_bad_options_are_told(tmp_path, stack_32, arguments, words, monkeypatch):
@@ -220,7 +221,11 @@ def test_bad_options_are_told(tmp_path, stack_32, arguments, words, monkeypatch)
 
 def test_usage_errors_exit_with_2():
     assert run("moments", "estimate").exit_code == 2
-    assert run("moments", "estimate", "p.star", "-o", "x.h5", "--form", "round").exit_code == 2
+    words = "moments", "estimate", "p.star", "-o", "x.h5"
+    assert run(*words, "--form", "round").exit_code == 2
+    nowhere = run(*words, "--project", "no/such/folder")
+    assert nowhere.exit_code == 2
+    assert "no/such/folder" in nowhere.output
 
 
 def test_a_missing_ctf_needs_no_ctf(tmp_path, stack_32):
@@ -294,7 +299,7 @@ def test_a_level_changes_nothing_where_the_noise_is_given(tmp_path, stack_32, fo
     names = [f"{k + 1}@{tmp_path / 'raised.mrcs'}" for k in range(300)]
     tables["particles"] = tables["particles"].assign(rlnImageName=names)
     write_star(tmp_path / "raised.star", tables)
-    options = MomentsOptions(form=form, max_radius=4, noise_std=1.0)
+    options = MomentsOptions(form=form, max_radius=4, noise_std=0.5)
     found = estimate_moments(tmp_path / "raised.star", tmp_path / "a.h5", options)
     expected = estimate_moments(star, tmp_path / "b.h5", options)
     near = {"rtol": 1e-3, "atol": 1e-3 * float(expected.second.abs().max())}

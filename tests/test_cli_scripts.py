@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -62,6 +63,31 @@ def test_fsc_and_poses_as_json(as_json, tmp_path):
     again = tmp_path / "poses.json"
     assert as_json("compare-poses", star, star, "--json-file", again) == told
     assert json.loads(again.read_text()) == told
+
+
+def test_what_a_command_reads_is_kept_whatever_it_is_to_write(cryorecon, tmp_path):
+    """`fsc a.mrc b.mrc --json-file b.mrc` wrote over the map."""
+    a, b, poses = tmp_path / "a.mrc", tmp_path / "b.mrc", tmp_path / "p.star"
+    for path, source in ((a, MAP), (b, MAP), (poses, GOLDEN / "relion31_33.star")):
+        path.write_bytes(Path(source).read_bytes())
+    picture = tmp_path / "b.png"
+    picture.symlink_to(b)
+    for words in (
+        ("fsc", a, b, "--json-file", b),
+        ("fsc", a, b, "--plot", picture),
+        ("compare-poses", poses, poses, "--json-file", poses),
+        ("fsc", a, b, "--star", tmp_path / "c", "--xml", tmp_path / "c"),
+        ("compare-poses", poses, poses, "--json-file", tmp_path / "no" / "p.json"),
+        ("reconstruct", poses, "-o", tmp_path / "run_data.star", "--overwrite"),
+        ("reconstruct", poses, "-o", tmp_path / "job.2"),
+    ):
+        code, out, err = cryorecon(*words)
+        assert (code, out) == (1, "")
+        assert re.search("would be written over|two outputs|does not exist|no name for a map", err)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "a.mrc", "b.mrc", "b.png", "p.star",
+    ]  # fmt: skip
+    assert b.read_bytes() == Path(MAP).read_bytes()
 
 
 def test_json_with_a_file_name_writes_the_file_as_before(cryorecon, tmp_path):

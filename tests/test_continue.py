@@ -38,7 +38,7 @@ from cryorecon.run import job as job_module
 from cryorecon.run.abinitio import abinitio
 from cryorecon.run.abinitio_input import AbinitioOptions
 from cryorecon.run.continuing import continue_job, from_plain
-from cryorecon.run.cost import abinitio_cost
+from cryorecon.run.cost import abinitio_cost, moment_fit_cost
 from cryorecon.run.moments.estimate import MomentsOptions
 from cryorecon.run.moments.reconstruct import MomentReconstructOptions, abinitio_moments
 from cryorecon.run.paper_protocol import PaperOptions, abinitio_perturbed
@@ -592,6 +592,18 @@ def test_a_dry_run_tells_and_writes_nothing(few, tmp_path, monkeypatch, capsys):
     assert status == 1
     assert "does not fit the images" in told
     assert not any(tmp_path.iterdir())
+
+
+def test_estimates_of_fits_to_moments_count_steps_at_the_radii_they_are_at():
+    """A start at radius 8 of 1,950 steps, most of them at radius 4 and 6, was measured at 28 s."""
+
+    def cost(**settings):
+        return moment_fit_cost(MomentFitConfig(**settings)).cpu_s
+
+    start = (cost(starts=4) - cost(starts=2)) / 2
+    assert 20 < start < 40
+    assert cost(radius=4) < cost(radius=8) / 3 < cost(radius=16) / 10
+    assert cost(third_radius=0) < cost() < cost(volume="rmfn") < cost(volume="fouriernet")
 
 
 @pytest.mark.parametrize("engine", [RmfnConfig(), AmortizedConfig()])

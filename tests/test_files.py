@@ -91,6 +91,40 @@ def test_a_full_disk_is_told_where_torch_tells_another_thing() -> None:
     assert str(_disk_error(RuntimeError("one\ntwo"))) == "[Errno None] one"
 
 
+@pytest.mark.parametrize("limit", [300, 30_000])
+@pytest.mark.parametrize(
+    "write",
+    [
+        "write_moments('m.h5', MomentsData({}, {'a/b': np.random.rand(9, 999), 'c': np.ones(99)}))",
+        "save_figure(fsc_figure({'a': FscCurve(torch.rand(9), 16, 1.0, 'a')}), 'm.pdf')",
+    ],
+)
+def test_a_full_disk_is_told_by_libraries_that_write_themselves(
+    tmp_path: Path, write: str, limit: int
+) -> None:
+    """They broke down, HDF5 once more at exit, by a segmentation fault."""
+    code = (
+        "import resource, torch, numpy as np\n"
+        "from cryorecon.io.moments_file import *\n"
+        "from cryorecon.run.plots import *\n"
+        "from cryorecon.run.curves import FscCurve\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, -1))\n"
+        f"try: {write}\n"
+        "except CryoreconError as error: print(error)"
+    )
+    (tmp_path / f"m.{'pdf' if 'pdf' in write else 'h5'}").write_text("old")
+    words = [sys.executable, "-c", code]
+    found = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stderr) == (0, "")
+    (left,) = tmp_path.iterdir()
+    if found.stdout:
+        assert "could not be written: File too large" in found.stdout
+        assert left.read_text() == "old"
+    else:
+        assert limit > 20_000
+        assert left.stat().st_size <= limit
+
+
 def test_a_command_that_a_queue_ends_leaves_nothing(tmp_path: Path) -> None:
     words = "-m", "cryorecon", "simulate", MODEL, "-o", "out", "--n", "200000", "--box", "32"
     process = subprocess.Popen([sys.executable, *map(str, words)], cwd=tmp_path, text=True)

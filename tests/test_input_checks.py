@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -169,13 +170,29 @@ def test_half_sets_that_make_no_two_maps_are_told(changed):
     assert said[0].startswith("WARNING: half set 2 has 3 of 60 images")
 
 
-@pytest.mark.parametrize("command", ["abinitio", "reconstruct", "abinitio --method moments"])
+@pytest.mark.parametrize(
+    "command", ["abinitio", "reconstruct", "abinitio --method moments", "moments estimate"]
+)
 def test_a_doubtful_table_is_told_before_anything_is_done(changed, cryorecon, tmp_path, command):
     changed(table=lambda particles: particles.assign(rlnDefocusU="1.7", rlnDefocusV="1.6"))
-    words = (tmp_path / "changed.star", "-o", tmp_path / "no.mrc", "--dry-run")
-    code, told, _ = cryorecon(*command.split(), *words)
+    name = "no.h5" if "estimate" in command else "no.mrc"
+    words = (tmp_path / "changed.star", "-o", tmp_path / name, "--dry-run", "--json")
+    code, told, said = cryorecon(*command.split(), *words)
     assert code == 0
-    assert "WARNING: the median defocus is 1.7 A" in " ".join(told.split())
+    warnings = json.loads(told)["warnings"]
+    assert [w.startswith("the median defocus is 1.7 A") for w in warnings].count(True) == 1
+    assert " ".join(said.split()).count("WARNING: the median defocus is 1.7 A") == 1
+
+
+def test_moments_of_a_doubtful_table_warn(changed, cryorecon, tmp_path):
+    """They did in dry runs only."""
+    changed(table=lambda particles: particles.assign(rlnDefocusU="1.7", rlnDefocusV="1.6"))
+    words = (tmp_path / "changed.star", "-o", tmp_path / "m.h5", "--third", 0)
+    code, told, _ = cryorecon("moments", "estimate", *words)
+    assert code == 0
+    assert told.startswith("WARNING: the median defocus is 1.7 A")
+    told = cryorecon("moments", "estimate", *words, "--overwrite", "--no-ctf")[1]
+    assert not told.startswith("WARNING")
 
 
 def test_images_without_a_ctf_have_no_doubtful_defocus(changed):

@@ -107,6 +107,13 @@ def test_a_streamed_stack_reads_back_and_others_read_it(folder):
     assert mrcfile.validate(folder / "s.mrcs")
 
 
+def test_a_headers_voxel_size_has_no_more_digits_than_it_holds(tmp_path):
+    """2.4 A came back as 2.4000000953674316, in JSON beside a STAR file's 2.4."""
+    for box, pixel in ((32, 2.4), (33, 1.061), (256, 0.885123), (1000, 13.33333)):
+        mrc.write_map(tmp_path / "m.mrc", np.zeros((2, box, box), np.float32), pixel)
+        assert mrc.read_header(tmp_path / "m.mrc").pixel_size_angst == pixel
+
+
 def test_an_extended_header_is_skipped(tmp_path):
     volume = np.random.default_rng(1).random((4, 4, 4)).astype(np.float32)
     with mrcfile.new(tmp_path / "m.mrc") as file:

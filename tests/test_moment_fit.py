@@ -412,7 +412,9 @@ def test_an_interrupted_job_is_marked_and_told_how_to_go_on(
     with pytest.raises(SystemExit) as exit_:
         main()
     assert exit_.value.code == 3
-    assert f"cryorecon abinitio --continue '{job}'" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f"cryorecon abinitio --continue '{job}'" in told
+    assert f"{job / 'moments.partial.h5'} holds what has been averaged; go on with:" in told
     assert (job / "RELION_JOB_EXIT_ABORTED").exists()
     assert (job / "moments.partial.h5").exists()
 

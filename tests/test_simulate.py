@@ -237,6 +237,23 @@ def test_options_that_a_map_cannot_follow_are_refused(tmp_path, changed, words):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"voltage_kv": 5000.0}, r"--voltage is 5000\. It must be between 1 and 2000"),
+        ({"voltage_kv": 300_000.0}, r"--voltage is 300000\. It must be between 1 and 2000"),
+        ({"defocus_max_angst": 1e12}, "--defocus-max is 1e"),
+        ({"defocus_max_angst": float("inf")}, "--defocus-max is inf"),
+        ({"phase_shift_deg": float("nan")}, "--phase-shift is nan"),
+        ({"pixel_size_angst": float("inf")}, r"--pixel-size is inf\. It must be finite"),
+    ],
+)
+def test_optics_that_no_command_would_read_are_not_simulated(changed, words):
+    """Particles at 5,000 kV were written, and refused by all that was to read them."""
+    with pytest.raises(CryoreconError, match=words):
+        SimulateConfig(**changed)
+
+
 def test_wrong_requests_are_named(tmp_path):
     with pytest.raises(CryoreconError, match=r"--snr is 0\. It must be positive"):
         SimulateConfig(snr=0)

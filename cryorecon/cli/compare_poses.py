@@ -56,6 +56,7 @@ def compare_poses(
     symmetry the nearest of A's equal poses counts.
     """
     # torch takes seconds to load: only when the command runs.
+    from cryorecon.io.files import refuse_to_replace, require_folders
     from cryorecon.run.compare_poses import compare_pose_files, poses_as_dict, turned_text
     from cryorecon.run.curves import write_json
 
@@ -63,6 +64,8 @@ def compare_poses(
         from cryorecon.run.plots import picture_kind, pose_error_figure, save_figure
 
         picture_kind(plot)  # Before the work: an ending that cannot be drawn is refused.
+    require_folders([plot, json_file])
+    refuse_to_replace([plot, json_file], [first, second])
     comparison = compare_pose_files(first, second, common_only=common, symmetry=symmetry)
     # Files first: whoever reads the output may stop reading early.
     if json_file is not None:

@@ -75,8 +75,9 @@ def fsc(
         from cryorecon.run.plots import fsc_figure, picture_kind, save_figure
 
         picture_kind(plot)  # Before the work: an ending that cannot be drawn is refused.
-    require_folders([aligned_map, star, xml, plot, json_file])
-    refuse_to_replace([aligned_map, star, xml], [map1, map2, mask])
+    outputs = [aligned_map, star, xml, plot, json_file]
+    require_folders(outputs)
+    refuse_to_replace(outputs, [map1, map2, mask])
     result = compare_maps(map1, map2, mask, align=align or aligned_map is not None)
     # Files first: whoever reads the output may stop reading early.
     if aligned_map is not None:

@@ -165,9 +165,10 @@ def estimate_command(
         with joined() as ranks, count_progress("Averaging", "images") as progress:
             together = ranks
             finishing = partial(progress, title="Subtracting the noise", unit="shells")
-            said: list[str] = []
+            # By the console that draws the bar.
+            say = partial(error_console.print, markup=False) if ranks.first else None
             result = estimate_moments(
-                particles, output, options, resume, progress, finishing, ranks, said.append
+                particles, output, options, resume, progress, finishing, ranks, say
             )
     except StoppedError as stop:
         if is_first():
@@ -175,8 +176,6 @@ def estimate_command(
             again = program_command([*words, "--continue"], together)
             error_console.print(f"{stop}. Go on with:\n{again}", markup=False)
         raise KeyboardInterrupt from stop
-    for line in said:
-        messages(json).print(line, markup=False)
     if is_first():
         _report(output, result, json)
 

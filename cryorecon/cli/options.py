@@ -44,6 +44,8 @@ Project = Annotated[
         INPUT,
         "Folder that image paths start from.",
         metavar="DIR",
+        exists=True,
+        file_okay=False,
         default="here, else the file's folder or one above",
     ),
 ]

@@ -30,8 +30,10 @@ from cryorecon.cli.options import (
     option,
     output,
 )
+from cryorecon.errors import CryoreconError
 from cryorecon.io.files import refuse_to_replace, require_folders
 
+_MAPS = (".mrc", ".map")
 EXAMPLES = examples(
     ("a map from refined poses", "cryorecon reconstruct Refine3D/job020/run_data.star -o map.mrc"),
     (
@@ -85,31 +87,43 @@ def reconstruct_command(
     from cryorecon.run.table_doubts import table_doubts
 
     use_threads(threads)
+    to_file = _is_file_name(output)
     told = messages(json)
     source = read_particles(particles, project, ctf=ctf)
     source = source if poses is None else with_poses(source, poses)
-    for doubt in table_doubts(source):
+    doubts = table_doubts(source)
+    for doubt in doubts:
         told.print(f"WARNING: {doubt}", markup=False)
     if dry_run:
-        estimate = describe_reconstruct(source, told, usable_device(device))
+        estimate = describe_reconstruct(source, told, usable_device(device), doubts)
         if json:
             print_json(estimate)
         return
     settings: dict[str, Any] = {"half_maps": half_maps, "wiener": wiener, "padding": padding}
     settings["device"] = usable_device(device)
-    if not output.suffix:
-        prepare_folder(output, overwrite)
-    else:
+    if to_file:
         _refuse_existing(output, half_maps, overwrite, [particles, ctf, poses, *source.stacks])
-    if output.suffix:
         figures = _reconstruct(source, output, settings, seed, told)
     else:
+        prepare_folder(output, overwrite)
         task = Task("reconstruct", particles, len(source), settings, settings, seed)
         with open_job(output, told, task):
             figures = _reconstruct(source, output / "reconstruction.mrc", settings, seed, told)
             write_output_nodes(output, {"reconstruction.mrc": 6})
     if json:
         print_json(figures)
+
+
+def _is_file_name(output: Path) -> bool:
+    """Whether a map is to have this name, or a job's folder."""
+    if output.suffix.lower() in _MAPS and not output.is_dir():
+        return True
+    if output.suffix and not output.is_dir():
+        raise CryoreconError(
+            f"{output} is no name for a map",
+            "Let it end in .mrc, or give a folder: one that is new has no dot in its name",
+        )
+    return False
 
 
 def _half_names(output: Path) -> list[Path]:

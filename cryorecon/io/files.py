@@ -173,15 +173,22 @@ def refuse_to_replace(
 ) -> None:
     """Stop a command before it writes over what it reads, whatever the two are called.
 
-    And over what else is there, unless that was asked for.
+    And two things into one file, and over what else is there, unless that was asked for.
 
     Raises
     ------
     CryoreconError
     """
     read = [path for path in inputs if path is not None and path.exists()]
+    taken: set[str] = set()
     for output in outputs:
-        if output is None or not output.exists():
+        if output is None:
+            continue
+        place = os.path.realpath(output)
+        if place in taken and not _is_special(output):
+            raise CryoreconError(f"{output} is named for two outputs", "Give each its own name")
+        taken.add(place)
+        if not output.exists():
             continue
         if any(output.samefile(path) for path in read):
             raise CryoreconError(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +55,7 @@ def write_moments(path: str | Path, data: MomentsData) -> None:
     CryoreconError
         If it cannot be written.
     """
-    with replacing(path) as temporary, h5py.File(temporary, "w") as file:
+    with replacing(path) as temporary, _written(temporary) as file:
         program = f"cryorecon {__version__}"
         own: dict[str, Attribute] = {"format": FORMAT, "version": VERSION, "program": program}
         for key, value in {**own, **data.attributes}.items():
@@ -61,6 +63,46 @@ def write_moments(path: str | Path, data: MomentsData) -> None:
         for name, array in data.arrays.items():
             dataset = file.create_dataset(name, data=array)
             dataset.attrs["about"] = _fixed(data.about.get(name, name))
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[Any]:
+    """An HDF5 file to fill; an error of the disk is raised once the library has closed it.
+
+    Met by the library itself it would end the program, when it tries the same again at exit.
+    """
+    with _Sink(path, "w+") as sink:
+        try:
+            with h5py.File(sink, "w") as file:
+                yield file
+        finally:
+            if sink.failed is not None:
+                raise sink.failed
+
+
+class _Sink(FileIO):
+    """A file that says of all it is given that it was written, and remembers what failed."""
+
+    failed: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        """All of `data`, unless something has failed before."""
+        rest = memoryview(data).cast("B")
+        length = len(rest)
+        try:
+            while len(rest) > 0 and self.failed is None:
+                rest = rest[super().write(rest) :]
+        except OSError as error:
+            self.failed = error
+        return length
+
+    def truncate(self, size: int | None = None) -> int:
+        """To `size` bytes, unless something has failed before."""
+        try:
+            return super().truncate(size) if self.failed is None else size or 0
+        except OSError as error:
+            self.failed = error
+            return size or 0
 
 
 def read_moments_data(path: str | Path) -> MomentsData:

@@ -122,7 +122,9 @@ def _voxel_angst(header: np.void) -> tuple[float, float, float]:
     sizes = []
     for axis in "xyz":
         cell, samples = float(header["cella"][axis]), int(header[f"m{axis}"])
-        sizes.append(cell / samples if samples > 0 and np.isfinite(cell) and cell > 0 else 0.0)
+        known = samples > 0 and np.isfinite(cell) and cell > 0
+        # The header holds single precision: more digits would be noise.
+        sizes.append(float(f"{cell / samples:.7g}") if known else 0.0)
     # One section a cell is a stack of images, whose depth means nothing.
     return sizes[0], sizes[1], sizes[2] if int(header["mz"]) > 1 else 0.0
 

@@ -216,7 +216,7 @@ def _check_width(
     if width > len(labels):
         raise CryoreconError(
             f"{path}, block data_{name}: rows have more values than the table has columns",
-            _ONE_VALUE_A_COLUMN,
+            f"{_ONE_VALUE_A_COLUMN}; values with spaces, such as paths, are in quotes",
         )
     rows = np.flatnonzero(short | (width < len(labels)))
     if len(rows):

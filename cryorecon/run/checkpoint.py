@@ -85,6 +85,8 @@ class Checkpoint:
     ----------
     spent_s : float
         Time that writing has taken.
+    before : (Path, str), optional
+        Where what comes before the first state is kept, and what that is.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class Checkpoint:
     ) -> None:
         self.path, self.stop, self.ranks = path, stop, ranks
         self.spent_s = 0.0
+        self.before: tuple[Path, str] | None = None
         self._due = time.monotonic() + _EVERY_S
         self._is_team = False
         self._entries: dict[str, Entry] = {}
@@ -194,10 +197,9 @@ class Checkpoint:
 
     def describe(self) -> str:
         """How old the state on disk is, in words."""
-        averaged = self.path.with_name("moments.partial.h5")
         files = self._files()
-        if not files and averaged.exists():
-            return f"{averaged} holds what has been averaged; go on with:"
+        if not files and self.before is not None and self.before[0].exists():
+            return "{} holds {}; go on with:".format(*self.before)
         if not files:
             return "Nothing was kept yet; what begins the job again:"
         latest = max(files, key=lambda file: file.stat().st_mtime)

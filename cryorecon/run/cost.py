@@ -46,9 +46,10 @@ _HALF_ROUNDS, _REFINED, _SOLVED = 6, 0.4e-3, 2e-7
 _TRAINED = 0.9e-3
 _ENCODERS = {"dense": 1.0, "small": 4.0, "paper": 100.0}
 _NETWORK_DECODER = 4.0
-# An image of 64 px averaged to radius 16; a step of the fit at radius 8, more with third moments; a
-# Gaussian's share of the information.
-_AVERAGED, _FIT_STEP, _THIRD, _INFORMED = 5e-4, 2.3e-2, 2.0, 0.25
+# An image of 64 px averaged to radius 16; a step of the fit at radius 8, more with third moments
+# and with networks, and how it grows with the radius; a Gaussian's share of the information.
+_AVERAGED, _FIT_STEP, _THIRD, _STEPS_GROW, _INFORMED = 5e-4, 1.3e-2, 1.6, 2.2, 0.1
+_FIT_NETWORKS = {"rmfn": 3.0, "fouriernet": 15.0}
 _BACKPROJECTED = 2e-4
 
 # Bytes: the libraries; tables of a search; by voxel of the box: transforms, gradients, sums.
@@ -174,12 +175,16 @@ def moments_cost(geometry: MomentsGeometry, n: int) -> Cost:
 
 
 def moment_fit_cost(config: MomentFitConfig) -> Cost:
-    """Of all starts of a fit to moments."""
-    steps = config.starts * sum(stage_steps(config, len(stages(config.radius))))
+    """Of all starts of a fit to moments, most of whose steps are at fewer radii than the last."""
+    radii = stages(config.radius)
+    steps = stage_steps(config, len(radii))
+    at = [radii[0]] * (len(steps) - len(radii)) + radii
+    whole = sum(n * (radius / 8) ** _STEPS_GROW for n, radius in zip(steps, at, strict=True))
+    step = _FIT_STEP * _FIT_NETWORKS.get(config.volume, 1.0)
+    step *= _THIRD if config.third_radius else 1.0
     size = (config.radius / 8) ** 3
-    step = _FIT_STEP * (_THIRD if config.third_radius else 1.0)
-    informed = _INFORMED * config.beads
-    return Cost(_FIXED + (steps * step + informed) * size, _PROGRAM + 600e6 * size)
+    informed = _INFORMED * config.beads * size if config.volume == "beads" else 0.0
+    return Cost(_FIXED + config.starts * whole * step + informed, _PROGRAM + 600e6 * size)
 
 
 def backprojection_cost(n: int, box: int) -> Cost:

@@ -101,8 +101,10 @@ def describe_moments(
     found = _tell_particles(particles, share, say, ctf=wanted.ctf)
     assumed: Source = "assumed" if wanted.diameter_angst is None else "given"
     say(width_text(particles, share, assumed))
-    for doubt in table_doubts(particles, ctf=wanted.ctf):
+    doubts = table_doubts(particles, ctf=wanted.ctf)
+    for doubt in doubts:
         say(f"WARNING: {doubt}")
+    found["warnings"] = doubts
     radius, side = geometry.max_radius, geometry.side_angst
     say(f"radii to {radius} cycles per {side:.0f} A ({side / radius:.1f} A)")
     cost = moments_cost(geometry, len(particles))
@@ -112,12 +114,15 @@ def describe_moments(
 
 
 def describe_reconstruct(
-    particles: Particles, console: Console, device: str = "cpu"
+    particles: Particles, console: Console, device: str, doubts: list[str]
 ) -> dict[str, Any]:
-    """Tell what ``reconstruct`` of particles with their poses would do; the same as plain data."""
+    """Tell what ``reconstruct`` of particles with their poses would do; the same as plain data.
+
+    What is odd about the table, `doubts`, has been told.
+    """
     particles.euler_deg()
     say = _teller(console)
-    found = _tell_particles(particles, 0.8, say)
+    found = _tell_particles(particles, 0.8, say) | {"warnings": doubts}
     del found["diameter_angst"]  # Assumed, for the contrast alone.
     say("images are read once, in blocks")
     cost = backprojection_cost(len(particles), particles.box)

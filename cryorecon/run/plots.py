@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 
 import healpix
@@ -50,8 +51,11 @@ def picture_kind(path: str | Path) -> str:
 def save_figure(figure: Figure, path: str | Path, dpi: int = 120) -> None:
     """Write a figure in the format that the name's ending asks for: png, svg or pdf."""
     path, kind = Path(path), picture_kind(path)
+    # On a full disk matplotlib's PDF writer breaks down before it says why.
+    drawn = BytesIO()
+    figure.savefig(drawn, format=kind, dpi=dpi)
     with replacing(path) as temporary:
-        figure.savefig(temporary, format=kind, dpi=dpi)
+        temporary.write_bytes(drawn.getbuffer())
 
 
 def _figure(width: float, height: float) -> Figure:

@@ -3,10 +3,31 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
 
 from cryorecon.errors import CryoreconError
+
+_ANY, _TINY = math.inf, 1e-9
+# Option and limits of each number. Those of optics are what particle tables are read with.
+_WITHIN = {
+    "n_particles": ("--n", 1, _ANY),
+    "box": ("--box", 8, 4096),
+    "pixel_size_angst": ("--pixel-size", _TINY, _ANY),
+    "defocus_min_angst": ("--defocus-min", -1e7, 1e7),
+    "defocus_max_angst": ("--defocus-max", -1e7, 1e7),
+    "astigmatism_angst": ("--astigmatism", 0, 1e6),
+    "phase_shift_deg": ("--phase-shift", -1e6, 1e6),
+    "shift_angst": ("--offset-range", 0, _ANY),
+    "view_clusters": ("--view-clusters", 0, _ANY),
+    "view_concentration": ("--view-concentration", 0, _ANY),
+    "noise_falloff_angst": ("--noise-falloff", 0, _ANY),
+    "voltage_kv": ("--voltage", 1, 2000),
+    "spherical_aberration_mm": ("--cs", -1e3, 1e3),
+    "amplitude_contrast": ("--amplitude-contrast", 0, 1),
+    "b_factor_angst2": ("--b-factor", 0, _ANY),
+    "seed": ("--seed", 0, _ANY),
+}
 
 
 @dataclass(frozen=True)
@@ -68,30 +89,13 @@ class SimulateConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        inf, tiny = math.inf, 1e-9
-        for name, flag, low, high in (
-            ("n_particles", "--n", 1, inf),
-            ("box", "--box", 8, 4096),
-            ("pixel_size_angst", "--pixel-size", tiny, inf),
-            ("astigmatism_angst", "--astigmatism", 0, inf),
-            ("shift_angst", "--offset-range", 0, inf),
-            ("view_clusters", "--view-clusters", 0, inf),
-            ("view_concentration", "--view-concentration", 0, inf),
-            ("noise_falloff_angst", "--noise-falloff", 0, inf),
-            ("voltage_kv", "--voltage", tiny, inf),
-            ("amplitude_contrast", "--amplitude-contrast", 0, 1),
-            ("b_factor_angst2", "--b-factor", 0, inf),
-            ("seed", "--seed", 0, inf),
-        ):
+        for name, (flag, low, high) in _WITHIN.items():
             value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                bound = f"between {low:g} and {high:g}" if high < inf else f"at least {low:g}"
-                bound = "positive" if low == tiny else bound
+            if value is not None and not (low <= value <= high and math.isfinite(value)):
+                bound = f"between {low:g} and {high:g}" if high < _ANY else f"at least {low:g}"
+                bound = "positive" if low == _TINY else bound
+                bound = "finite" if value == math.inf and high == _ANY else bound
                 raise CryoreconError(f"{flag} is {value:g}", f"It must be {bound}")
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name != "snr" and isinstance(value, float) and not math.isfinite(value):
-                raise CryoreconError(f"{field.name} is {value}", "Give a finite number")
         if not self.snr > 0:
             raise CryoreconError(
                 f"--snr is {self.snr:g}", "It must be positive; inf leaves the noise out"

@@ -34,6 +34,7 @@ from cryorecon.run.load import with_next
 from cryorecon.run.moments.reader import Reader
 from cryorecon.run.moments.store import Progress, load_progress, new_sums, save_progress
 from cryorecon.run.stopping import Stop, StoppedError, listening
+from cryorecon.run.table_doubts import table_doubts
 from cryorecon.run.width import LEAST_PIXELS, ROUNDED, WIDEST, limits_text
 
 _BLOCK = 128
@@ -186,7 +187,7 @@ def estimate_moments(
     ranks : Ranks
         Processes that share the images; the first one writes.
     say : callable, optional
-        Told, by each process, of images that are left out.
+        Told of whatever is odd about the table, and of images that are left out.
 
     Raises
     ------
@@ -196,6 +197,9 @@ def estimate_moments(
         After Ctrl-C, with the state on disk.
     """
     particles = read_particles(path, options.project)
+    if say is not None:
+        for doubt in table_doubts(particles, ctf=options.ctf):
+            say(f"WARNING: {doubt}")
     return moments_of(
         particles, output, options, resume, progress, finishing=finishing, ranks=ranks, say=say
     )

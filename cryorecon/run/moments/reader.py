@@ -11,6 +11,7 @@ from cryorecon.engines.contrast import COARSE, Coarse, Usual
 from cryorecon.engines.moments.forms import MomentsGeometry
 from cryorecon.engines.moments.sums import MomentBatch
 from cryorecon.engines.observations import taken_to
+from cryorecon.errors import CryoreconError
 from cryorecon.io.particles import Particles
 from cryorecon.io.read_ahead import ReadAhead
 from cryorecon.physics.ctf import CtfParameters, ctf
@@ -23,6 +24,8 @@ from cryorecon.run.load import levelled, normalised, with_next
 # Images that tell what is usual: spread over the stack.
 _SOME = 2_000
 _BLOCK = 128
+# By this factor noise of images that are little but noise may seem to exceed all of them.
+_MOST_NOISE = 1.3
 
 
 @dataclass(frozen=True)
@@ -135,9 +138,11 @@ class Reader:
         refuse_unfit(self.images.particles, rows, images)
         images, rest = centred_images(taken_to(images, device), self.offsets_px[rows])
         if not geometry.normalised:
+            images = levelled(images, self.outside)
+            _refuse_more_noise_than_images(geometry.noise_std, images)
             level = (geometry.noise_std * geometry.box) ** 2
             power = torch.full((len(rows), self.plane.n_shells), level, device=device)
-            return levelled(images, self.outside), rest, power
+            return images, rest, power
         images = normalised(images, self.outside)
         radius_px = geometry.diameter / 2 * geometry.box
         return images, rest, noise_powers_outside(images, radius_px, self.plane, self.unmixing)
@@ -169,6 +174,17 @@ class Reader:
             images, _, power = self._prepared(rows)
             parts.append((*self._seen(rows, images, coarse), power))
         return Brightness.at(coarse, *(torch.cat(part) for part in zip(*parts, strict=True)))
+
+
+def _refuse_more_noise_than_images(noise_std: float, images: Tensor) -> None:
+    """Of a block: what is left of them would be no power but less than nothing."""
+    found = float(images.square().mean()) ** 0.5
+    if noise_std > _MOST_NOISE * found:
+        raise CryoreconError(
+            f"--noise-std {noise_std:g} is more than all that images show, of standard deviation "
+            f"{found:.3g}",
+            "Give it in the units of the file, or leave it out: it is then measured",
+        )
 
 
 def centred_images(images: Tensor, offsets_px: Tensor) -> tuple[Tensor, Tensor | None]:

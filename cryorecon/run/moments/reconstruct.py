@@ -152,6 +152,7 @@ def abinitio_moments(
         for doubt in doubts:
             job.say(f"WARNING: {doubt}")
         path = job.path("moments.h5")
+        job.checkpoint.before = state_path(path), "what has been averaged"
         found = finished_moments(path, star) if resume else None
         if found is None:
             begun = resume and state_path(path).exists()

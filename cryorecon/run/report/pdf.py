@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,12 +39,13 @@ _CHARACTERS = 92
 
 def write_pdf(path: Path, report: Report) -> None:
     """Write the pages; fonts are embedded, pictures are pixels."""
-    with (
-        replacing(path) as temporary,
-        PdfPages(temporary, metadata={"Creator": "cryorecon"}) as pdf,
-    ):
+    # On a full disk matplotlib's writer breaks down before it says why.
+    drawn = BytesIO()
+    with PdfPages(drawn, metadata={"Creator": "cryorecon"}) as pdf:
         for figure in _pages(report):
             pdf.savefig(figure)
+    with replacing(path) as temporary:
+        temporary.write_bytes(drawn.getbuffer())
 
 
 def _pages(report: Report) -> Iterator[Figure]:
