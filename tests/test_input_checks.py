@@ -8,16 +8,23 @@ import numpy as np
 import pytest
 import torch
 from conftest import MODEL, simulated
+from rich.console import Console
 
 from cryorecon.engines.contrast import contrast_score
+from cryorecon.engines.rmfn import RmfnConfig
 from cryorecon.errors import CryoreconError
 from cryorecon.io.mrc import open_stack, stack_writer
 from cryorecon.io.particles import read_particles
 from cryorecon.io.star import read_star, write_star
 from cryorecon.physics.ctf import ctf
+from cryorecon.run.abinitio import abinitio
+from cryorecon.run.abinitio_input import AbinitioOptions
+from cryorecon.run.extent import particle_extent
 from cryorecon.run.half_sets import half_sets
+from cryorecon.run.image_checks import left_out_text
 from cryorecon.run.load import load_observations
 from cryorecon.run.reconstruct import reconstruct
+from cryorecon.run.sample import sample_of
 from cryorecon.run.simulate import simulate
 from cryorecon.run.simulate_config import SimulateConfig
 from cryorecon.run.table_doubts import table_doubts
@@ -58,8 +65,7 @@ def disc(radius_px):
     [
         (16.0, slice(None), r"row 1 \(and 59 more of 60 images read\): the image is masked"),
         (12.0, slice(7, None, 2), r"row 8 \(and 26 more of 60 images read\): the image is masked"),
-        (0.0, slice(9, 10), "row 10: the image is blank"),
-        (0.0, slice(9, 12), r"row 10 \(and 2 more of 60 images read\): the image is blank"),
+        (0.0, slice(9, 13), r"row 10 \(and 3 more of 60 images read\): the image is blank"),
     ],
 )
 def test_images_without_noise_around_the_particle_are_counted(changed, radius_px, rows, told):
@@ -69,6 +75,53 @@ def test_images_without_noise_around_the_particle_are_counted(changed, radius_px
 
     with pytest.raises(CryoreconError, match=told):
         load_observations(changed(masked), 0.8)
+
+
+@pytest.mark.parametrize("keep", ["memory", "disk"])
+def test_a_few_images_that_cannot_be_worked_with_are_left_out(stack, changed, keep):
+    def spoilt(images):
+        images[9] = 7.0
+        images[40, 3, 3] = np.nan
+        images[55] *= disc(12.0)
+        return images
+
+    particles = changed(spoilt)
+    found = load_observations(particles, 0.8, keep=keep)
+    rows = np.setdiff1d(np.arange(N), [9, 40, 55])
+    assert found.rows.tolist() == rows.tolist()
+    told = left_out_text(particles, found.rows)
+    assert len(told) == 1
+    assert "3 of 60 images" in told[0]
+    assert told[0].endswith("rows 10, 41, 56)")
+    # Their noise, too, and their neighbours are as without them.
+    others = read_particles(stack / "particles.star").subset(rows)
+    alone = load_observations(others, 0.8, keep=keep)
+    torch.testing.assert_close(found.noise_power, alone.noise_power)
+    assert found.spread == pytest.approx(alone.spread)
+    for mine, expected in zip(found.whole().matched(), alone.whole().matched(), strict=True):
+        torch.testing.assert_close(mine, expected)
+    assert left_out_text(others, alone.rows) == []
+
+
+def test_the_width_is_told_though_some_images_are_blank(changed, stack):
+    particles = changed(lambda images: images * (np.arange(N) % 30 > 0)[:, None, None])
+    assert len(sample_of(particles)) == N - 2
+    assert particle_extent(sample_of(particles)) == pytest.approx(
+        particle_extent(sample_of(read_particles(stack / "particles.star"))), abs=0.07
+    )
+
+
+def test_a_job_goes_on_without_blank_images(stack, changed, tmp_path):
+    spoilt = changed(lambda images: images * (np.arange(N) % 40 != 3)[:, None, None])
+    tiny = RmfnConfig(
+        n_starts=1, temperatures=(1.0,), search_nside=2, half_rounds=1, joint_rounds=1, width=32
+    )
+    options = AbinitioOptions(engine=tiny, subset=50)
+    abinitio(spoilt.path, tmp_path / "job", options, Console(quiet=True))
+    names = read_star(tmp_path / "job" / "run_data.star")["particles"]["rlnImageName"]
+    assert len(names) == N - 2
+    assert not names.str.partition("@")[0].astype(int).isin([4, 44]).any()
+    assert "WARNING: 2 of 60 images are blank" in (tmp_path / "job" / "run.log").read_text()
 
 
 @pytest.mark.parametrize("amplitude_contrast", [0.0, 0.02, 0.1])

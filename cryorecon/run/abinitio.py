@@ -27,7 +27,7 @@ from cryorecon.run.device import device_text, own_device
 from cryorecon.run.empty_shells import empty_text
 from cryorecon.run.flip_check import look_flipped
 from cryorecon.run.half_sets import half_sets
-from cryorecon.run.image_checks import checksums
+from cryorecon.run.image_checks import checksums, left_out_text
 from cryorecon.run.job import Job, Task, open_job
 from cryorecon.run.load import load_observations
 from cryorecon.run.report.page import report_at_end
@@ -92,6 +92,7 @@ def _run(job: Job, ready: Prepared, options: AbinitioOptions) -> None:
     for doubt in ready.doubts:
         job.say(f"WARNING: {doubt}")
     images = _read_images(job, particles, config, options)
+    particles, rows = _those_read(images, particles, rows)
     half = half_sets(particles, generator, job.say)
     stages = _stages(job, config, generator, options, particles)
     factor = recorded_scale(images, particles)
@@ -137,9 +138,20 @@ def _read_images(
     with job.bar("Reading", len(particles)) as bar:
         where = options.keep, job.ranks, device
         images = load_observations(particles, config.diameter, lambda done, _: bar(done), *where)
-    for text in empty_text(images, particles.pixel_size_angst):
+    left_out = left_out_text(particles, images.rows)
+    for text in left_out + empty_text(images, particles.pixel_size_angst):
         job.say(f"WARNING: {text}")
     return first_look(job, images, config.diameter, options.contrast)
+
+
+def _those_read(images: ImageSet, particles: Particles, rows: Tensor) -> tuple[Particles, Tensor]:
+    """Particles whose images can be worked with, and those among them that make the map."""
+    if len(images) == len(particles):
+        return particles, rows
+    return (
+        particles.subset(images.rows.numpy()),
+        torch.nonzero(torch.isin(images.rows, rows.int()))[:, 0],
+    )
 
 
 def _stages(
