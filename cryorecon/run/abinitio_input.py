@@ -24,6 +24,7 @@ from cryorecon.run.device import usable_device
 from cryorecon.run.extent import particle_extent
 from cryorecon.run.given_maps import map_like
 from cryorecon.run.load import Keep
+from cryorecon.run.power_check import power_doubts
 from cryorecon.run.sample import Sample, sample_of
 from cryorecon.run.settings import point_group
 from cryorecon.run.table_doubts import table_doubts
@@ -240,9 +241,12 @@ def prepared(
     config = _resolved(options, particles)
     _refuse_contradictions(options, particles)
     doubts = table_doubts(particles)
+    # Read by one process: what is odd the first one says.
     sample = sample_of(particles) if ranks.first else None
     (seen,) = ranks.numbers(_extent(sample))
     config, source = _with_width(config, options, seen, begun_with)
+    if sample is not None:
+        doubts += power_doubts(sample, config.diameter)
     config = _banded(config, options, particles)
     return Prepared(particles, rows, config, seen or None, source, doubts)
 
