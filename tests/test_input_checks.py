@@ -24,6 +24,7 @@ from cryorecon.run.half_sets import half_sets
 from cryorecon.run.image_checks import left_out_text
 from cryorecon.run.load import load_observations
 from cryorecon.run.reconstruct import reconstruct
+from cryorecon.run.repeats import repeats
 from cryorecon.run.sample import sample_of
 from cryorecon.run.simulate import simulate
 from cryorecon.run.simulate_config import SimulateConfig
@@ -190,7 +191,8 @@ def test_a_reconstruction_does_not_depend_on_the_images_level(stack, changed, le
 
 def drawn(particles):
     said = []
-    return half_sets(particles, torch.Generator().manual_seed(1), said.append), said
+    generator = torch.Generator().manual_seed(1)
+    return half_sets(particles, generator, repeats(particles), said.append), said
 
 
 def test_particles_with_one_image_share_a_half_set(stack, changed):
@@ -209,7 +211,59 @@ def test_given_half_sets_that_share_images_are_doubted(changed):
     sets = np.r_[np.arange(N) % 2 + 1, np.full(10, 1)]
     half, said = drawn(changed(table=lambda t: t.iloc[twice].assign(rlnRandomSubset=sets)))
     assert torch.equal(half, torch.from_numpy(sets - 1))
-    assert "half sets share images" in said[1]
+    assert "half sets share particles" in said[1]
+
+
+def picked(**more):
+    """A table whose last ten particles lie 5 A from the first ten, six a micrograph."""
+    place = np.arange(N) % 50
+    columns = {
+        "rlnMicrographName": [f"mic{i // 6}.mrc" for i in place],
+        # Pixels of 1.2 A: 240 A from one to the next.
+        "rlnCoordinateX": 500.0 + 200 * (place % 6) + np.where(np.arange(N) < 50, 0, 3),
+        "rlnCoordinateY": 500.0 + np.where(np.arange(N) < 50, 0, 3),
+    }
+    return lambda table: table.assign(**columns | more)
+
+
+def test_particles_picked_twice_share_a_half_set(changed):
+    half, said = drawn(changed(table=picked(), rlnMicrographOriginalPixelSize=1.2))
+    assert torch.equal(half[50:], half[:10])
+    assert 0 < half[50:].sum() < 10
+    assert said == [
+        "WARNING: 10 of 60 particles lie within 9 A of another one of their micrograph: picked "
+        "twice, they count twice; remove duplicates"
+    ]
+    sets = np.arange(N) % 2 + 1
+    sets[50:] = 1
+    found = changed(table=picked(rlnRandomSubset=sets), rlnMicrographOriginalPixelSize=1.2)
+    assert "half sets share particles" in drawn(found)[1][1]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"rlnMicrographName": [f"mic{i}.mrc" for i in range(N)]},
+        {"rlnCoordinateX": 200.0 * np.arange(N)},
+        {"rlnCoordinateX": 0.0, "rlnCoordinateY": 0.0, "rlnMicrographName": "m.mrc"},
+        {"rlnCoordinateX": "none"},
+        {"rlnHelicalTubeID": 1},
+    ],
+)
+def test_nothing_is_said_of_particles_apart_or_nowhere(changed, more):
+    found = changed(table=picked(**more), rlnMicrographOriginalPixelSize=1.2)
+    assert repeats(found).first is None
+
+
+def test_a_particle_and_its_image_may_both_be_there_again(changed):
+    twice = np.r_[np.arange(N), 5:15]
+
+    def table(rows):
+        return picked()(rows).iloc[twice]
+
+    found = repeats(changed(table=table, rlnMicrographOriginalPixelSize=1.2))
+    assert (found.n_images, found.n_places) == (10, 10)
+    assert found.first[50:].tolist() == [*range(10), *range(5, 15)]
 
 
 def test_half_sets_that_make_no_two_maps_are_told(changed):
