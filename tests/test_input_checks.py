@@ -295,6 +295,25 @@ def test_images_without_a_ctf_have_no_doubtful_defocus(changed):
     assert not table_doubts(changed(table=flat, rlnSphericalAberration="0"))
 
 
+def test_a_defocus_that_was_not_estimated_is_doubted(changed):
+    def table(defocus, n_micrographs):
+        names = [f"mic{i % n_micrographs}.mrc" for i in range(N)]
+        return lambda rows: rows.assign(
+            rlnDefocusU=defocus, rlnDefocusV=defocus, rlnMicrographName=names
+        )
+
+    some = np.where(np.arange(N) < 4, [0.0, 120000.0] * (N // 2), 12000.0 + np.arange(N))
+    told = table_doubts(changed(table=table(some, 20)))
+    assert told == [
+        "the defocus of 4 of 60 images is below 1,000 or above 80,000 A, as where its estimate "
+        "failed: take them out"
+    ]
+    told = table_doubts(changed(table=table(15000.0, 20)))
+    assert told == ["all images of 20 micrographs have one defocus, 15,000 A: was it estimated?"]
+    assert not table_doubts(changed(table=table(15000.0, 2)))
+    assert not table_doubts(changed(table=table(12000.0 + np.arange(N), 20)))
+
+
 @pytest.mark.parametrize(
     ("stated", "header", "doubts"),
     [
