@@ -9,6 +9,7 @@ import pandas as pd
 from torch import Tensor
 
 from cryorecon.io.cryosparc import is_cryosparc_file, unread_fields
+from cryorecon.io.optics import SAME_SIZE, pixel_sizes_angst
 from cryorecon.io.particles import Particles
 
 # Hardly anybody records at a smaller or larger defocus, or with other pixels.
@@ -102,9 +103,23 @@ def _failed_text(particles: Particles, defocus_angst: Tensor) -> list[str]:
 def _pixel_size_text(particles: Particles) -> list[str]:
     pixel = particles.stored_pixel_size_angst
     if _PIXEL_ANGST[0] <= pixel <= _PIXEL_ANGST[1]:
-        return []
+        return _pixel_sizes_text(particles)
     why = "if it is in nanometres, write it" if pixel < _PIXEL_ANGST[0] else "check that it is"
     return [f"the pixel size of {particles.path} is {pixel:.4g} A: {why} in angstrom"]
+
+
+def _pixel_sizes_text(particles: Particles) -> list[str]:
+    """Whether they differ, by less than what is refused."""
+    pixel, optics = particles.stored_pixel_size_angst, particles.blocks.get("optics")
+    sizes = pixel_sizes_angst(particles.path, particles.table, optics)
+    others = np.abs(sizes / pixel - 1) > SAME_SIZE
+    if not others.any():
+        return []
+    n, low, high = int(others.sum()), sizes.min(), sizes.max()
+    return [
+        f"pixel sizes are {low:.6g} to {high:.6g} A: {n} of {len(sizes)} images are taken as if "
+        f"theirs were {pixel:.6g} A, too"
+    ]
 
 
 def _header_text(particles: Particles) -> list[str]:
