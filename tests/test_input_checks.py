@@ -226,7 +226,7 @@ def picked(**more):
     return lambda table: table.assign(**columns | more)
 
 
-def test_particles_picked_twice_share_a_half_set(changed):
+def test_particles_picked_twice_share_a_half_set(changed, cryorecon, tmp_path):
     half, said = drawn(changed(table=picked(), rlnMicrographOriginalPixelSize=1.2))
     assert torch.equal(half[50:], half[:10])
     assert 0 < half[50:].sum() < 10
@@ -234,6 +234,8 @@ def test_particles_picked_twice_share_a_half_set(changed):
         "WARNING: 10 of 60 particles lie within 9 A of another one of their micrograph: picked "
         "twice, they count twice; remove duplicates"
     ]
+    told = cryorecon("abinitio", tmp_path / "changed.star", "-o", tmp_path / "job", "--dry-run")[1]
+    assert "WARNING: 10 of 60 particles lie within" in " ".join(told.split())
     sets = np.arange(N) % 2 + 1
     sets[50:] = 1
     found = changed(table=picked(rlnRandomSubset=sets), rlnMicrographOriginalPixelSize=1.2)

@@ -36,6 +36,7 @@ from cryorecon.run.load import (
 )
 from cryorecon.run.moments.estimate import MomentsOptions, resolve_geometry
 from cryorecon.run.moments.reconstruct import MomentReconstructOptions
+from cryorecon.run.repeats import repeats
 from cryorecon.run.results import size_text
 from cryorecon.run.table_doubts import table_doubts
 from cryorecon.run.width import Source, width_text
@@ -67,7 +68,8 @@ def describe_abinitio(star: Path, options: AbinitioOptions, console: Console) ->
     say = _teller(console)
     found = _tell_particles(particles, config.diameter, say)
     say(ready.width_text)
-    for doubt in ready.doubts:
+    doubts = ready.doubts + repeats(particles, config.diameter).texts()
+    for doubt in doubts:
         say(f"WARNING: {doubt}")
     others = len(particles) - len(rows)
     if others:
@@ -86,7 +88,7 @@ def describe_abinitio(star: Path, options: AbinitioOptions, console: Console) ->
     )
     easy, hard = cost(hard=False), cost(hard=True)
     held, place = _tell_images(len(particles), box, options.keep, torch.device(options.device), say)
-    found |= {"warnings": list(ready.doubts), "map_particles": n, "images_held": place}
+    found |= {"warnings": doubts, "map_particles": n, "images_held": place}
     return found | _tell_cost(easy, held, say, options.device, hard)
 
 

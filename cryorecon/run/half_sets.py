@@ -35,14 +35,9 @@ def half_sets(
         Told what users would not expect.
     """
     tell = say or (lambda _: None)
-    given, first, n = particles.random_subsets(), same.first, len(particles)
-    if same.n_images:
-        tell(f"WARNING: {same.n_images} of {n} particles show an image that another one shows")
-    if same.n_places:
-        tell(
-            f"WARNING: {same.n_places} of {n} particles lie within {same.near_angst:.0f} A of "
-            "another one of their micrograph: picked twice, they count twice; remove duplicates"
-        )
+    given, first = particles.random_subsets(), same.first
+    for text in same.texts():
+        tell(f"WARNING: {text}")
     if given is not None and len(np.unique(given)) == 2:
         _doubt(given, None if first is None else first.numpy(), tell)
         return torch.from_numpy(given) - 1

@@ -38,16 +38,29 @@ class Repeats:
     ----------
     first : Tensor, shape (n,), int64, optional
         Row of the first one that is the same, of each particle; None if all differ.
-    n_images, n_places : int
-        How many particles show the image of an earlier one, and how many others lie at its place.
+    n, n_images, n_places : int
+        Particles; how many show the image of an earlier one, and how many others lie at its place.
     near_angst : float
         What counts as one place.
     """
 
     first: Tensor | None
+    n: int
     n_images: int
     n_places: int
     near_angst: float
+
+    def texts(self) -> list[str]:
+        """What users are told, a line for each kind."""
+        found, every = [], f"of {self.n} particles"
+        if self.n_images:
+            found.append(f"{self.n_images} {every} show an image that another one shows")
+        if self.n_places:
+            found.append(
+                f"{self.n_places} {every} lie within {self.near_angst:.0f} A of "
+                "another one of their micrograph: picked twice, they count twice; remove duplicates"
+            )
+        return found
 
 
 def repeats(particles: Particles, diameter: float = RefineConfig.diameter) -> Repeats:
@@ -71,7 +84,7 @@ def repeats(particles: Particles, diameter: float = RefineConfig.diameter) -> Re
         first = start[back]
     n = int((first != every).sum())
     same = torch.from_numpy(first) if n else None
-    return Repeats(same, n_images, n - n_images, near_angst)
+    return Repeats(same, len(every), n_images, n - n_images, near_angst)
 
 
 def _near_pairs(particles: Particles, near_angst: float) -> NDArray[np.int64]:
