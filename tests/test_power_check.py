@@ -56,6 +56,16 @@ def test_nothing_is_said_of_the_right_ctf(doubts_of):
     assert doubts_of() == []
 
 
+def test_many_small_groups_are_one(stack):
+    tables = read_star(stack / "particles.star")
+    groups = [tables["optics"].assign(rlnOpticsGroup=k, rlnVoltage=200.0) for k in range(1, 41)]
+    tables["optics"] = pd.concat(groups, ignore_index=True)
+    tables["particles"] = tables["particles"].assign(rlnOpticsGroup=np.arange(N) % 40 + 1)
+    write_star(stack / "small.star", tables)
+    (said,) = power_doubts(sample_of(read_particles(stack / "small.star")), DIAMETER)
+    assert said.startswith("the images look recorded 0.")
+
+
 @pytest.mark.parametrize(("snr", "box", "seed"), [(0.02, 32, 5), (0.1, 48, 6), (3.0, 33, 7)])
 def test_nothing_is_said_of_other_good_stacks(tmp_path, snr, box, seed):
     folder = simulated(tmp_path, 300, box, snr, seed=seed)

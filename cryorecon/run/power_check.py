@@ -17,8 +17,8 @@ from cryorecon.physics.masks import soft_ball
 from cryorecon.run.load import normalised
 from cryorecon.run.sample import Sample
 
-# Groups of fewer images of the sample are not looked at; nor is detail coarser than this, in
-# cycles per diameter, where ice counts for as much as the CTF.
+# Groups of fewer images of the sample are not looked at by themselves; nor is detail coarser than
+# this, in cycles per diameter, where ice counts for as much as the CTF.
 _LEAST_IMAGES, _COARSEST = 100, 1.5
 # Power beyond so many times a shell's median is of something that outshines particles.
 _OUTSHINES = 5.0
@@ -120,14 +120,18 @@ def power_doubts(sample: Sample, diameter: float) -> list[str]:
         Of the particle, as a fraction of the box side.
     """
     group = torch.from_numpy(sample.particles.optics_index())
+    counts = torch.bincount(group)
+    # Many small ones, as of beam shifts, are one.
+    kind = torch.where(counts[group] < _LEAST_IMAGES, -1, group)
     found: list[str] = []
-    for number in group.unique().tolist():
-        rows = torch.nonzero(group == number)[:, 0]
-        if len(rows) >= _LEAST_IMAGES:
-            whole = len(rows) == len(group)
-            of = "" if whole else f" of optics group {number + 1}"
-            some = Sample(sample.particles.subset(rows.numpy()), sample.images[rows])
-            found += _doubts(_Power.of(some, diameter), sample.particles, of)
+    for number in kind.unique().tolist():
+        rows = torch.nonzero(kind == number)[:, 0]
+        if len(rows) < _LEAST_IMAGES:
+            continue
+        of = "" if len(rows) == len(group) else f" of optics group {number + 1}"
+        of = " of small optics groups" if of and number < 0 else of
+        some = Sample(sample.particles.subset(rows.numpy()), sample.images[rows])
+        found += _doubts(_Power.of(some, diameter), sample.particles, of)
     return found
 
 
