@@ -122,7 +122,9 @@ def test_a_job_goes_on_without_blank_images(stack, changed, tmp_path):
     names = read_star(tmp_path / "job" / "run_data.star")["particles"]["rlnImageName"]
     assert len(names) == N - 2
     assert not names.str.partition("@")[0].astype(int).isin([4, 44]).any()
-    assert "WARNING: 2 of 60 images are blank" in (tmp_path / "job" / "run.log").read_text()
+    log = (tmp_path / "job" / "run.log").read_text()
+    assert "WARNING: 2 of 60 images, blank, masked" in log
+    assert "could not be written" not in log
 
 
 @pytest.mark.parametrize("amplitude_contrast", [0.0, 0.02, 0.1])

@@ -21,8 +21,8 @@ _CORNER = 3
 _COMPARED = 16
 # Kinds of images that cannot be worked with; 0 of others.
 _BROKEN, _BLANK, _MASKED = 1, 2, 3
-# Share of all that is left out in silence of a table that is as it should be.
-_FEW = 0.05
+# Share of all that a job leaves out, at most.
+MOST_LEFT_OUT = 0.05
 # Rows that are named.
 _NAMED = 5
 
@@ -131,7 +131,7 @@ class FitImages:
         bad = kinds_of_unfit(images) != 0
         if bool(bad.any()):
             self.fit[rows[bad]] = False
-            if int((~self.fit).sum()) > _FEW * len(self.fit):
+            if int((~self.fit).sum()) > MOST_LEFT_OUT * len(self.fit):
                 refuse_unfit(self._particles, rows, images)
             images[bad] = 0
         return images
@@ -152,7 +152,7 @@ def left_out_text(particles: Particles, kept: Tensor) -> list[str]:
     rows = ", ".join(str(row + 1) for row in particles.rows[left[:_NAMED]].tolist())
     more = f" and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
     return [
-        f"{len(left)} of {len(particles)} images are blank, masked, or hold NaN or infinite "
-        f"pixels: left out, of run_data.star, too ({particles.path}, row{'s' * (len(left) > 1)} "
-        f"{rows}{more})"
+        f"{len(left)} of {len(particles)} images, blank, masked, or with NaN or infinite pixels, "
+        f"cannot be used: left out, of run_data.star, too ({particles.path}, "
+        f"row{'s' * (len(left) > 1)} {rows}{more})"
     ]
