@@ -15,6 +15,8 @@ from conftest import simulated
 from cryorecon.io.mrc import stack_writer
 from cryorecon.io.particles import read_particles
 from cryorecon.io.star import read_star, write_star
+from cryorecon.physics.ctf import ctf
+from cryorecon.physics.fourier import half_plane, to_coefficients, to_images
 from cryorecon.run.power_check import power_doubts
 from cryorecon.run.sample import Sample, sample_of
 
@@ -66,7 +68,9 @@ def test_many_small_groups_are_one(stack):
     assert said.startswith("the images look recorded 0.")
 
 
-@pytest.mark.parametrize(("snr", "box", "seed"), [(0.02, 32, 5), (0.1, 48, 6), (3.0, 33, 7)])
+@pytest.mark.parametrize(
+    ("snr", "box", "seed"), [(0.02, 32, 5), (0.1, 48, 6), (3.0, 33, 7), (1000.0, 32, 8)]
+)
 def test_nothing_is_said_of_other_good_stacks(tmp_path, snr, box, seed):
     folder = simulated(tmp_path, 300, box, snr, seed=seed)
     assert power_doubts(sample_of(read_particles(folder / "particles.star")), DIAMETER) == []
@@ -134,6 +138,17 @@ def test_images_that_outshine_the_others_change_nothing(stack):
     images = sample.images.clone()
     images[::10, 8:12, 20:25] += 20
     assert power_doubts(replace(sample, images=images), DIAMETER) == []
+
+
+def test_images_multiplied_by_their_ctf_are_told(stack):
+    sample = sample_of(read_particles(stack / "particles.star"))
+    plane = half_plane(32)
+    gain = ctf(plane.frequencies, sample.particles.ctf_parameters(), 32, 2.4).float()
+    for change, told in ((gain, 1), (gain.sign(), 0)):
+        changed = to_images(to_coefficients(sample.images, plane) * change, plane)
+        said = power_doubts(replace(sample, images=changed), DIAMETER)
+        assert len(said) == told
+        assert all("they look multiplied by it" in line for line in said)
 
 
 def test_images_with_empty_shells_say_nothing_new(tmp_path):

@@ -30,6 +30,12 @@ _COARSE, _N_COARSE, _FINE, _N_FINE = 1.05, 33, 1.01, 5
 _OTHER, _LIKELIER, _SHARE = 1.07, 25.0, 0.1
 # The table's CTF is another's if it explains less than this of the signal's power, surely.
 _EXPLAINED, _SURE = 0.3, 4.0
+# Shells are noise's where the signal has less than this share; images are multiplied by their CTF
+# if most of the power of three such shells follows it: of ice and carbon a third does at most. Of
+# particles brighter than this, against noise, what lies around them is their own signal.
+_NOISE, _FOLLOWS, _LEAST_SHELLS, _BRIGHT = 0.3, 0.6, 3, 1.8
+# Where the squared CTF of images differs by less than this share, it tells nothing.
+_VARIES = 0.2
 _VOLTAGES_KV, _SAME_VOLTAGE = (80, 100, 120, 200, 300), 0.05
 
 
@@ -43,12 +49,15 @@ class _Power:
         In units of the noise outside the particle.
     signal : Tensor, shape (m,)
         Mean of what exceeds the noise.
+    inside : float
+        Mean square of pixels where the particle is.
     shells : Tensor, shape (m,)
         In cycles per box.
     """
 
     power: Tensor
     signal: Tensor
+    inside: float
     shells: Tensor
     optics: CtfParameters
     box: int
@@ -59,7 +68,9 @@ class _Power:
         """Of all images of a sample, beyond the coarsest shells."""
         particles, box = sample.particles, sample.particles.box
         plane, radius_px = half_plane(box), diameter / 2 * box
-        images = normalised(sample.images, 1 - soft_ball(box, radius_px, 2.0, 2))
+        ball = soft_ball(box, radius_px, 2.0, 2)
+        images = normalised(sample.images, 1 - ball)
+        inside = float((images.square().mean(0) * ball).sum() / ball.sum())
         power = shell_means(to_coefficients(images, plane).abs().square().double(), plane)
         noise = noise_power_outside(images, radius_px, plane).double()
         first = max(2, math.ceil(_COARSEST / diameter))
@@ -67,7 +78,7 @@ class _Power:
         signal = (power.mean(0) - noise[first:]).clamp(min=0)
         shells = torch.arange(first, first + power.shape[1])
         optics = particles.ctf_parameters()
-        return _Power(power, signal, shells, optics, box, particles.pixel_size_angst)
+        return _Power(power, signal, inside, shells, optics, box, particles.pixel_size_angst)
 
     def squared_ctf(self, factor: float) -> Tensor:
         """Of each image and shell with its defocus times a factor, shape (n, m)."""
@@ -106,6 +117,17 @@ class _Power:
         found = float((expected * (power * known).mean(0) / noise).sum())
         return (found / total, total**-0.5) if total > 0 else (1.0, math.inf)
 
+    def multiplied(self) -> bool:
+        """Whether noise follows the squared CTF, too."""
+        known, level = self.squared_ctf(1.0), self.power.mean(0)
+        power, about = (x - x.mean(0) for x in (self.power, known))
+        spread = about.square().mean(0)
+        slope = (power * about).mean(0) / spread.clamp(min=1e-12)
+        follows = slope * known.mean(0) / level.clamp(min=1e-300)
+        noise = (self.signal < _NOISE * level) & (spread.sqrt() > _VARIES * known.mean(0))
+        asked = self.inside < _BRIGHT and int(noise.sum()) >= _LEAST_SHELLS
+        return asked and float(follows[noise].median()) > _FOLLOWS
+
 
 def power_doubts(sample: Sample, diameter: float) -> list[str]:
     """Lines on a CTF that the images' power does not follow.
@@ -136,6 +158,11 @@ def power_doubts(sample: Sample, diameter: float) -> list[str]:
 
 
 def _doubts(power: _Power, particles: Particles, of: str) -> list[str]:
+    if power.multiplied():
+        return [
+            f"the noise of the images{of} follows the CTF of {particles.path}: they look "
+            "multiplied by it; extract them without"
+        ]
     factor, gain = power.best_factor()
     more = gain - power.gain(1.0)
     share, error = power.explained()
