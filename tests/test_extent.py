@@ -128,7 +128,7 @@ def test_images_that_tell_nothing_leave_the_default(wide, monkeypatch):
     assert ready.width_text == "particle diameter 111 A, assumed: 0.8 of the box"
     assert ready.doubts == [
         "the images do not tell the particle's diameter: 0.8 of the box, 111 A, is assumed; "
-        "give --diameter"
+        "give --diameter, or extract wider where particles fill the box"
     ]
 
 
