@@ -10,6 +10,7 @@ import torch
 from conftest import MODEL, simulated
 from rich.console import Console
 
+from cryorecon.engines.amortized import AmortizedConfig
 from cryorecon.engines.contrast import contrast_score
 from cryorecon.engines.rmfn import RmfnConfig
 from cryorecon.errors import CryoreconError
@@ -112,12 +113,22 @@ def test_the_width_is_told_though_some_images_are_blank(changed, stack):
     )
 
 
-def test_a_job_goes_on_without_blank_images(stack, changed, tmp_path):
+TINY = RmfnConfig(
+    n_starts=1, temperatures=(1.0,), search_nside=2, half_rounds=1, joint_rounds=1, width=32
+)
+SHORT = AmortizedConfig(images_seen=320, search_nside=2, half_rounds=1, joint_rounds=1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        AbinitioOptions(engine=TINY, subset=50),
+        AbinitioOptions(engine=TINY, keep="disk"),
+        AbinitioOptions(engine=SHORT, keep="disk"),
+    ],
+)
+def test_a_job_goes_on_without_blank_images(changed, tmp_path, options):
     spoilt = changed(lambda images: images * (np.arange(N) % 40 != 3)[:, None, None])
-    tiny = RmfnConfig(
-        n_starts=1, temperatures=(1.0,), search_nside=2, half_rounds=1, joint_rounds=1, width=32
-    )
-    options = AbinitioOptions(engine=tiny, subset=50)
     abinitio(spoilt.path, tmp_path / "job", options, Console(quiet=True))
     names = read_star(tmp_path / "job" / "run_data.star")["particles"]["rlnImageName"]
     assert len(names) == N - 2
