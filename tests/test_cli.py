@@ -152,7 +152,8 @@ def test_a_failed_job_says_so(tmp_path):
     tables = read_star(GOLDEN / "relion31_32.star")
     (tmp_path / "relion31_32.mrcs").write_bytes((GOLDEN / "relion31_32.mrcs").read_bytes())
     raw = bytearray((tmp_path / "relion31_32.mrcs").read_bytes())
-    raw[1024 + 4096 * 2 + 100 : 1024 + 4096 * 2 + 104] = b"\x00\x00\xc0\x7f"  # one NaN pixel
+    for image in range(2, 9):  # One NaN pixel each, in more images than are left out.
+        raw[1024 + 4096 * image + 100 : 1024 + 4096 * image + 104] = b"\x00\x00\xc0\x7f"
     (tmp_path / "relion31_32.mrcs").write_bytes(bytes(raw))
     write_star(tmp_path / "p.star", tables)
     done = cryorecon("abinitio", tmp_path / "p.star", "-o", tmp_path / "job")

@@ -18,6 +18,7 @@ from cryorecon.physics.fourier import half_plane, radius_grid
 from cryorecon.run import abinitio_input
 from cryorecon.run.abinitio_input import AbinitioOptions, prepared
 from cryorecon.run.extent import extent_of, particle_extent
+from cryorecon.run.sample import sample_of
 from cryorecon.run.width import diameter_share
 
 N, BOX = 400, 48
@@ -127,7 +128,7 @@ def test_images_that_tell_nothing_leave_the_default(wide, monkeypatch):
     assert ready.width_text == "particle diameter 111 A, assumed: 0.8 of the box"
     assert ready.doubts == [
         "the images do not tell the particle's diameter: 0.8 of the box, 111 A, is assumed; "
-        "give --diameter"
+        "give --diameter, or extract wider where particles fill the box"
     ]
 
 
@@ -161,9 +162,9 @@ def test_a_stack_of_larger_images_tells_the_same(wide, monkeypatch):
     """They are looked at in a smaller box."""
     monkeypatch.chdir(wide.parent)
     particles = read_particles(wide)
-    whole = particle_extent(particles)
-    monkeypatch.setattr("cryorecon.run.extent._BOX", 40)
-    assert particle_extent(particles) == pytest.approx(whole, abs=0.07)
+    whole = particle_extent(sample_of(particles))
+    monkeypatch.setattr("cryorecon.run.sample._BOX", 40)
+    assert particle_extent(sample_of(particles)) == pytest.approx(whole, abs=0.07)
 
 
 @pytest.mark.parametrize("engine", ["rmfn", "amortized"])

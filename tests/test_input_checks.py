@@ -9,16 +9,25 @@ import numpy as np
 import pytest
 import torch
 from conftest import MODEL, simulated
+from rich.console import Console
 
+from cryorecon.engines.amortized import AmortizedConfig
 from cryorecon.engines.contrast import contrast_score
+from cryorecon.engines.rmfn import RmfnConfig
 from cryorecon.errors import CryoreconError
 from cryorecon.io.mrc import open_stack, stack_writer
 from cryorecon.io.particles import read_particles
 from cryorecon.io.star import read_star, write_star
 from cryorecon.physics.ctf import ctf
+from cryorecon.run.abinitio import abinitio
+from cryorecon.run.abinitio_input import AbinitioOptions
+from cryorecon.run.extent import particle_extent
 from cryorecon.run.half_sets import half_sets
+from cryorecon.run.image_checks import left_out_text
 from cryorecon.run.load import load_observations
 from cryorecon.run.reconstruct import reconstruct
+from cryorecon.run.repeats import repeats
+from cryorecon.run.sample import sample_of
 from cryorecon.run.simulate import simulate
 from cryorecon.run.simulate_config import SimulateConfig
 from cryorecon.run.table_doubts import table_doubts
@@ -59,8 +68,7 @@ def disc(radius_px):
     [
         (16.0, slice(None), r"row 1 \(and 59 more of 60 images read\): the image is masked"),
         (12.0, slice(7, None, 2), r"row 8 \(and 26 more of 60 images read\): the image is masked"),
-        (0.0, slice(9, 10), "row 10: the image is blank"),
-        (0.0, slice(9, 12), r"row 10 \(and 2 more of 60 images read\): the image is blank"),
+        (0.0, slice(9, 13), r"row 10 \(and 3 more of 60 images read\): the image is blank"),
     ],
 )
 def test_images_without_noise_around_the_particle_are_counted(changed, radius_px, rows, told):
@@ -70,6 +78,65 @@ def test_images_without_noise_around_the_particle_are_counted(changed, radius_px
 
     with pytest.raises(CryoreconError, match=told):
         load_observations(changed(masked), 0.8)
+
+
+@pytest.mark.parametrize("keep", ["memory", "disk"])
+def test_a_few_images_that_cannot_be_worked_with_are_left_out(stack, changed, keep):
+    def spoilt(images):
+        images[9] = 7.0
+        images[40, 3, 3] = np.nan
+        images[55] *= disc(12.0)
+        return images
+
+    particles = changed(spoilt)
+    found = load_observations(particles, 0.8, keep=keep)
+    rows = np.setdiff1d(np.arange(N), [9, 40, 55])
+    assert found.rows.tolist() == rows.tolist()
+    told = left_out_text(particles, found.rows)
+    assert len(told) == 1
+    assert "3 of 60 images" in told[0]
+    assert told[0].endswith("rows 10, 41, 56)")
+    # Their noise, too, and their neighbours are as without them.
+    others = read_particles(stack / "particles.star").subset(rows)
+    alone = load_observations(others, 0.8, keep=keep)
+    torch.testing.assert_close(found.noise_power, alone.noise_power)
+    assert found.spread == pytest.approx(alone.spread)
+    for mine, expected in zip(found.whole().matched(), alone.whole().matched(), strict=True):
+        torch.testing.assert_close(mine, expected)
+    assert left_out_text(others, alone.rows) == []
+
+
+def test_the_width_is_told_though_some_images_are_blank(changed, stack):
+    particles = changed(lambda images: images * (np.arange(N) % 30 > 0)[:, None, None])
+    assert len(sample_of(particles)) == N - 2
+    assert particle_extent(sample_of(particles)) == pytest.approx(
+        particle_extent(sample_of(read_particles(stack / "particles.star"))), abs=0.07
+    )
+
+
+TINY = RmfnConfig(
+    n_starts=1, temperatures=(1.0,), search_nside=2, half_rounds=1, joint_rounds=1, width=32
+)
+SHORT = AmortizedConfig(images_seen=320, search_nside=2, half_rounds=1, joint_rounds=1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        AbinitioOptions(engine=TINY, subset=50),
+        AbinitioOptions(engine=TINY, keep="disk"),
+        AbinitioOptions(engine=SHORT, keep="disk"),
+    ],
+)
+def test_a_job_goes_on_without_blank_images(changed, tmp_path, options):
+    spoilt = changed(lambda images: images * (np.arange(N) % 40 != 3)[:, None, None])
+    abinitio(spoilt.path, tmp_path / "job", options, Console(quiet=True))
+    names = read_star(tmp_path / "job" / "run_data.star")["particles"]["rlnImageName"]
+    assert len(names) == N - 2
+    assert not names.str.partition("@")[0].astype(int).isin([4, 44]).any()
+    log = (tmp_path / "job" / "run.log").read_text()
+    assert "WARNING: 2 of 60 images, blank, masked" in log
+    assert "could not be written" not in log
 
 
 @pytest.mark.parametrize("amplitude_contrast", [0.0, 0.02, 0.1])
@@ -138,7 +205,8 @@ def test_a_reconstruction_does_not_depend_on_the_images_level(stack, changed, le
 
 def drawn(particles):
     said = []
-    return half_sets(particles, torch.Generator().manual_seed(1), said.append), said
+    generator = torch.Generator().manual_seed(1)
+    return half_sets(particles, generator, repeats(particles), said.append), said
 
 
 def test_particles_with_one_image_share_a_half_set(stack, changed):
@@ -157,7 +225,61 @@ def test_given_half_sets_that_share_images_are_doubted(changed):
     sets = np.r_[np.arange(N) % 2 + 1, np.full(10, 1)]
     half, said = drawn(changed(table=lambda t: t.iloc[twice].assign(rlnRandomSubset=sets)))
     assert torch.equal(half, torch.from_numpy(sets - 1))
-    assert "half sets share images" in said[1]
+    assert "half sets share particles" in said[1]
+
+
+def picked(**more):
+    """A table whose last ten particles lie 5 A from the first ten, six a micrograph."""
+    place = np.arange(N) % 50
+    columns = {
+        "rlnMicrographName": [f"mic{i // 6}.mrc" for i in place],
+        # Pixels of 1.2 A: 240 A from one to the next.
+        "rlnCoordinateX": 500.0 + 200 * (place % 6) + np.where(np.arange(N) < 50, 0, 3),
+        "rlnCoordinateY": 500.0 + np.where(np.arange(N) < 50, 0, 3),
+    }
+    return lambda table: table.assign(**columns | more)
+
+
+def test_particles_picked_twice_share_a_half_set(changed, cryorecon, tmp_path):
+    half, said = drawn(changed(table=picked(), rlnMicrographOriginalPixelSize=1.2))
+    assert torch.equal(half[50:], half[:10])
+    assert 0 < half[50:].sum() < 10
+    assert said == [
+        "WARNING: 10 of 60 particles lie within 9 A of another one of their micrograph: picked "
+        "twice, they count twice; remove duplicates"
+    ]
+    told = cryorecon("abinitio", tmp_path / "changed.star", "-o", tmp_path / "job", "--dry-run")[1]
+    assert "WARNING: 10 of 60 particles lie within" in " ".join(told.split())
+    sets = np.arange(N) % 2 + 1
+    sets[50:] = 1
+    found = changed(table=picked(rlnRandomSubset=sets), rlnMicrographOriginalPixelSize=1.2)
+    assert "half sets share particles" in drawn(found)[1][1]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"rlnMicrographName": [f"mic{i}.mrc" for i in range(N)]},
+        {"rlnCoordinateX": 200.0 * np.arange(N)},
+        {"rlnCoordinateX": 0.0, "rlnCoordinateY": 0.0, "rlnMicrographName": "m.mrc"},
+        {"rlnCoordinateX": "none"},
+        {"rlnHelicalTubeID": 1},
+    ],
+)
+def test_nothing_is_said_of_particles_apart_or_nowhere(changed, more):
+    found = changed(table=picked(**more), rlnMicrographOriginalPixelSize=1.2)
+    assert repeats(found).first is None
+
+
+def test_a_particle_and_its_image_may_both_be_there_again(changed):
+    twice = np.r_[np.arange(N), 5:15]
+
+    def table(rows):
+        return picked()(rows).iloc[twice]
+
+    found = repeats(changed(table=table, rlnMicrographOriginalPixelSize=1.2))
+    assert (found.n_images, found.n_places) == (10, 10)
+    assert found.first[50:].tolist() == [*range(10), *range(5, 15)]
 
 
 def test_half_sets_that_make_no_two_maps_are_told(changed):
@@ -203,6 +325,25 @@ def test_images_without_a_ctf_have_no_doubtful_defocus(changed):
     assert not table_doubts(changed(table=flat), ctf=False)
     assert not table_doubts(changed(table=flat, rlnAmplitudeContrast="1"))
     assert not table_doubts(changed(table=flat, rlnSphericalAberration="0"))
+
+
+def test_a_defocus_that_was_not_estimated_is_doubted(changed):
+    def table(defocus, n_micrographs):
+        names = [f"mic{i % n_micrographs}.mrc" for i in range(N)]
+        return lambda rows: rows.assign(
+            rlnDefocusU=defocus, rlnDefocusV=defocus, rlnMicrographName=names
+        )
+
+    some = np.where(np.arange(N) < 4, [0.0, 120000.0] * (N // 2), 12000.0 + np.arange(N))
+    told = table_doubts(changed(table=table(some, 20)))
+    assert told == [
+        "the defocus of 4 of 60 images is below 1,000 or above 80,000 A, as where its estimate "
+        "failed: take them out"
+    ]
+    told = table_doubts(changed(table=table(15000.0, 20)))
+    assert told == ["all images of 20 micrographs have one defocus, 15,000 A: was it estimated?"]
+    assert not table_doubts(changed(table=table(15000.0, 2)))
+    assert not table_doubts(changed(table=table(12000.0 + np.arange(N), 20)))
 
 
 @pytest.mark.parametrize(

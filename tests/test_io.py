@@ -24,6 +24,7 @@ from cryorecon.io import mrc
 from cryorecon.io.particles import read_particles
 from cryorecon.io.star import read_star, star_blocks, write_star
 from cryorecon.io.text_table import PIECE_ROWS, TextTable
+from cryorecon.run.table_doubts import table_doubts
 
 N = 8
 
@@ -719,15 +720,24 @@ def test_images_of_the_project_that_is_named_come_first(tmp_path, monkeypatch):
     assert read_particles("../A/p.star").images([0]).mean() == pytest.approx(1, abs=0.3)
 
 
-@pytest.mark.parametrize(("other", "taken"), [(2.0001, True), (2.001, False)])
-def test_pixel_sizes_that_differ_in_the_last_digits_are_one(folder, other, taken):
+@pytest.mark.parametrize(("other", "taken"), [(2.0001, 2.0), (2.015, 2.015), (2.025, None)])
+def test_pixel_sizes_that_hardly_differ_are_that_of_most(folder, other, taken):
     group = pd.concat([optics(), optics(rlnOpticsGroup=2, rlnImagePixelSize=other)])
-    path = star(folder, rows().assign(rlnOpticsGroup=[1, 2, 1]), group)
-    if taken:
-        assert read_particles(path).pixel_size_angst == 2.0
+    path = star(folder, rows().assign(rlnOpticsGroup=[1, 2, 2]), group)
+    if taken is None:
+        with pytest.raises(CryoreconError, match=r"mixes pixel sizes \(2, 2\.025 A\)"):
+            read_particles(path)
         return
-    with pytest.raises(CryoreconError, match=r"mixes pixel sizes \(2, 2\.001 A\)"):
-        read_particles(path)
+    found = read_particles(path)
+    assert found.pixel_size_angst == taken
+    told = [line for line in table_doubts(found) if "pixel sizes are" in line]
+    assert told == (
+        []
+        if taken == 2.0
+        else [
+            "pixel sizes are 2 to 2.015 A: 1 of 3 images are taken as if theirs were 2.015 A, too"
+        ]
+    )
 
 
 def noise(n):

@@ -245,17 +245,6 @@ def test_images_that_are_expected_are_those_of_the_file(tmp_path):
         ahead.images(rows[15:])
 
 
-def test_images_read_ahead_are_checked(tmp_path):
-    particles = read_particles(simulated(tmp_path / "stack", 5, 16, 1.0) / "particles.star")
-    with open(tmp_path / "stack" / "particles.mrcs", "r+b") as file:
-        file.seek(1024 + 3 * 16 * 16 * 4)
-        file.write(np.float32(np.nan).tobytes())
-    ahead = ReadAhead(particles)
-    ahead.expect(np.arange(5))
-    with pytest.raises(CryoreconError, match=r"image 4 .* NaN"):
-        ahead.images(np.arange(5))
-
-
 @pytest.mark.parametrize(("box", "images"), [(32, 8192), (64, 8192), (128, 2048), (256, 512)])
 def test_blocks_of_a_training_take_128_megabytes(box, images):
     assert stream.block_size(box**2) == images

@@ -148,10 +148,11 @@ def _reconstruct(
     from cryorecon.run.curves import FscCurve
     from cryorecon.run.half_sets import half_sets
     from cryorecon.run.reconstruct import reconstruct
+    from cryorecon.run.repeats import repeats
 
     halves = settings["half_maps"]
     generator = torch.Generator().manual_seed(seed)
-    half = half_sets(source, generator, told.print) if halves else None
+    half = half_sets(source, generator, repeats(source), told.print) if halves else None
     with count_progress("Backprojecting", "images") as progress:
         result = reconstruct(
             source, half=half, wiener=settings["wiener"], padding=settings["padding"],

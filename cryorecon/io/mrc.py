@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,8 @@ _GAP_BYTES = 1 << 16
 _PIECE_BYTES = 1 << 18
 # Far from where sums of squares overflow, and from any map.
 _LARGEST_VOXEL = 1e12
+# Far from what float32 holds, and from any image.
+_LARGEST_SUM_OF_SQUARES = 1e30
 _VOXEL_ANGST = (0.01, 1000.0)
 _VOXEL_TOLERANCE = 0.01
 _MODES = {0: "i1", 1: "i2", 2: "f4", 6: "u2", 12: "f2"}
@@ -273,6 +276,14 @@ def read_map(path: str | Path) -> Map:
             "Replace or mask them first",
         )
     return Map(data, header.pixel_size_angst)
+
+
+def holds_numbers(images: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Which images (b, y, x) hold no pixel that is NaN or infinite, nor too large to be squared."""
+    flat = images.reshape(len(images), 1, math.prod(images.shape[1:]))
+    with np.errstate(invalid="ignore", over="ignore"):
+        squares = (flat @ flat.transpose(0, 2, 1))[:, 0, 0]
+    return squares < _LARGEST_SUM_OF_SQUARES
 
 
 def _header_bytes(

@@ -32,7 +32,10 @@ _LIMITS = {
 _VOLTS = 1e4
 _PIXEL_ANGST = (1e-3, 1e5)
 # Sizes that differ by a smaller share are one: of images of 1,000 px the rim moves by 0.05 px.
-_SAME_SIZE = 1e-4
+SAME_SIZE = 1e-4
+# Those of several microscopes that may be worked with as one: of particles of 100 px the rim moves
+# by half a pixel.
+_NEARLY_ONE_SIZE = 0.01
 
 
 def require_within(
@@ -128,9 +131,13 @@ def _refuse_volumes(path: Path, optics: pd.DataFrame) -> None:
 
 
 def pixel_size_of(
-    path: Path, table: TextTable, optics: pd.DataFrame | None, stack: Path, box: int
+    path: Path,
+    table: TextTable,
+    optics: pd.DataFrame | None,
+    stack: Path,
+    box: int,
 ) -> float:
-    """Pixel size in angstrom, the same for all particles; groups that have none do not count.
+    """Pixel size in angstrom, of most particles; optics groups that have none do not count.
 
     Parameters
     ----------
@@ -140,11 +147,11 @@ def pixel_size_of(
     Raises
     ------
     CryoreconError
-        If none is stated, several are, or the optics table names another box.
+        If none is stated, they differ by more than 1 %, or the optics table names another box.
     """
     if optics is not None and len(optics) == 0:
         raise CryoreconError(f"{path}: its optics table is empty", "Add a row for each group")
-    named = None
+    named, whole = None, optics
     if optics is not None and len(optics) > 1:
         # Selections keep the groups of all particles they were taken from.
         named = np.unique(optics_index(path, table, optics, np.arange(len(table), dtype=np.int32)))
@@ -160,12 +167,16 @@ def pixel_size_of(
                 "Correct rlnImageSize or give the stack it was written for",
             )
     found = _pixel_sizes(path, table, optics, named)
-    if found.max() > found.min() * (1 + _SAME_SIZE):
+    if found.max() <= found.min() * (1 + SAME_SIZE):
+        return float(found[0])
+    if found.max() > found.min() * (1 + _NEARLY_ONE_SIZE):
         listed = ", ".join(f"{s:.8g}" for s in np.unique(found)[:4])
         raise CryoreconError(
-            f"{path} mixes pixel sizes ({listed} A)", "Rescale all particles to one pixel size"
+            f"{path} mixes pixel sizes ({listed} A)",
+            f"Rescale all particles to one pixel size, to {100 * _NEARLY_ONE_SIZE:g} %",
         )
-    return float(found[0])
+    sizes, counts = np.unique(pixel_sizes_angst(path, table, whole), return_counts=True)
+    return float(sizes[counts.argmax()])
 
 
 def pixel_sizes_angst(

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from cryorecon.errors import CryoreconError
-from cryorecon.io.mrc import Header, StackReader
+from cryorecon.io.mrc import Header, StackReader, holds_numbers
 from cryorecon.io.optics import of_groups, optics_index, pixel_size_of, require_within
 from cryorecon.io.particle_tables import particle_tables
 from cryorecon.io.stacks import find_images
@@ -20,8 +20,6 @@ from cryorecon.io.text_table import TextTable
 from cryorecon.physics.ctf import CtfParameters
 from cryorecon.physics.resampling import downsample_images
 
-# Far from what float32 holds, and from any image.
-_LARGEST_SUM_OF_SQUARES = 1e30
 _ROWS_AT_ONCE = 1_000_000
 _ANGLES = ["rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi"]
 _SHARE, _LIKELIHOOD = "rlnMaxValueProbDistribution", "rlnLogLikeliContribution"
@@ -164,10 +162,7 @@ class Particles:
 
     def check(self, rows: NDArray[np.int64], images: NDArray[np.float32]) -> None:
         """Refuse images of some rows, as on disk, that :meth:`images` would not give."""
-        flat = images.reshape(len(images), 1, self.stored_box**2)
-        with np.errstate(invalid="ignore", over="ignore"):
-            squares = (flat @ flat.transpose(0, 2, 1))[:, 0, 0]
-        bad = np.flatnonzero(~(squares < _LARGEST_SUM_OF_SQUARES))
+        bad = np.flatnonzero(~holds_numbers(images))
         if len(bad):
             row = rows[bad[0]]
             raise CryoreconError(

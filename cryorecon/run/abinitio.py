@@ -27,9 +27,10 @@ from cryorecon.run.device import device_text, own_device
 from cryorecon.run.empty_shells import empty_text
 from cryorecon.run.flip_check import look_flipped
 from cryorecon.run.half_sets import half_sets
-from cryorecon.run.image_checks import checksums
+from cryorecon.run.image_checks import checksums, left_out_text
 from cryorecon.run.job import Job, Task, open_job
 from cryorecon.run.load import load_observations
+from cryorecon.run.repeats import repeats
 from cryorecon.run.report.written import report_at_end
 from cryorecon.run.results import (
     joint_map,
@@ -92,8 +93,11 @@ def _run(job: Job, ready: Prepared, options: AbinitioOptions) -> None:
     for doubt in ready.doubts:
         job.say(f"WARNING: {doubt}")
     images = _read_images(job, particles, config, options)
-    half = half_sets(particles, generator, job.say)
+    particles, rows = _those_read(images, particles, rows)
+    same = repeats(particles, config.diameter)
+    half = half_sets(particles, generator, same, job.say)
     stages = _stages(job, config, generator, options, particles)
+    stages.first_alike = same.first
     factor = recorded_scale(images, particles)
 
     def without_symmetry() -> Reconstruction:
@@ -114,17 +118,23 @@ def _run(job: Job, ready: Prepared, options: AbinitioOptions) -> None:
     else:
         state = without_symmetry()
     report_poses(job, state, config, particles)
+    _doubt_phases(job, particles, images, state, config)
+    if job.writes:
+        scales = [volume * factor for volume in stages.scale_maps(joint_map(state))]
+        merit = images.dimming
+        write_results(job, particles, scaled(state, factor), scales, options.halves, config, merit)
+        report_at_end(job, particles.as_stored())
+
+
+def _doubt_phases(
+    job: Job, particles: Particles, images: ImageSet, state: Reconstruction, config: RefineConfig
+) -> None:
     flipped = bool((particles.ctf_parameters().phase_flipped != 0).any())
     if not flipped and look_flipped(images, state, config):
         job.say(
             "WARNING: half maps agree further by the magnitude of the CTF: the images look phase "
             "flipped. Write rlnCtfDataArePhaseFlipped 1 into the optics table and run again"
         )
-    if job.writes:
-        scales = [volume * factor for volume in stages.scale_maps(joint_map(state))]
-        merit = images.dimming
-        write_results(job, particles, scaled(state, factor), scales, options.halves, config, merit)
-        report_at_end(job, particles.as_stored())
 
 
 def _read_images(
@@ -137,9 +147,20 @@ def _read_images(
     with job.bar("Reading", len(particles)) as bar:
         where = options.keep, job.ranks, device
         images = load_observations(particles, config.diameter, lambda done, _: bar(done), *where)
-    for text in empty_text(images, particles.pixel_size_angst):
+    left_out = left_out_text(particles, images.rows)
+    for text in left_out + empty_text(images, particles.pixel_size_angst):
         job.say(f"WARNING: {text}")
     return first_look(job, images, config.diameter, options.contrast)
+
+
+def _those_read(images: ImageSet, particles: Particles, rows: Tensor) -> tuple[Particles, Tensor]:
+    """Particles whose images can be worked with, and those among them that make the map."""
+    if len(images) == len(particles):
+        return particles, rows
+    return (
+        particles.subset(images.rows.numpy()),
+        torch.nonzero(torch.isin(images.rows, rows.int()))[:, 0],
+    )
 
 
 def _stages(
@@ -156,8 +177,6 @@ def _stages(
         stages = RmfnStages(job, config, generator, particles.pixel_size_angst, mask)
     else:
         stages = AmortizedStages(job, config, generator, particles.pixel_size_angst, mask)
-    first = particles.first_with_image()
-    stages.first_with_image = None if first is None else torch.from_numpy(first)
     return stages
 
 

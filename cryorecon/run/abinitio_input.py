@@ -22,7 +22,10 @@ from cryorecon.physics.resampling import resample_volume
 from cryorecon.ranks import ALONE, Ranks
 from cryorecon.run.device import usable_device
 from cryorecon.run.extent import particle_extent
-from cryorecon.run.load import Keep, map_like
+from cryorecon.run.given_maps import map_like
+from cryorecon.run.load import Keep
+from cryorecon.run.power_check import power_doubts
+from cryorecon.run.sample import Sample, sample_of
 from cryorecon.run.settings import point_group
 from cryorecon.run.table_doubts import table_doubts
 from cryorecon.run.width import WIDEST, Source, diameter_share, width_doubts, width_text
@@ -238,8 +241,12 @@ def prepared(
     config = _resolved(options, particles)
     _refuse_contradictions(options, particles)
     doubts = table_doubts(particles)
-    (seen,) = ranks.numbers(_extent(particles) if ranks.first else 0.0)
+    # Read by one process: what is odd the first one says.
+    sample = sample_of(particles) if ranks.first else None
+    (seen,) = ranks.numbers(_extent(sample))
     config, source = _with_width(config, options, seen, begun_with)
+    if sample is not None:
+        doubts += power_doubts(sample, config.diameter)
     config = _banded(config, options, particles)
     return Prepared(particles, rows, config, seen or None, source, doubts)
 
@@ -260,12 +267,9 @@ def _with_width(
     return dataclasses.replace(config, diameter=begun_with), "told" if told else "assumed"
 
 
-def _extent(particles: Particles) -> float:
-    """As the images tell, or 0. The job itself names those that cannot be used."""
-    try:
-        return particle_extent(particles) or 0.0
-    except CryoreconError:
-        return 0.0
+def _extent(sample: Sample | None) -> float:
+    """As the images tell, or 0; also without any that can be worked with, which the job names."""
+    return (particle_extent(sample) or 0.0) if sample else 0.0
 
 
 def _subset(particles: Particles, options: AbinitioOptions) -> Tensor:

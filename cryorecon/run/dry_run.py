@@ -14,6 +14,7 @@ from rich.console import Console
 
 from cryorecon.engines.contrast import SURE, FirstLook
 from cryorecon.engines.moments.sums_full import check_full
+from cryorecon.io.mrc import StackReader
 from cryorecon.io.particles import Particles, read_particles
 from cryorecon.run.abinitio_input import AbinitioOptions, prepared
 from cryorecon.run.contrast import differing_text
@@ -25,6 +26,7 @@ from cryorecon.run.cost import (
     moments_cost,
 )
 from cryorecon.run.device import device_text
+from cryorecon.run.image_checks import left_out_text
 from cryorecon.run.load import (
     Keep,
     load_observations,
@@ -34,6 +36,7 @@ from cryorecon.run.load import (
 )
 from cryorecon.run.moments.estimate import MomentsOptions, resolve_geometry
 from cryorecon.run.moments.reconstruct import MomentReconstructOptions
+from cryorecon.run.repeats import repeats
 from cryorecon.run.results import size_text
 from cryorecon.run.table_doubts import table_doubts
 from cryorecon.run.width import Source, width_text
@@ -65,7 +68,8 @@ def describe_abinitio(star: Path, options: AbinitioOptions, console: Console) ->
     say = _teller(console)
     found = _tell_particles(particles, config.diameter, say)
     say(ready.width_text)
-    for doubt in ready.doubts:
+    doubts = ready.doubts + repeats(particles, config.diameter).texts()
+    for doubt in doubts:
         say(f"WARNING: {doubt}")
     others = len(particles) - len(rows)
     if others:
@@ -84,7 +88,7 @@ def describe_abinitio(star: Path, options: AbinitioOptions, console: Console) ->
     )
     easy, hard = cost(hard=False), cost(hard=True)
     held, place = _tell_images(len(particles), box, options.keep, torch.device(options.device), say)
-    found |= {"warnings": list(ready.doubts), "map_particles": n, "images_held": place}
+    found |= {"warnings": doubts, "map_particles": n, "images_held": place}
     return found | _tell_cost(easy, held, say, options.device, hard)
 
 
@@ -138,7 +142,7 @@ def _tell_particles(
 ) -> dict[str, Any]:
     """Open the first and the last stack, and look at some images."""
     order = particles.file_order()
-    particles.images(order[[0, -1]])
+    particles.read(order[[0, -1]], StackReader())
     say(f"{len(particles)} particles, {size_text(particles)}")
     groups = np.unique(particles.optics_index())
     say(f"{len(groups)} optics group{'s' * (len(groups) > 1)}")
@@ -156,7 +160,10 @@ def _tell_particles(
     voltages = particles.ctf_parameters().voltage_kv.unique().tolist()
     say(f"voltage {', '.join(f'{v:g}' for v in voltages)} kV")
     some = order[:: max(1, -(-len(order) // _LOOKED_AT))]
-    images = load_observations(particles.subset(np.sort(some)), diameter, keep="memory")
+    looked_at = particles.subset(np.sort(some))
+    images = load_observations(looked_at, diameter, keep="memory")
+    for text in left_out_text(looked_at, images.rows):
+        say(f"WARNING: {text}")
     look = FirstLook.at(images, diameter)
     score, sure = look.score(), look.sure_groups(images.group)
     if all(sure):

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from cryorecon.io.particles import Particles
 from cryorecon.physics.ctf import ctf
 from cryorecon.physics.fourier import half_plane, radius_grid, to_coefficients, to_images
-from cryorecon.run.image_checks import refuse_unfit
+from cryorecon.run.sample import Sample
 
-# Images that are looked at, spread over the table; that are read at once; pixels a side, at most.
-_LOOKED_AT, _AT_ONCE, _BOX = 1000, 50, 64
 # Detail that is looked at, in cycles per box; more of it is noise.
 _BAND = 12.0
 # Share of the largest variance that a ring of the particle has at least, and standard errors; how
@@ -24,7 +20,7 @@ _CORNER = 0.5
 _NARROWEST, _WIDEST = 0.15, 0.95
 
 
-def particle_extent(particles: Particles) -> float | None:
+def particle_extent(sample: Sample) -> float | None:
     """Diameter of the circle that the particles lie in, as a share of the box.
 
     Images times their CTF vary more where there is a particle than in the corners of the box: the
@@ -35,22 +31,12 @@ def particle_extent(particles: Particles) -> float | None:
     -------
     float, or None
         If the images show no particle, or it does not end within the box.
-
-    Raises
-    ------
-    CryoreconError
-        If an image is blank, masked or not finite.
     """
-    small = particles.cropped(_BOX)
-    rows = np.unique(np.linspace(0, len(small) - 1, _LOOKED_AT).round().astype(np.int64))
-    # Some at a time: they may be large on disk.
-    parts = np.array_split(rows, -(-len(rows) // _AT_ONCE))
-    images = torch.from_numpy(np.concatenate([small.images(part) for part in parts]))
-    refuse_unfit(small, torch.from_numpy(rows), images)
+    small = sample.particles
     plane = half_plane(small.box)
-    optics = small.ctf_parameters()[torch.from_numpy(rows)]
+    optics = small.ctf_parameters()
     gain = ctf(plane.frequencies, optics, small.box, small.pixel_size_angst).float()
-    return extent_of(images, gain)
+    return extent_of(sample.images, gain)
 
 
 def extent_of(images: Tensor, gain: Tensor) -> float | None:

@@ -78,8 +78,8 @@ class HalfSets(Refining):
         return [first, second]
 
     def _quarters(self, mine: torch.Tensor) -> torch.Tensor:
-        """A half set's halves, drawn at random; particles of the same image are in one."""
-        first = mine if self.first_with_image is None else self.first_with_image[mine]
+        """A half set's halves, drawn at random; particles that are the same are in one."""
+        first = mine if self.first_alike is None else self.first_alike[mine]
         shown, image = first.unique(return_inverse=True)
         return (torch.randperm(len(shown), generator=self.generator) % 2)[image]
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 import psutil
 import torch
@@ -13,8 +12,6 @@ from torch import Tensor
 
 from cryorecon.engines.observations import ImageSet, Source, rows_of, taken_to
 from cryorecon.engines.shrinking import free_memory
-from cryorecon.errors import CryoreconError
-from cryorecon.io.mrc import read_map
 from cryorecon.io.particles import Particles
 from cryorecon.io.read_ahead import ReadAhead
 from cryorecon.physics.ctf import CtfParameters, ctf
@@ -28,7 +25,7 @@ from cryorecon.physics.masks import soft_ball
 from cryorecon.physics.resampling import downsample_images
 from cryorecon.ranks import ALONE, Ranks
 from cryorecon.run.empty_shells import empty_shells, shell_power
-from cryorecon.run.image_checks import refuse_unfit
+from cryorecon.run.image_checks import FitImages
 
 Keep = Literal["auto", "memory", "disk"]
 
@@ -86,6 +83,7 @@ class _FromDisk:
     """
 
     reader: ReadAhead
+    fit: FitImages
     optics: CtfParameters
     plane: HalfPlane
     outside: Tensor
@@ -139,9 +137,7 @@ class _FromDisk:
         return [slice(first, min(first + step, n)) for first in range(0, n, step)]
 
     def _raw(self, rows: Tensor) -> Tensor:
-        images = torch.from_numpy(self.reader.images(rows.numpy()))
-        refuse_unfit(self.reader.particles, rows, images)
-        return images
+        return self.fit.emptied(rows, torch.from_numpy(self.reader.images(rows.numpy())))
 
     def ctf(self, rows: Tensor, count: int) -> Tensor:
         """CTF of some images at the first coefficients."""
@@ -254,7 +250,8 @@ def load_observations(
     Each image gets zero mean and unit variance outside the particle; the noise spectrum of each
     optics group is the mean power out there, over about 20,000 images spread over the stack; that
     of a small group mostly all groups' (see :func:`pooled_spectra`). Shells that a group's images
-    show nothing in have no CTF (:mod:`cryorecon.run.empty_shells`).
+    show nothing in have no CTF (:mod:`cryorecon.run.empty_shells`). A few images that are blank,
+    masked or not finite are left out: `rows` of the set are the others.
 
     Parameters
     ----------
@@ -275,19 +272,19 @@ def load_observations(
     Raises
     ------
     CryoreconError
-        If an image is blank or masked, so that no noise can be measured.
+        If more than a twentieth of the images are blank, masked or not finite.
     """
     plane, n, device = half_plane(particles.box).to(device), len(particles), torch.device(device)
     radius_px = diameter / 2 * particles.box
     outside = (1 - soft_ball(particles.box, radius_px, 2.0, 2)).to(device)
     group = torch.from_numpy(particles.optics_index()).int()
-    disk = _FromDisk(ReadAhead(particles), particles.ctf_parameters(), plane, outside, group)
+    optics, fit = particles.ctf_parameters(), FitImages(particles)
+    disk = _FromDisk(ReadAhead(particles), fit, optics, plane, outside, group)
     first, end = ranks.bounds(n)[ranks.index : ranks.index + 2]
     where = place_to_hold(end - first, particles.box, keep, device, ranks)
     store = None if where is None else _InMemory.empty(disk, first, end, where)
     heard = _spread(group)
-    power = torch.zeros(int(group.max()) + 1, plane.n_shells, device=device)
-    shown = torch.zeros_like(power)
+    power, shown = torch.zeros(2, int(group.max()) + 1, plane.n_shells, device=device)
     done, spread = 0, torch.zeros(1, dtype=torch.float64, device=device)
     for rows, following in with_next(_mine(particles, first, end)):
         done += len(rows)
@@ -299,16 +296,15 @@ def load_observations(
         images, spreads = disk.images(rows, following)
         if store:
             store.put(rows, images)
-        useful = torch.nonzero(heard[rows])[:, 0]
+        useful = torch.nonzero(heard[rows] & fit.fit[rows])[:, 0]
         spread += rows_of(spreads, useful).double().sum()
-        for number in group[rows[useful]].unique().tolist():
-            of_group = rows_of(images, useful[group[rows[useful]] == number])
+        for number, of_group in _by_group(images, useful, group[rows[useful]]):
             power[number] += noise_power_outside(of_group, radius_px, plane) * len(of_group)
             shown[number] += shell_power(of_group, plane)
     ranks.add_up(power, spread, shown)
-    counts = torch.bincount(group[heard], minlength=len(power)).to(device)
-    heard_of = counts[:, None] * coefficients_by_shell(plane)
-    noise = pooled_spectra(power * coefficients_by_shell(plane), heard_of)
+    kept = fit.everywhere(ranks)
+    heard &= fit.fit
+    noise = _noise_spectra(power, group[heard], plane)
     empty = empty_shells(shown)
     if empty is not None:
         disk, store = replace(disk, empty=empty), None if store is None else store.without(empty)
@@ -316,7 +312,20 @@ def load_observations(
     rows = torch.arange(n, dtype=torch.int32)
     apart = ranks, n, _place(particles), particles.stored_box, store is not None
     spread_of_one = float(spread) / int(heard.sum())
-    return ImageSet(plane, source, noise, group, torch.ones(n), rows, *apart, spread_of_one, empty)
+    found = ImageSet(plane, source, noise, group, torch.ones(n), rows, *apart, spread_of_one, empty)
+    return found if len(kept) == n else found.apart(kept)
+
+
+def _by_group(images: Tensor, rows: Tensor, group: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Some rows of images, those of one group at a time, and its number."""
+    for number in group.unique().tolist():
+        yield number, rows_of(images, rows[group == number])
+
+
+def _noise_spectra(power: Tensor, group: Tensor, plane: HalfPlane) -> Tensor:
+    """Of the sums of power (groups, n_shells) over images of some groups."""
+    counts, of_shells = torch.bincount(group, minlength=len(power)), coefficients_by_shell(plane)
+    return pooled_spectra(power * of_shells, counts.to(power.device)[:, None] * of_shells)
 
 
 def place_to_hold(
@@ -362,34 +371,3 @@ def _spread(group: Tensor) -> Tensor:
         rows = torch.nonzero(group == number)[:, 0]
         heard[rows[:: max(1, -(-len(rows) * len(numbers) // _NOISE_IMAGES))]] = True
     return heard
-
-
-class Grid(Protocol):
-    """Whatever says how large images are."""
-
-    @property
-    def box(self) -> int:
-        """Samples a side."""
-
-    @property
-    def pixel_size_angst(self) -> float:
-        """Of the images."""
-
-
-def map_like(path: Path, images: Grid, what: str) -> Tensor:
-    """A map that must have the images' box and pixel size, shape (N, N, N), float32.
-
-    Raises
-    ------
-    CryoreconError
-        If it has others.
-    """
-    found = read_map(path)
-    box, pixel = images.box, images.pixel_size_angst
-    if len(found.data) != box or abs(found.pixel_size_angst / pixel - 1) > 0.01:
-        raise CryoreconError(
-            f"The {what} {path} has {len(found.data)} px at {found.pixel_size_angst:g} A, the "
-            f"particles {box} px at {pixel:g} A",
-            f"Resample the {what} to the particles' box and pixel size",
-        )
-    return torch.from_numpy(found.data).float()

@@ -23,7 +23,7 @@ from cryorecon.maps.poses import compare_pose_sets
 from cryorecon.physics.fourier import max_band
 from cryorecon.run.checkpoint import Entry, broken
 from cryorecon.run.contrast import first_look
-from cryorecon.run.image_checks import checksums
+from cryorecon.run.image_checks import checksums, left_out_text
 from cryorecon.run.job import Job, Task, open_job, write_output_nodes
 from cryorecon.run.load import load_observations
 from cryorecon.run.plots import map_figure, pose_error_figure, save_figure
@@ -85,6 +85,10 @@ def abinitio_perturbed(
         job.say(f"poses start {LEAST_DEG:g} to {MOST_DEG:g} degrees FROM THOSE IN {star}")
         with job.bar("Reading", len(particles)) as bar:
             observations = load_observations(particles, config.diameter, lambda n, _: bar(n))
+        for text in left_out_text(particles, observations.rows):
+            job.say(f"WARNING: {text}")
+        kept = observations.rows.numpy()
+        particles, given = particles.subset(kept), given[kept]
         observations = first_look(job, observations, config.diameter, options.contrast)
         run = _begin(particles, observations.whole(), config, given, options.seed)
         _train(job, run, particles)

@@ -64,8 +64,8 @@ class Parts(ABC):
     ----------
     part : str
         The one that is going on.
-    first_with_image : Tensor, shape (n,), int64, optional
-        First particle that shows the same image, of each; None if all images differ.
+    first_alike : Tensor, shape (n,), int64, optional
+        First particle that is the same, of each; None if all differ.
     axes_follow : bool
         Whether a symmetric part follows: poses are searched anew there alone, since what is found
         in a map that is not symmetric yet are mostly copies.
@@ -77,7 +77,7 @@ class Parts(ABC):
     pixel_size_angst: float
     mask: torch.Tensor | None = None
     part: str = "map"
-    first_with_image: torch.Tensor | None = None
+    first_alike: torch.Tensor | None = None
     axes_follow: bool = False
 
     @abstractmethod

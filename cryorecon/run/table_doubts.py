@@ -6,12 +6,16 @@ import re
 
 import numpy as np
 import pandas as pd
+from torch import Tensor
 
 from cryorecon.io.cryosparc import is_cryosparc_file, unread_fields
+from cryorecon.io.optics import SAME_SIZE, pixel_sizes_angst
 from cryorecon.io.particles import Particles
 
 # Hardly anybody records at a smaller or larger defocus, or with other pixels.
 _DEFOCUS_ANGST, _PIXEL_ANGST = (3000.0, 80000.0), (0.2, 20.0)
+# Estimates that failed, in a table of others; micrographs that hardly ever have one defocus.
+_FAILED_ANGST, _MANY = 1000.0, 3
 # Below this a defocus is in micrometres, above it in nanometres, where it is too small.
 _MICROMETRES = 100.0
 # What many programs write that know no pixel size; share by which calibrated ones may differ.
@@ -29,6 +33,7 @@ _NOT_MODELLED = {
 }
 # The same, as lists of numbers such as [0.1,-0.2].
 _LISTS_NOT_MODELLED = ("rlnOddZernike", "rlnEvenZernike")
+_MICROGRAPH = "rlnMicrographName"
 _NUMBER = re.compile(r"[-+]?[\d.]+(?:[eE][-+]?\d+)?")
 
 
@@ -70,15 +75,51 @@ def _defocus_text(particles: Particles) -> list[str]:
     if signed < 0:
         doubts.append("underfocus is positive, as in RELION; check its sign")
     told = f"{signed:.4g}" if abs(signed) < 1000 else f"{signed:,.0f}"
-    return [f"the median defocus is {told} A: {'; '.join(doubts)}"] if doubts else []
+    if doubts:
+        return [f"the median defocus is {told} A: {'; '.join(doubts)}"]
+    return _failed_text(particles, (optics.defocus_u_angst + optics.defocus_v_angst) / 2)
+
+
+def _failed_text(particles: Particles, defocus_angst: Tensor) -> list[str]:
+    """Estimates of some images that failed, or of all, which then have what was written instead."""
+    n, size = len(particles), defocus_angst.abs()
+    failed = int(((size < _FAILED_ANGST) | (size > _DEFOCUS_ANGST[1])).sum())
+    if failed:
+        return [
+            f"the defocus of {failed} of {n} images is below {_FAILED_ANGST:,.0f} or above "
+            f"{_DEFOCUS_ANGST[1]:,.0f} A, as where its estimate failed: take them out"
+        ]
+    one = bool((defocus_angst == defocus_angst[0]).all())
+    if one and _MICROGRAPH in particles.table:
+        micrographs = len(np.unique(np.asarray(particles.table[_MICROGRAPH], dtype=str)))
+        if micrographs >= _MANY:
+            return [
+                f"all images of {micrographs} micrographs have one defocus, "
+                f"{float(defocus_angst[0]):,.0f} A: was it estimated?"
+            ]
+    return []
 
 
 def _pixel_size_text(particles: Particles) -> list[str]:
     pixel = particles.stored_pixel_size_angst
     if _PIXEL_ANGST[0] <= pixel <= _PIXEL_ANGST[1]:
-        return []
+        return _pixel_sizes_text(particles)
     why = "if it is in nanometres, write it" if pixel < _PIXEL_ANGST[0] else "check that it is"
     return [f"the pixel size of {particles.path} is {pixel:.4g} A: {why} in angstrom"]
+
+
+def _pixel_sizes_text(particles: Particles) -> list[str]:
+    """Whether they differ, by less than what is refused."""
+    pixel, optics = particles.stored_pixel_size_angst, particles.blocks.get("optics")
+    sizes = pixel_sizes_angst(particles.path, particles.table, optics)
+    others = np.abs(sizes / pixel - 1) > SAME_SIZE
+    if not others.any():
+        return []
+    n, low, high = int(others.sum()), sizes.min(), sizes.max()
+    return [
+        f"pixel sizes are {low:.6g} to {high:.6g} A: {n} of {len(sizes)} images are taken as if "
+        f"theirs were {pixel:.6g} A, too"
+    ]
 
 
 def _header_text(particles: Particles) -> list[str]:

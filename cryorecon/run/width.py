@@ -90,7 +90,8 @@ def width_doubts(
     if source == "assumed":
         return [
             f"the images do not tell the particle's diameter: {RefineConfig.diameter:g} of the "
-            f"box, {whole_angst(diameter * side)} A, is assumed; give --diameter"
+            f"box, {whole_angst(diameter * side)} A, is assumed; give --diameter, or extract wider "
+            "where particles fill the box"
         ]
     if source == "given" and seen is not None and diameter <= _CUTS * seen:
         return [

@@ -28,6 +28,7 @@ from cryorecon.physics.pose_derivatives import derivatives
 from cryorecon.physics.rotations import exp_map, geodesic_distance_deg
 from cryorecon.run.half_sets import half_sets
 from cryorecon.run.load import load_observations
+from cryorecon.run.repeats import repeats
 
 
 def read_truth(stack: Path):
@@ -42,7 +43,7 @@ def read_truth(stack: Path):
 def true_pose_state(particles, images, config, rotations, offsets) -> Reconstruction:
     """The engine's state after a round at the true poses."""
     generator = torch.Generator().manual_seed(0)
-    half = half_sets(particles, generator)
+    half = half_sets(particles, generator, repeats(particles, config.diameter))
     box = particles.box
     support = Support(config.diameter / 2)
     blank = torch.zeros(box, box, box)

@@ -109,6 +109,7 @@ def _search(star: Path, folder: Path, mark: Callable[[str], None], engine: str) 
     from cryorecon.run.half_sets import half_sets
     from cryorecon.run.job import Task, open_job
     from cryorecon.run.load import load_observations
+    from cryorecon.run.repeats import repeats
     from cryorecon.run.rmfn_stages import RmfnStages
     from cryorecon.run.stages import HELD_OUT
 
@@ -122,7 +123,7 @@ def _search(star: Path, folder: Path, mark: Callable[[str], None], engine: str) 
     with open_job(folder, Console(quiet=True), task) as job:
         generator = torch.Generator().manual_seed(0)
         images = load_observations(particles, config.diameter, keep="disk")
-        half = half_sets(particles, generator)
+        half = half_sets(particles, generator, repeats(particles, config.diameter))
         mark("noise")
         stages = _stages(job, config, generator, options, particles)
         if isinstance(stages, RmfnStages):

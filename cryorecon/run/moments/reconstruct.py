@@ -29,9 +29,9 @@ from cryorecon.physics.fourier import lowpass
 from cryorecon.ranks import ALONE, Ranks
 from cryorecon.run.curves import FscCurve, write_fsc_star
 from cryorecon.run.device import own_device
+from cryorecon.run.given_maps import map_like
 from cryorecon.run.image_checks import checksums
 from cryorecon.run.job import Job, Task, continue_command, open_job, write_output_nodes
-from cryorecon.run.load import map_like
 from cryorecon.run.moments.estimate import MomentsOptions, moments_of, resolve_geometry, state_path
 from cryorecon.run.moments.maps import on_images
 from cryorecon.run.moments.restarts import all_starts

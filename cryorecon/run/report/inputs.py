@@ -21,6 +21,7 @@ from cryorecon.io.star import numbers, read_star, star_blocks
 from cryorecon.io.text_table import TextTable
 from cryorecon.run.abinitio_input import worked_box
 from cryorecon.run.curves import FscCurve, read_fsc_star
+from cryorecon.run.image_checks import MOST_LEFT_OUT
 
 MAP = "initial_model.mrc"
 POSES = "run_data.star"
@@ -299,10 +300,11 @@ def _check_one_job(
     remedy = "Keep one job's files in a directory; run the job again with --overwrite"
     # Agreed poses are of the first job that agrees, whichever that is.
     rows = None if settings.get("kind") == "consensus" else settings.get("input_rows")
-    if rows is not None and poses is not None and rows != len(poses.rotations):
+    n = rows if poses is None else len(poses.rotations)
+    # A few images may have been left out.
+    if rows is not None and not (1 - MOST_LEFT_OUT) * rows <= n <= rows:
         raise CryoreconError(
-            f"{poses.path} has {len(poses.rotations)} particles, the job of {folder / 'job.yaml'} "
-            f"has {rows}",
+            f"{folder / POSES} has {n} particles, the job of {folder / 'job.yaml'} has {rows}",
             remedy,
         )
     for path in sorted(folder.glob("run_half?_class001_unfil.mrc")) if found else []:
