@@ -42,13 +42,15 @@ _SHARE_OF_MEMORY = 0.5
 _SHARE_OF_GPU = 0.25
 # Images that noise spectra are measured on: more would not make them better.
 _NOISE_IMAGES = 20_000
+# Planes that hold more than this share of what lies outside the particle are no noise.
+_STEEP = 0.05
 
 
 def normalised(images: Tensor, outside: Tensor, *, sloping: bool = False) -> Tensor:
     """Images with zero mean and unit standard deviation outside the particle.
 
-    With `sloping` a plane is taken out in place of a level: ice may be thicker on one side. Of the
-    noise this takes two coefficients' worth, which moments would show.
+    With `sloping` a plane is taken out in place of a level where it is steep: ice may be thicker on
+    one side.
     """
     return divided_by_noise(images, outside, sloping=sloping)[0]
 
@@ -66,7 +68,9 @@ def divided_by_noise(
     for raw, target, spread in parts:
         values = _take_level_out(raw.flatten(1), weight, target.view(len(raw), -1))
         if sloping:
-            values.addmm_(values @ (slopes * weight).T, slopes, alpha=-1)
+            tilt = values @ (slopes * weight).T
+            steep = tilt.square().sum(-1) > _STEEP * (values.square() @ weight)
+            values.addmm_(tilt * steep[:, None], slopes, alpha=-1)
         torch.sqrt(values.square() @ weight, out=spread).clamp_(min=1e-20)
         values.div_(spread[:, None])
     return found, spreads
