@@ -81,6 +81,21 @@ def test_images_without_noise_around_the_particle_are_counted(changed, radius_px
 
 
 @pytest.mark.parametrize("keep", ["memory", "disk"])
+def test_a_slope_of_the_images_is_taken_out(stack, changed, keep):
+    """Ice that is thicker on one side."""
+    steps = np.arange(BOX) - 3.0
+    tilts = np.random.default_rng(1).uniform(1, 2, size=(2, N, 1, 1))
+    tilts[:, ::2] *= -1
+    slope = tilts[0] * steps + tilts[1] * steps[:, None]
+    found = load_observations(changed(lambda images: images + 0.2 * slope), 0.8, keep=keep)
+    # Whatever the slope is.
+    plain = load_observations(changed(lambda images: images + 0.3 * slope), 0.8, keep=keep)
+    torch.testing.assert_close(found.noise_power, plain.noise_power, rtol=1e-3, atol=0)
+    for mine, expected in zip(found.whole().matched(), plain.whole().matched(), strict=True):
+        torch.testing.assert_close(mine, expected, rtol=0, atol=1e-3 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("keep", ["memory", "disk"])
 def test_a_few_images_that_cannot_be_worked_with_are_left_out(stack, changed, keep):
     def spoilt(images):
         images[9] = 7.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -41,22 +42,35 @@ _SHARE_OF_MEMORY = 0.5
 _SHARE_OF_GPU = 0.25
 # Images that noise spectra are measured on: more would not make them better.
 _NOISE_IMAGES = 20_000
+# Planes that hold more than this share of what lies outside the particle are no noise.
+_STEEP = 0.05
 
 
-def normalised(images: Tensor, outside: Tensor) -> Tensor:
-    """Images with zero mean and unit standard deviation outside the particle."""
-    return divided_by_noise(images, outside)[0]
+def normalised(images: Tensor, outside: Tensor, *, sloping: bool = False) -> Tensor:
+    """Images with zero mean and unit standard deviation outside the particle.
+
+    With `sloping` a plane is taken out in place of a level where it is steep: ice may be thicker on
+    one side.
+    """
+    return divided_by_noise(images, outside, sloping=sloping)[0]
 
 
-def divided_by_noise(images: Tensor, outside: Tensor) -> tuple[Tensor, Tensor]:
+def divided_by_noise(
+    images: Tensor, outside: Tensor, *, sloping: bool = True
+) -> tuple[Tensor, Tensor]:
     """The same, and what each was divided by, shape (b,)."""
     weight = outside.flatten() / outside.sum()
+    slopes = _slopes(weight) if sloping else weight
     found, spreads = torch.empty_like(images), images.new_empty(len(images))
     # Some megabyte at a time: it is gone through six times.
     step = _images_at_once(images.shape[-1], images.device)
     parts = zip(images.split(step), found.split(step), spreads.split(step), strict=True)
     for raw, target, spread in parts:
         values = _take_level_out(raw.flatten(1), weight, target.view(len(raw), -1))
+        if sloping:
+            tilt = values @ (slopes * weight).T
+            steep = tilt.square().sum(-1) > _STEEP * (values.square() @ weight)
+            values.addmm_(tilt * steep[:, None], slopes, alpha=-1)
         torch.sqrt(values.square() @ weight, out=spread).clamp_(min=1e-20)
         values.div_(spread[:, None])
     return found, spreads
@@ -73,6 +87,18 @@ def _take_level_out(flat: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     torch.sub(flat, (flat @ weight)[:, None], out=out)
     # What is left of the level after rounding counts where it is large beside the spread.
     return out.sub_((out @ weight)[:, None])
+
+
+def _slopes(weight: Tensor) -> Tensor:
+    """Planes along x and y without a level, of mean square 1 and orthogonal; shape (2, N^2)."""
+    box = math.isqrt(len(weight))
+    steps = torch.arange(box, device=weight.device, dtype=weight.dtype) - box // 2
+    x, y = steps.repeat(box), steps.repeat_interleave(box)
+    x = x - x @ weight
+    x = x / (x.square() @ weight).sqrt()
+    y = y - y @ weight
+    y = y - x * ((x * y) @ weight)
+    return torch.stack([x, y / (y.square() @ weight).sqrt()])
 
 
 @dataclass(frozen=True)
@@ -108,7 +134,7 @@ class _FromDisk:
         coefficients = torch.empty(len(rows), count, dtype=torch.complex64, device=self.device)
         gain = torch.empty(len(rows), count, device=self.device)
         for some in self._steps(len(rows)):
-            images = normalised(self._taken(raw[some]), self.outside)
+            images = normalised(self._taken(raw[some]), self.outside, sloping=True)
             coefficients[some] = to_coefficients(images, plane)
             gain[some] = self.ctf(rows[some], count)
         return coefficients, gain
@@ -247,11 +273,11 @@ def load_observations(
 ) -> ImageSet:
     """Read all images in file order and measure their noise; keep what fits into memory.
 
-    Each image gets zero mean and unit variance outside the particle; the noise spectrum of each
-    optics group is the mean power out there, over about 20,000 images spread over the stack; that
-    of a small group mostly all groups' (see :func:`pooled_spectra`). Shells that a group's images
-    show nothing in have no CTF (:mod:`cryorecon.run.empty_shells`). A few images that are blank,
-    masked or not finite are left out: `rows` of the set are the others.
+    Each image loses its level and slope and gets unit variance outside the particle; the noise
+    spectrum of each optics group is the mean power out there, over about 20,000 images spread over
+    the stack; that of a small group mostly all groups' (see :func:`pooled_spectra`). Shells that a
+    group's images show nothing in have no CTF (:mod:`cryorecon.run.empty_shells`). A few images
+    that are blank, masked or not finite are left out: `rows` of the set are the others.
 
     Parameters
     ----------

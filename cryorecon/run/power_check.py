@@ -69,7 +69,7 @@ class _Power:
         particles, box = sample.particles, sample.particles.box
         plane, radius_px = half_plane(box), diameter / 2 * box
         ball = soft_ball(box, radius_px, 2.0, 2)
-        images = normalised(sample.images, 1 - ball)
+        images = normalised(sample.images, 1 - ball, sloping=True)
         inside = float((images.square().mean(0) * ball).sum() / ball.sum())
         power = shell_means(to_coefficients(images, plane).abs().square().double(), plane)
         noise = noise_power_outside(images, radius_px, plane).double()
