@@ -230,6 +230,9 @@ def test_a_training_that_teaches_nothing_is_told(cryorecon, tmp_path):
     assert code == 1
     assert "diverged at batch" in err
     assert "--learning-rate" in err
+    code, _, err = cryorecon(*words, "-o", tmp_path / "a", "--overwrite", "--learning-rate", 0)
+    assert code == 1
+    assert "learning_rate cannot be 0.0: needs pairs, epochs, a batch and a positive rate." in err
     assert not (tmp_path / "a" / "encoder.safetensors").exists()
     for rate, pairs, warned in ((3.0, 320, True), (6e-3, 6400, False)):
         folder = tmp_path / str(rate)

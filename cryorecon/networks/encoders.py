@@ -53,7 +53,7 @@ class EncoderConfig:
     def __post_init__(self) -> None:
         least = LEAST_INPUT_PX[self.kind]
         if self.input_size < least or self.heads < 1:
-            raise ValueError(f"a {self.kind} encoder needs {least} px and a head, got {self}")
+            raise ValueError(f"a {self.kind} encoder needs {least} px and a head")
 
 
 class GaussianBank(nn.Module):

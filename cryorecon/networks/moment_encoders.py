@@ -56,7 +56,7 @@ class MomentEncoderConfig:
 
     def __post_init__(self) -> None:
         if self.kernel % 2 == 0 or self.kernel > self.n or self.n < 4:
-            raise ValueError(f"needs an odd kernel no wider than n, and n of 4 or more, got {self}")
+            raise ValueError("needs an odd kernel no wider than n, and n of 4 or more")
 
     def weight_count(self) -> int:
         """Weights and biases of the network, without making it."""

@@ -29,9 +29,9 @@ class MixtureConfig:
 
     def __post_init__(self) -> None:
         if self.components < 1 or not 0 < self.narrowest <= self.widest <= 0.5:
-            raise ValueError(f"needs a component and widths in (0, 0.5], got {self}")
+            raise ValueError("needs a component and widths in (0, 0.5]")
         if not 0 < self.lowest <= 1:
-            raise ValueError(f"needs heights in (0, 1], got {self}")
+            raise ValueError("needs heights in (0, 1]")
 
 
 def draw_mixtures(

@@ -41,7 +41,7 @@ class RefineConfig:
 
     def __post_init__(self) -> None:
         if self.iterations < 1 or self.learning_rate <= 0 or self.second_weight < 0:
-            raise ValueError(f"needs iterations, a positive rate and weight, got {self}")
+            raise ValueError("needs iterations, a positive rate and weight")
 
 
 def loss_of(

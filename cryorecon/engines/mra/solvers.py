@@ -164,7 +164,7 @@ class DirectConfig:
 
     def __post_init__(self) -> None:
         if self.starts < 0 or self.stages < 1 or self.steps < 1 or not 0 < self.fall < 1:
-            raise ValueError(f"needs counts of 1 or more and a fall in (0, 1), got {self}")
+            raise ValueError("needs counts of 1 or more and a fall in (0, 1)")
 
 
 def solve_direct(

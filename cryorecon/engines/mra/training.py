@@ -70,7 +70,7 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         if min(self.pairs, self.epochs, self.batch) < 1 or not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"needs pairs, epochs, a batch and a positive rate, got {self}")
+            raise ValueError("needs pairs, epochs, a batch and a positive rate")
 
     @property
     def steps_per_epoch(self) -> int:
