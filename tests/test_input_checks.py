@@ -325,11 +325,11 @@ def test_moments_of_a_doubtful_table_warn(changed, cryorecon, tmp_path):
     """They did in dry runs only."""
     changed(table=lambda particles: particles.assign(rlnDefocusU="1.7", rlnDefocusV="1.6"))
     words = (tmp_path / "changed.star", "-o", tmp_path / "m.h5", "--third", 0)
-    code, told, _ = cryorecon("moments", "estimate", *words)
+    code, _, said = cryorecon("moments", "estimate", *words)
     assert code == 0
-    assert told.startswith("WARNING: the median defocus is 1.7 A")
-    told = cryorecon("moments", "estimate", *words, "--overwrite", "--no-ctf")[1]
-    assert not told.startswith("WARNING")
+    assert " ".join(said.split()).startswith("WARNING: the median defocus is 1.7 A")
+    said = cryorecon("moments", "estimate", *words, "--overwrite", "--no-ctf")[2]
+    assert "WARNING" not in said
 
 
 def test_images_without_a_ctf_have_no_doubtful_defocus(changed):
