@@ -210,8 +210,8 @@ def project(few, tmp_path):
 @pytest.mark.parametrize(
     "words",
     [
-        "reconstruct p.star -o particles.mrcs --overwrite",
-        "reconstruct p.star -o ./p.star --overwrite",
+        "reconstruct p.star -o stack.mrc --overwrite",
+        "reconstruct p.star -o ./table.mrc --overwrite",
         "fsc map.mrc other.mrc --star map.mrc",
         "fsc map.mrc other.mrc --xml other.mrc",
         "fsc map.mrc other.mrc --aligned-map linked.mrc",
@@ -221,11 +221,21 @@ def project(few, tmp_path):
     ],
 )
 def test_no_command_writes_over_what_it_reads(project, words):
-    (project / "linked.mrc").symlink_to("map.mrc")
+    for link, name in (("linked", "map.mrc"), ("stack", "particles.mrcs"), ("table", "p.star")):
+        (project / f"{link}.mrc").symlink_to(name)
     before = {path.name: path.read_bytes() for path in project.iterdir()}
     done = cryorecon(*words.split(), cwd=project)
     assert done.returncode == 1, done.stdout
     assert "is what this command reads" in done.stderr
+    assert {path.name: path.read_bytes() for path in project.iterdir()} == before
+
+
+@pytest.mark.parametrize("name", ["particles.mrcs", "./p.star"])
+def test_a_map_is_not_written_by_a_name_of_something_else(project, name):
+    before = {path.name: path.read_bytes() for path in project.iterdir()}
+    done = cryorecon("reconstruct", "p.star", "-o", name, "--overwrite", cwd=project)
+    assert done.returncode == 1
+    assert "is no name for a map" in done.stderr
     assert {path.name: path.read_bytes() for path in project.iterdir()} == before
 
 
