@@ -43,7 +43,7 @@ _SHARE_OF_GPU = 0.25
 # Images that noise spectra are measured on: more would not make them better.
 _NOISE_IMAGES = 20_000
 # Planes that hold more than this share of what lies outside the particle are no noise.
-_STEEP = 0.05
+_STEEP = 0.2
 
 
 def normalised(images: Tensor, outside: Tensor, *, sloping: bool = False) -> Tensor:
