@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import MODEL
+from conftest import MODEL, cryorecon
 from typer.testing import CliRunner
 
 from cryorecon.cli.main import app, main
@@ -117,8 +117,15 @@ def test_an_interrupted_run_goes_on_to_the_same_sums(tmp_path, stack_32, monkeyp
     assert torch.equal(again.second, whole.second)
     assert torch.equal(again.first_error, whole.first_error)
     assert not state.exists()
-    with pytest.raises(CryoreconError, match="to continue from"):
-        estimate_moments(star, tmp_path / "m.h5", options, resume=True)
+    # What is finished is told again, and not of others.
+    told = estimate_moments(star, tmp_path / "m.h5", options, resume=True)
+    assert torch.equal(told.second, whole.second)
+    command = "moments", "estimate", star, "-o", tmp_path / "m.h5", "--continue"
+    assert "500 images" in cryorecon(*command, "--max-radius", 6).stdout
+    assert "m.h5 exists" in cryorecon(*command[:-1], "--max-radius", 6).stderr
+    for path, given in [(other, options), (star, MomentsOptions(max_radius=5))]:
+        with pytest.raises(CryoreconError, match="to continue from"):
+            estimate_moments(path, tmp_path / "m.h5", given, resume=True)
 
     # The same through the command: exit status 3 and the command to go on with.
     def stop_at_once(*_):

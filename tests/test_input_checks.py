@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -15,16 +15,18 @@ from cryorecon.engines.amortized import AmortizedConfig
 from cryorecon.engines.contrast import contrast_score
 from cryorecon.engines.rmfn import RmfnConfig
 from cryorecon.errors import CryoreconError
-from cryorecon.io.mrc import open_stack, stack_writer
+from cryorecon.io.mrc import StackReader, open_stack, stack_writer
 from cryorecon.io.particles import read_particles
 from cryorecon.io.star import read_star, write_star
 from cryorecon.physics.ctf import ctf
+from cryorecon.ranks import Ranks
 from cryorecon.run.abinitio import abinitio
 from cryorecon.run.abinitio_input import AbinitioOptions
 from cryorecon.run.extent import particle_extent
 from cryorecon.run.half_sets import half_sets
-from cryorecon.run.image_checks import left_out_text
+from cryorecon.run.image_checks import FitImages, left_out_text
 from cryorecon.run.load import load_observations
+from cryorecon.run.moments.estimate import MomentsOptions, moments_of
 from cryorecon.run.reconstruct import reconstruct
 from cryorecon.run.repeats import repeats
 from cryorecon.run.sample import sample_of
@@ -119,6 +121,63 @@ def test_a_few_images_that_cannot_be_worked_with_are_left_out(stack, changed, ke
     for mine, expected in zip(found.whole().matched(), alone.whole().matched(), strict=True):
         torch.testing.assert_close(mine, expected)
     assert left_out_text(others, alone.rows) == []
+
+
+@dataclass(frozen=True)
+class Two(Ranks):
+    """The first of two processes; the other found some rows that cannot be worked with."""
+
+    others: tuple[int, ...] = ()
+
+    def add_up(self, *tensors):
+        for values in tensors:
+            values[list(self.others)] += 1
+
+
+def test_broken_images_of_all_processes_are_counted_together(changed):
+    """Each by itself left out a twentieth of all."""
+
+    def spoilt(images):
+        images[[9, 20]] = 7.0
+        return images
+
+    particles = changed(spoilt)
+    fit = FitImages(particles)
+    rows = torch.arange(N // 2)
+    fit.emptied(rows, torch.from_numpy(particles.read(rows.numpy(), StackReader())))
+    assert len(fit.everywhere(Two(count=2, others=(31,)))) == N - 3
+    with pytest.raises(CryoreconError, match="changed.star, row 10 and 3 more of 60: the images"):
+        fit.everywhere(Two(count=2, others=(31, 32)))
+
+
+@pytest.mark.parametrize("form", ["steerable", "full"])
+@pytest.mark.parametrize("noise_std", [None, 2.0])
+def test_moments_leave_out_what_cannot_be_worked_with(
+    changed, stack, tmp_path, monkeypatch, form, noise_std
+):
+    """Whole blocks of images, too."""
+    for module in ("estimate", "reader"):
+        monkeypatch.setattr(f"cryorecon.run.moments.{module}._BLOCK", 1)
+    broken, said = [9, 40, 55], []
+
+    def spoilt(images):
+        images[9] = 7.0
+        images[40, 3, 3] = np.nan
+        images[55] *= disc(12.0)
+        return images
+
+    options = MomentsOptions(form=form, max_radius=8, noise_std=noise_std)
+    particles = changed(spoilt)
+    found = moments_of(particles, tmp_path / "all.h5", options, say=said.append)
+    rows = np.setdiff1d(np.arange(N), broken)
+    others = read_particles(stack / "particles.star").subset(rows)
+    wanted = moments_of(others, tmp_path / "fit.h5", options)
+    assert found.n_images == wanted.n_images == N - 3
+    assert len(said) == 1
+    assert said[0].startswith("WARNING: 3 of 60 images, blank, masked, or")
+    assert said[0].endswith("left out (" + str(particles.path) + ", rows 10, 41, 56)")
+    error = (found.second - wanted.second).abs().max()
+    assert error < 1e-5 * wanted.second.abs().max()
 
 
 def test_the_width_is_told_though_some_images_are_blank(changed, stack):

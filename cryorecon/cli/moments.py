@@ -135,12 +135,13 @@ def estimate_command(
     from cryorecon.ranks import ALONE, joined
     from cryorecon.run.dry_run import describe_moments
     from cryorecon.run.job import program_command
-    from cryorecon.run.moments.estimate import MomentsOptions, estimate_moments
+    from cryorecon.run.moments.estimate import MomentsOptions, estimate_moments, state_path
     from cryorecon.run.stopping import StoppedError
 
     use_threads(threads)
     if is_first():
-        _check_output(output, overwrite)
+        # What an earlier run finished is kept, and told again.
+        _check_output(output, overwrite=overwrite or (resume and not state_path(output).exists()))
     options = MomentsOptions(
         form=form,
         diameter_angst=diameter,
@@ -201,7 +202,7 @@ def merge_command(
     # torch takes seconds to load: only when the command runs.
     from cryorecon.run.moments.store import merge_moments
 
-    _check_output(output, overwrite)
+    _check_output(output, first, second, overwrite=overwrite)
     _report(output, merge_moments(first, second, output), json)
 
 
@@ -219,11 +220,11 @@ moments_app.command(
 )(reconstruct_command)
 
 
-def _check_output(output: Path, overwrite: bool) -> None:
+def _check_output(output: Path, *inputs: Path, overwrite: bool) -> None:
     if output.suffix.lower() not in (".h5", ".hdf5"):
         raise CryoreconError(f"{output} is no name for an HDF5 file", "Let it end in .h5")
     require_folders([output])
-    refuse_to_replace([output], [], overwrite=overwrite)
+    refuse_to_replace([output], inputs, overwrite=overwrite)
 
 
 def _report(output: Path, result: Moments, json: bool) -> None:

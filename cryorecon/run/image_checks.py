@@ -137,14 +137,30 @@ class FitImages:
         return images
 
     def everywhere(self, ranks: Ranks) -> Tensor:
-        """Rows that can be worked with, once all processes have read theirs; int64."""
+        """Rows that can be worked with, once all processes have read theirs; int64.
+
+        Raises
+        ------
+        CryoreconError
+            Where those of all processes together are too many.
+        """
         unfit = (~self.fit).to(torch.float32)
         ranks.add_up(unfit)
         self.fit = unfit == 0
+        bad = torch.nonzero(unfit)[:, 0]
+        if len(bad) > MOST_LEFT_OUT * len(unfit):
+            first = self._particles.rows[int(bad[0])] + 1
+            raise CryoreconError(
+                f"{self._particles.path}, row {first} and {len(bad) - 1} more of {len(unfit)}: the "
+                "images are blank, masked, or with NaN or infinite pixels",
+                "Remove such rows from the STAR file",
+            )
         return torch.nonzero(self.fit)[:, 0]
 
 
-def left_out_text(particles: Particles, kept: Tensor) -> list[str]:
+def left_out_text(
+    particles: Particles, kept: Tensor, where: str = "left out, of run_data.star, too"
+) -> list[str]:
     """What the log says of particles that are not among some rows; a line or none."""
     left = np.setdiff1d(np.arange(len(particles)), kept.numpy())
     if len(left) == 0:
@@ -153,6 +169,6 @@ def left_out_text(particles: Particles, kept: Tensor) -> list[str]:
     more = f" and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
     return [
         f"{len(left)} of {len(particles)} images, blank, masked, or with NaN or infinite pixels, "
-        f"cannot be used: left out, of run_data.star, too ({particles.path}, "
+        f"cannot be used: {where} ({particles.path}, "
         f"row{'s' * (len(left) > 1)} {rows}{more})"
     ]

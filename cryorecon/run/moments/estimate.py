@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import torch
+from torch import Tensor
 
 from cryorecon.engines.contrast import Contrast
 from cryorecon.engines.moments.forms import (
@@ -30,9 +31,16 @@ from cryorecon.physics.fourier import max_band
 from cryorecon.ranks import ALONE, Ranks
 from cryorecon.run.contrast import bright_text
 from cryorecon.run.device import own_device
+from cryorecon.run.image_checks import left_out_text
 from cryorecon.run.load import with_next
 from cryorecon.run.moments.reader import Reader
-from cryorecon.run.moments.store import Progress, load_progress, new_sums, save_progress
+from cryorecon.run.moments.store import (
+    Progress,
+    finished_moments,
+    load_progress,
+    new_sums,
+    save_progress,
+)
 from cryorecon.run.stopping import Stop, StoppedError, listening
 from cryorecon.run.table_doubts import table_doubts
 from cryorecon.run.width import LEAST_PIXELS, ROUNDED, WIDEST, limits_text
@@ -179,7 +187,7 @@ def estimate_moments(
     output : Path
         File to write (.h5).
     resume : bool
-        Go on from the state that an interrupted run left.
+        Go on from the state that an interrupted run left; what is finished stays as it is.
     progress : callable, optional
         Called with (images done, images in all).
     finishing : callable, optional
@@ -222,6 +230,10 @@ def moments_of(
         check_full(geometry, psutil.virtual_memory().available)
     source = sha256_of(particles.path)
     state = state_path(output)
+    if resume and not state.exists():
+        found = finished_moments(output, particles.path)
+        if found is not None and found.geometry.attributes() == geometry.attributes():
+            return found
     device = own_device(options.device, ranks)
     if ranks.first:
         for file in (state, output):
@@ -236,9 +248,10 @@ def moments_of(
     with listen as asked:
         reader = Reader.of(particles, geometry, device)
         done = _pass(reader, done, state, options, progress, asked, ranks)
-    n_bright = len(particles) - done.sums.n_images
-    if n_bright and say is not None:
-        say(f"WARNING: {bright_text(n_bright, len(particles))}; they are left out")
+    fit = reader.fit.everywhere(ranks)
+    if say is not None:
+        for text in _left_out(particles, fit, done.sums.n_images, resume):
+            say(f"WARNING: {text}")
     if geometry.max_radius > _LONG_FINISH and ranks.first:
         # Solving for the moments takes long at high radii: an interruption must lose no sums.
         save_progress(state, done)
@@ -248,6 +261,18 @@ def moments_of(
         state.unlink(missing_ok=True)
     ranks.wait()
     return result
+
+
+def _left_out(particles: Particles, fit: Tensor, n_used: int, resumed: bool) -> list[str]:
+    """What is said of images that are not in the sums."""
+    total = len(particles)
+    if resumed and n_used < total:
+        # Which of them an earlier run left out, and why, it has told.
+        return [f"{total - n_used} of {total} images cannot be used or outshine the others: left out"]
+    texts, n_bright = left_out_text(particles, fit, "left out"), len(fit) - n_used
+    if n_bright:
+        texts.append(f"{bright_text(n_bright, total)}; they are left out")
+    return texts
 
 
 def state_path(output: Path) -> Path:

@@ -18,7 +18,7 @@ from cryorecon.physics.ctf import CtfParameters, ctf
 from cryorecon.physics.fourier import HalfPlane, half_plane, to_coefficients
 from cryorecon.physics.imaging import noise_powers_outside, noise_unmixing
 from cryorecon.physics.masks import soft_ball
-from cryorecon.run.image_checks import refuse_unfit
+from cryorecon.run.image_checks import FitImages
 from cryorecon.run.load import levelled, normalised, with_next
 
 # Images that tell what is usual: spread over the stack.
@@ -72,11 +72,14 @@ class Brightness:
 
 @dataclass(frozen=True)
 class Reader:
-    """Blocks of images, on the device of the plane, without those that outshine the others.
+    """Blocks of images, on the device of the plane, without those that no sum should hold.
+
+    Those cannot be worked with (:class:`FitImages`), or outshine the others.
 
     Attributes
     ----------
     images : ReadAhead
+    fit : FitImages
     geometry : MomentsGeometry
     optics : CtfParameters, optional
         None where the CTF is not corrected for.
@@ -91,6 +94,7 @@ class Reader:
     """
 
     images: ReadAhead
+    fit: FitImages
     geometry: MomentsGeometry
     optics: CtfParameters | None
     offsets_px: Tensor
@@ -106,6 +110,7 @@ class Reader:
         radius_px, plane = geometry.diameter / 2 * geometry.box, half_plane(geometry.box)
         reader = Reader(
             ReadAhead(particles),
+            FitImages(particles),
             geometry,
             particles.ctf_parameters() if geometry.ctf else None,
             origins,
@@ -122,7 +127,7 @@ class Reader:
         read while these are worked on.
         """
         self.images.expect(following.numpy())
-        images, rest, power = self._prepared(rows)
+        rows, images, rest, power = self._prepared(rows)
         if self.brightness is not None:
             bright = self.brightness.outshining(*self._seen(rows, images, self.brightness.coarse))
             if bool(bright.any()):
@@ -131,21 +136,23 @@ class Reader:
                 rows, rest = rows[kept], None if rest is None else rest[kept]
         return MomentBatch(images, rest, self._ctf(rows, frequencies), power)
 
-    def _prepared(self, rows: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Images, the rest of their origins and the power of their noise."""
+    def _prepared(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """Rows that can be worked with: images, the rest of origins, the power of their noise."""
         geometry, device = self.geometry, self.outside.device
-        images = torch.from_numpy(self.images.images(rows.numpy()))
-        refuse_unfit(self.images.particles, rows, images)
+        images = self.fit.emptied(rows, torch.from_numpy(self.images.images(rows.numpy())))
+        fit = self.fit.fit[rows]
+        rows, images = rows[fit], images[fit]
         images, rest = centred_images(taken_to(images, device), self.offsets_px[rows])
         if not geometry.normalised:
             images = levelled(images, self.outside)
             _refuse_more_noise_than_images(geometry.noise_std, images)
             level = (geometry.noise_std * geometry.box) ** 2
             power = torch.full((len(rows), self.plane.n_shells), level, device=device)
-            return images, rest, power
+            return rows, images, rest, power
         images = normalised(images, self.outside)
         radius_px = geometry.diameter / 2 * geometry.box
-        return images, rest, noise_powers_outside(images, radius_px, self.plane, self.unmixing)
+        power = noise_powers_outside(images, radius_px, self.plane, self.unmixing)
+        return rows, images, rest, power
 
     def _ctf(self, rows: Tensor, frequencies: Tensor) -> Tensor | None:
         if self.optics is None:
@@ -171,7 +178,7 @@ class Reader:
         parts = []
         for rows, following in with_next(torch.from_numpy(block[::stride]) for block in blocks):
             self.images.expect(following.numpy())
-            images, _, power = self._prepared(rows)
+            rows, images, _, power = self._prepared(rows)
             parts.append((*self._seen(rows, images, coarse), power))
         return Brightness.at(coarse, *(torch.cat(part) for part in zip(*parts, strict=True)))
 
