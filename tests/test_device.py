@@ -16,9 +16,9 @@ from rich.console import Console
 from cryorecon.engines import rounds, stream
 from cryorecon.engines.accumulate import NormalEquations
 from cryorecon.engines.amortized import AmortizedConfig
+from cryorecon.engines.half_maps import insert
 from cryorecon.engines.moments.config import MomentFitConfig
 from cryorecon.engines.observations import ImageSet
-from cryorecon.engines.refine import Poses
 from cryorecon.engines.rivals import Rivals
 from cryorecon.engines.rmfn import RmfnConfig, Search
 from cryorecon.engines.shrinking import ShrinkingBatch, at_once
@@ -389,11 +389,11 @@ def test_a_round_on_a_full_device_is_the_same_round(few, tmp_path, monkeypatch):
     images = replace(images, coefficients=images.coefficients.to(torch.complex128))
     images = replace(images, ctf=images.ctf.double(), noise_power=images.noise_power.double())
     turns = random_rotations(20, torch.Generator().manual_seed(0))
-    poses = Poses(turns, torch.zeros(20, 2, dtype=torch.float64), torch.zeros(20))
+    poses = turns, torch.zeros(20, 2, dtype=torch.float64)
     group, rivals = symmetry_group("C2"), Rivals.none(20)
     rivals.rotations[:, 0], rivals.share[::2, 0] = turns.flip(0), 0.25
     doubt = rivals.of(torch.arange(20), torch.device("cpu"))
-    rounds._insert(sums[0], images, poses, doubt, group)
+    insert(sums[0], images, poses, doubt, group)
     add = NormalEquations.add
 
     def full(self, signal, *rest):
@@ -402,7 +402,7 @@ def test_a_round_on_a_full_device_is_the_same_round(few, tmp_path, monkeypatch):
         add(self, signal, *rest)
 
     monkeypatch.setattr(NormalEquations, "add", full)
-    rounds._insert(sums[1], images, poses, doubt, group)
+    insert(sums[1], images, poses, doubt, group)
     assert torch.allclose(sums[0].signal, sums[1].signal)
     assert torch.allclose(sums[0].weight, sums[1].weight)
 

@@ -142,6 +142,7 @@ def test_a_command_that_a_queue_ends_leaves_nothing(tmp_path: Path) -> None:
         ("--padding", "0"),
         ("--wiener", "-1"),
         ("--wiener", "nan"),
+        ("--wiener", "inf"),
     ],
 )
 def test_numbers_that_make_no_map_are_refused(tmp_path: Path, words: tuple[str, str]) -> None:

@@ -9,7 +9,7 @@ import torch
 from conftest import MODEL, at_true_poses, simulated, trimer_stack
 
 from cryorecon.engines import new_search
-from cryorecon.engines.new_search import reassign
+from cryorecon.engines.new_search import least_likely, reassign
 from cryorecon.engines.reconstruction import RefineConfig
 from cryorecon.engines.rounds import refine_round
 from cryorecon.engines.shrinking import ShrinkingBatch
@@ -216,3 +216,39 @@ def test_few_rotations_are_enough_for_a_large_group(case, generator):
     state.group = symmetry_group("I").float()
     reassign(state, images, replace(CONFIG, search_nside=1), fsc_curve, generator)
     assert state.rotations.isfinite().all()
+
+
+def test_images_that_fit_worst_are_told_by_optics_group(case):
+    """Images of one microscope may all look worse than those of another."""
+    images, state, _ = case
+    group = torch.arange(300) % 3
+    worst = torch.arange(300) < 60
+    state.log_likelihood = 100.0 * group + torch.arange(300) + 50 * ~worst
+    images = replace(images, group=group.int())
+    assert (least_likely(state, images, 0.2) == worst).all()
+    # Of a few at least one.
+    assert least_likely(state, images.apart(torch.arange(300)), 0.001).sum() == 3
+
+
+def test_those_that_fit_worst_are_searched_alone(case, generator):
+    images, state, truth = case
+    wrong = torch.arange(300) % 10 == 0
+    state.rotations[wrong] = random_rotations(30, generator, torch.float32)
+    refine_round(state, images, CONFIG, fsc_curve, joint=False, n_steps=0)
+    held, maps, counts = state.rotations.clone(), list(state.maps), []
+    asked = least_likely(state, images, 0.25)
+    share = reassign(state, images, CONFIG, fsc_curve, generator, counts.append, asked)
+    assert counts[-1] == asked.sum() == 75
+    assert (state.rotations == held)[~asked].all()
+    assert all(mine is before for mine, before in zip(state.maps, maps, strict=True))
+    error = geodesic_distance_deg(state.rotations, truth)
+    assert (error[wrong] < 6).float().mean() > 0.9
+    assert 0.08 < share < 0.12
+
+
+def test_all_are_searched_where_larger_offsets_are_looked_for(case, generator):
+    images, state, _ = case
+    state.offset_range, state.offsets_px[:30] = 0.1, torch.tensor([2.4, 0.0])
+    counts, few = [], torch.arange(300) < 50
+    reassign(state, images, CONFIG, fsc_curve, generator, counts.append, few)
+    assert counts[-1] == 300

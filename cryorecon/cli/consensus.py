@@ -52,7 +52,7 @@ def consensus_command(
         option(MOLECULE, "Point group, if the jobs ran with it: C1, C4, D2, ...", metavar="GROUP"),
     ] = "C1",
     agree_to: Annotated[
-        float,
+        float | None,
         option(
             COMPUTE,
             "Resolution that agreement must reach [A].",
@@ -60,7 +60,7 @@ def consensus_command(
             min=0,
             default="a quarter of the diameter",
         ),
-    ] = 0.0,
+    ] = None,
     within: Annotated[
         float, option(COMPUTE, "Poses that agree differ by no more [deg].", metavar="DEG")
     ] = 5.0,

@@ -11,6 +11,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from cryorecon.engines.half_maps import agreement_band
 from cryorecon.engines.observations import ImageSet, Observations
 from cryorecon.engines.reconstruction import (
     TURNED_TOGETHER,
@@ -26,10 +27,9 @@ from cryorecon.engines.reconstruction import (
 from cryorecon.engines.refine import LEAST_GAIN, PoseObjective, refined
 from cryorecon.engines.rivals import N_RIVALS, SAME_DEG, weighed
 from cryorecon.engines.rounds import (
-    agreement_band,
     image_batches,
     poses_at_once,
-    refine_round,
+    renew_maps,
     without_solvent,
 )
 from cryorecon.engines.shrinking import ShrinkingBatch
@@ -64,8 +64,9 @@ def reassign(
     agreement: Agreement,
     generator: torch.Generator,
     progress: Progress | None = None,
+    asked: Tensor | None = None,
 ) -> float:
-    """Search every image's pose anew against the other half set's map; move it where likelier.
+    """Search images' poses anew against the other half set's map; move them where likelier.
 
     Frees images that the first map put into a wrong maximum. The other half set's map, since the
     noise of an image is part of its own one and makes its old pose likelier than it is. Poses that
@@ -84,11 +85,13 @@ def reassign(
         FSC of two maps, shape (N // 2 + 1,).
     progress : callable, optional
         Told how many images are done.
+    asked : Tensor, shape (n,), bool, optional
+        Images to search alone, where no larger offsets are to be looked for; default all.
 
     Returns
     -------
     float
-        Share of the images that were moved, by more than 5 degrees.
+        Share of all images that were moved, by more than 5 degrees.
     """
     n_moved, n_before = 0, 0
 
@@ -96,18 +99,19 @@ def reassign(
         if progress is not None:
             progress(n_before + count)
 
+    searched = state.searched_to(config)
     config = with_room(config, state, images.plane.box)
     state.offset_range = config.offset_range
+    if asked is None or state.offset_range > searched:
+        asked = torch.ones(len(images), dtype=torch.bool)
     limit = agreement_band(state.fsc) + 2
     unseen = images.apart(torch.nonzero(state.half == 1)[:, 0])
     start = without_solvent(state.maps[0], config)
     grid = telling_grid(unseen, start, config, limit, state.group)
     for half in (0, 1):
-        if half == 1:
-            band = state.band
-            refine_round(state, images, config, agreement, joint=False, n_steps=0)
-            state.band = band
-        members = torch.nonzero(state.half == half)[:, 0]
+        members = torch.nonzero((state.half == half) & asked)[:, 0]
+        if len(members) == 0:
+            continue
         reference = without_solvent(state.maps[1 - half], config)
         own = images.apart(members)
         ladder = _Ladder.of(reference, config, grid, limit, state.group)
@@ -115,7 +119,23 @@ def reassign(
         held = state.rotations[members], state.offsets_px[members]
         n_moved += _move(state, own, members, list(_climbed(own, ladder, held, tried)))
         n_before += len(members)
+        if half == 0 and bool(asked.all()):
+            renew_maps(state, images, agreement)
     return n_moved / len(images)
+
+
+def least_likely(state: Reconstruction, images: ImageSet, share: float) -> Tensor:
+    """Which images fit their poses worst, a share of each optics group; shape (n,), bool.
+
+    Where most images tell their poses, those that are wrong are among these.
+    """
+    order = torch.argsort(state.log_likelihood)
+    order = order[torch.argsort(images.group[order], stable=True)]
+    counts = torch.bincount(images.group)[images.group[order].long()]
+    first = torch.searchsorted(images.group[order], images.group[order])
+    found = torch.zeros(len(order), dtype=torch.bool)
+    found[order] = torch.arange(len(order)) - first < share * counts
+    return found
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ class RefineConfig:
     farthest_offset : float
         To which new searches go, the same, if many particles lie at that limit.
     half_rounds, joint_rounds : int
-        Most rounds of refinement against the half maps, and rounds against the joint map.
+        Most rounds of refinement against the half maps, and against the joint map.
     mask_cycles : float
         Detail, in cycles per particle diameter, of the mask around the molecule: references wear
         it in refinement, and it is written with the map.
@@ -75,8 +75,9 @@ class RefineConfig:
         Whether each round replaces the noise spectra by the power of its residuals.
     update_scale : bool
         Whether each round fits every image's scale as well.
-    settled_deg : float
-        Half-map refinement ends when the median pose moves less and the band is stable.
+    settled_deg, joint_settled_deg : float
+        Refinement against half maps, once their band is stable, and against the joint map ends
+        when the median pose moves less.
     """
 
     diameter: float = 0.8
@@ -90,6 +91,7 @@ class RefineConfig:
     update_noise: bool = True
     update_scale: bool = False
     settled_deg: float = 0.3
+    joint_settled_deg: float = 0.05
 
     def search_band(self, box: int) -> int:
         """Radius of searches in cycles per box."""

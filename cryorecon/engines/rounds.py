@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from cryorecon.engines.accumulate import NormalEquations
-from cryorecon.engines.least_squares import least_squares_map, wiener_map
-from cryorecon.engines.observations import ImageSet, Observations, centred, taken_to
+from cryorecon.engines.half_maps import (
+    agreement_band,
+    empty_sums,
+    insert,
+    solve_halves,
+)
+from cryorecon.engines.observations import ImageSet, Observations, taken_to
 from cryorecon.engines.reconstruction import (
     Agreement,
     Progress,
     Reconstruction,
     RefineConfig,
-    shell_prior,
 )
 from cryorecon.engines.refine import (
     Poses,
@@ -35,9 +38,6 @@ from cryorecon.physics.masks import molecule_mask
 from cryorecon.physics.pose_derivatives import Derivatives, derivatives
 from cryorecon.physics.rotations import geodesic_distance_deg
 
-# Conjugate-gradient steps of joint maps. Poses come out the same with references from signal over
-# weight (0.83 degrees both), at a tenth less time.
-_STEPS = 5
 # Images at once on the CPU; memory of a coefficient in a pose step, bytes; and most points of the
 # map's transform, eight a coefficient, that are read at once.
 _IMAGES, _BYTES, _MOST_POINTS = 250, 500.0, 2**30
@@ -126,7 +126,7 @@ def refine_round(
     used = state.band
     if n_steps > 0:
         learned.apply(images)
-    _solve_halves(state, sums, agreement, images, joint=joint)
+    solve_halves(state, sums, agreement, images, joint=joint)
     limit = agreement_band(state.fsc)
     state.band = float(min(max_band(images.plane.box), max(limit + 2, used), 1.6 * used + 1))
     return RoundReport(
@@ -136,6 +136,35 @@ def refine_round(
         float(likelihood.mean()),
         limit,
     )
+
+
+def renew_maps(state: Reconstruction, images: ImageSet, agreement: Agreement) -> None:
+    """Solve both half sets' maps anew, with poses as they are.
+
+    Parameters
+    ----------
+    agreement : callable
+        FSC of two maps, shape (N // 2 + 1,).
+    """
+    rows = images.mine(images.in_file_order(torch.arange(len(images))))
+    sums, group = [empty_sums(images) for _ in range(2)], state.group.to(images.device)
+    batches = image_batches(images)
+
+    def loaded(span: slice) -> tuple[Tensor, Observations]:
+        images.expect(rows[span.stop : span.stop + batches.size])
+        return rows[span], images.select(rows[span])
+
+    # What is added lies outside: a batch may be repeated.
+    for _, (read, both) in batches.over(len(rows), loaded):
+        for half in state.half[read].unique().tolist():
+            few = torch.nonzero(state.half[read] == half)[:, 0]
+            held = state.rotations[read[few]], state.offsets_px[read[few]]
+            turns, offsets_px = (taken_to(table, images.device) for table in held)
+            doubt = state.rivals.of(read[few], images.device)
+            insert(sums[half], both.select(few), (turns, offsets_px), doubt, group)
+    for new in sums:
+        images.ranks.add_up(new.signal, new.weight)
+    solve_halves(state, sums, agreement, images, joint=False)
 
 
 def _median_turn_deg(before: Tensor, after: Tensor) -> float:
@@ -160,12 +189,12 @@ def _refine_all(
     Disks give neighbours fastest, and half sets' images lie between each other.
     """
     order = images.in_file_order(torch.arange(len(images)))
-    sums, group = [_empty(images) for _ in range(2)], state.group.to(images.device)
+    sums, group = [empty_sums(images) for _ in range(2)], state.group.to(images.device)
     found: list[list[Poses]] = [[], []]
     for parts in _refined(state, images, images.mine(order), models, n_steps, learned):
         for half, rows, loaded, poses, doubt, seen in parts:
             learned.add(rows, seen)
-            _insert(sums[half], loaded, poses, doubt, group)
+            insert(sums[half], loaded, (poses.rotations, poses.offsets_px), doubt, group)
             found[half].append(poses)
         tell(sum(len(rows) for _, rows, *_ in parts))
     for new in sums:
@@ -252,11 +281,6 @@ def without_solvent(volume: Tensor, config: RefineConfig) -> Tensor:
     return volume * molecule_mask(volume, config.mask_band(volume.shape[-1]))
 
 
-def _empty(images: ImageSet) -> NormalEquations:
-    band = float(max_band(images.plane.box))
-    return NormalEquations.empty(band, 2, images.gain.dtype, images.device)
-
-
 def _refuse_broken(rows: Tensor, log_likelihood: Tensor) -> None:
     broken = rows[~log_likelihood.isfinite()]
     if len(broken):
@@ -277,80 +301,3 @@ def _store(state: Reconstruction, images: ImageSet, rows: Tensor, found: list[Po
     state.rotations[rows], state.offsets_px[rows] = rotations, offsets_px
     state.log_likelihood[rows] = likelihood
     return likelihood
-
-
-def _insert(
-    sums: NormalEquations, batch: Observations, poses: Poses, doubt: Doubt, group: Tensor
-) -> None:
-    """Add images at their poses, or a share of each at every pose it may have."""
-    (matched, weight), own = batch.matched(), doubt.own[:, None]
-    held = poses.rotations, poses.offsets_px
-    _add(sums, batch.plane, (matched * own, weight * own), held, group)
-    for some in torch.arange(len(doubt.image), device=batch.device).split(max(1, len(batch))):
-        image, share = doubt.image[some], doubt.share[some, None]
-        others = doubt.rotations[some], doubt.offsets_px[some]
-        _add(sums, batch.plane, (matched[image] * share, weight[image] * share), others, group)
-
-
-def _add(
-    sums: NormalEquations,
-    plane: HalfPlane,
-    values: tuple[Tensor, Tensor],
-    poses: tuple[Tensor, Tensor],
-    group: Tensor,
-) -> None:
-    """Add images, as :meth:`Observations.matched` gives them, at poses and their equivalents."""
-    signal, weight = centred(values[0], poses[1], plane), values[1]
-    parts = ShrinkingBatch(max(1, len(signal)))
-    for rotation in group.to(poses[0]):
-        turned = poses[0] @ rotation
-
-        def add(span: slice, turned: Tensor = turned) -> None:
-            sums.add(signal[span], weight[span], turned[span], plane)
-
-        for _ in parts.over(len(signal), add):
-            pass
-
-
-def _solve_halves(
-    state: Reconstruction,
-    sums: list[NormalEquations],
-    agreement: Agreement,
-    images: ImageSet,
-    *,
-    joint: bool,
-) -> None:
-    """Wiener maps whose signal power comes from the half sets' agreement.
-
-    A joint round leaves the half sets' own maps and their FSC as the last half-map round left them:
-    poses that were refined against the joint map would make the halves agree too well. With
-    correlation c between half maps the signal-to-noise ratio of one is c / (1 - c), of both
-    together twice that. Processes solve half sets at the same time, one each.
-    """
-    box = state.maps[0].shape[-1]
-    mask = state.support.on(box, device=state.maps[0].device)
-    if not (joint and state.halves):
-        state.halves = [wiener_map(s, shell_prior(s, 1e-3, max_band(box)), box) for s in sums]
-        state.fsc = agreement(*(half * mask for half in state.halves)).cpu()
-        if images.empty is not None and bool(images.empty[:, -1].all()):
-            # The mask carries what agrees in other shells beyond the last that any image shows.
-            shown = torch.nonzero(~images.empty.all(0))
-            state.fsc[int(shown[-1]) + 1 :] = 0
-        images.ranks.same(state.fsc)
-    correlation = state.fsc[: max_band(box) + 1].clamp(1e-3, 0.999).to(mask.device)
-    ratio = correlation / (1 - correlation)
-    solved = sums if not joint else [sums[0].plus(sums[1])]
-    factor = 2.0 if joint else 1.0
-
-    def solution(of: NormalEquations) -> Tensor:
-        prior = of.shell_mean_weight()[: len(ratio)] / (factor * ratio)
-        return least_squares_map(of, prior, mask, _STEPS if joint else 0)
-
-    maps = images.ranks.made([partial(solution, of) for of in solved], state.maps[0])
-    state.maps = maps * 2 if joint else maps
-
-
-def agreement_band(fsc: Tensor, threshold: float = 0.143) -> float:
-    """Last shell before the half maps' correlation first falls below a threshold."""
-    below = torch.nonzero(fsc[1:] < threshold)
-    return float(below[0]) if len(below) else float(len(fsc) - 1)

@@ -38,6 +38,8 @@ class Place:
         Whether the half maps' rounds have ended.
     joint : int
         Rounds against the joint map that are done; -1 before they begin.
+    joint_settled : bool
+        Whether poses have stopped moving in them.
     done : bool
     likelihood, searched_at : float
         Mean log-likelihood in the last round, and in the one before the last new search.
@@ -47,6 +49,7 @@ class Place:
     search_after: int = FIRST_NEW_SEARCH
     settled: bool = False
     joint: int = -1
+    joint_settled: bool = False
     done: bool = False
     likelihood: float = 0.0
     searched_at: float = 0.0

@@ -5,18 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cryorecon.conventions import shell_to_angst
-from cryorecon.engines.new_search import reassign
+from cryorecon.engines.new_search import least_likely, reassign
 from cryorecon.engines.observations import ImageSet
 from cryorecon.engines.reconstruction import Reconstruction
 from cryorecon.engines.rounds import RoundReport, refine_round
 from cryorecon.image_table import kept
 from cryorecon.maps.fsc import fsc_curve
 from cryorecon.run.checkpoint import broken
-from cryorecon.run.parts import Parts, Place
+from cryorecon.run.parts import FIRST_NEW_SEARCH, Parts, Place
 
 # All images are searched again every second round while more than this share of them finds a
 # better pose.
 _ENOUGH_FOUND = 0.02
+# With fewer images in doubt, wrong poses are among the worst that fit: after the first time, a new
+# search looks at so many alone.
+_FEW_IN_DOUBT, _LEAST_LIKELY = 0.02, 0.25
 # After so many rounds new searches go on only while one brings this share of the log-likelihood.
 _LONG, _STILL_RISING = 18, 0.01
 # What ``rounds.star`` puts before the stage's name: rounds are counted anew in each part.
@@ -37,7 +40,8 @@ class Refining(Parts):
         # A state of an older version may lie in the joint rounds.
         while place.joint < 0 and not place.settled and place.number < self.config.half_rounds:
             if place.number == place.search_after:
-                share = self.search_again(state, images)
+                few = place.number > FIRST_NEW_SEARCH and state.rivals.in_doubt() < _FEW_IN_DOUBT
+                share = self.search_again(state, images, few=few)
                 again = share > _ENOUGH_FOUND and self._worth_it(place)
                 place.search_after = place.number + 2 if again else -1
                 self.save(state, images, place)
@@ -56,13 +60,14 @@ class Refining(Parts):
         return place.number < _LONG or rising
 
     def finish(self, state: Reconstruction, images: ImageSet, place: Place) -> None:
-        """Rounds against the map of all images."""
+        """Rounds against the map of all images, until poses settle."""
         if place.joint < 0:
             state.half_poses = kept(state.rotations), kept(state.offsets_px)
             place.joint = 0
-        while place.joint < self.config.joint_rounds:
+        while place.joint < self.config.joint_rounds and not place.joint_settled:
             place.joint += 1
-            self.round(state, images, place.number + place.joint, joint=True)
+            report = self.round(state, images, place.number + place.joint, joint=True)
+            place.joint_settled = report.pose_change_deg < self.config.joint_settled_deg
             self.save(state, images, place)
 
     def keep(self, state: Reconstruction, images: ImageSet, *, halves: bool = True) -> None:
@@ -74,18 +79,22 @@ class Refining(Parts):
                     state, images, self.config, fsc_curve, joint=joint, n_steps=0, progress=bar
                 )
 
-    def search_again(self, state: Reconstruction, images: ImageSet) -> float:
-        """Every image against the better map; the share that found a better pose."""
+    def search_again(self, state: Reconstruction, images: ImageSet, *, few: bool = False) -> float:
+        """Images against the better map, all or those that fit worst; the share that moved."""
         before = state.searched_to(self.config)
-        with self.job.bar("Searching again", len(images)) as bar:
-            share = reassign(state, images, self.config, fsc_curve, self.generator, bar)
+        asked = least_likely(state, images, _LEAST_LIKELY) if few else None
+        n = len(images) if asked is None else int(asked.sum())
+        with self.job.bar("Searching again", n) as bar:
+            share = reassign(state, images, self.config, fsc_curve, self.generator, bar, asked)
+        those = ", those that fit worst" if few else ""
         if state.offset_range > before:
+            those = ""
             self.job.say(
                 f"many particles lie off centre: offsets to {self._range_angst(state, images):.1f} "
                 "A are searched"
             )
         self.job.say(
-            f"searched again: {100 * share:.1f} % of the images found a better pose, "
+            f"searched again{those}: {100 * share:.1f} % of the images found a better pose, "
             f"{100 * state.rivals.in_doubt():.0f} % may have another"
         )
         return share

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from cryorecon.engines.half_maps import agreement_band
 from cryorecon.engines.observations import ImageSet
 from cryorecon.engines.reconstruction import (
     Reconstruction,
@@ -16,7 +17,7 @@ from cryorecon.engines.reconstruction import (
     with_room,
 )
 from cryorecon.engines.rivals import PosePair
-from cryorecon.engines.rounds import agreement_band, refine_round
+from cryorecon.engines.rounds import refine_round
 from cryorecon.errors import CryoreconError
 from cryorecon.image_table import image_table, kept
 from cryorecon.maps.chance import beyond_chance

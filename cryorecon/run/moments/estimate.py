@@ -230,10 +230,8 @@ def moments_of(
         check_full(geometry, psutil.virtual_memory().available)
     source = sha256_of(particles.path)
     state = state_path(output)
-    if resume and not state.exists():
-        found = finished_moments(output, particles.path)
-        if found is not None and found.geometry.attributes() == geometry.attributes():
-            return found
+    if resume and (found := _finished(output, particles.path, geometry)) is not None:
+        return found
     device = own_device(options.device, ranks)
     if ranks.first:
         for file in (state, output):
@@ -263,12 +261,21 @@ def moments_of(
     return result
 
 
+def _finished(output: Path, star: Path, geometry: MomentsGeometry) -> Moments | None:
+    """What an earlier run has finished, if it was of the same particles and options."""
+    if state_path(output).exists():
+        return None
+    found = finished_moments(output, star)
+    same = found is not None and found.geometry.attributes() == geometry.attributes()
+    return found if same else None
+
+
 def _left_out(particles: Particles, fit: Tensor, n_used: int, resumed: bool) -> list[str]:
     """What is said of images that are not in the sums."""
     total = len(particles)
     if resumed and n_used < total:
         # Which of them an earlier run left out, and why, it has told.
-        return [f"{total - n_used} of {total} images cannot be used or outshine the others: left out"]
+        return [f"{total - n_used} of {total} images cannot be used, or outshine the others"]
     texts, n_bright = left_out_text(particles, fit, "left out"), len(fit) - n_used
     if n_bright:
         texts.append(f"{bright_text(n_bright, total)}; they are left out")

@@ -127,7 +127,10 @@ class Reader:
         read while these are worked on.
         """
         self.images.expect(following.numpy())
-        rows, images, rest, power = self._prepared(rows)
+        rows, images = self._fit(rows)
+        if len(rows) == 0:
+            return MomentBatch(images, None, None, images.new_empty(0, self.plane.n_shells))
+        images, rest, power = self._prepared(rows, images)
         if self.brightness is not None:
             bright = self.brightness.outshining(*self._seen(rows, images, self.brightness.coarse))
             if bool(bright.any()):
@@ -136,23 +139,25 @@ class Reader:
                 rows, rest = rows[kept], None if rest is None else rest[kept]
         return MomentBatch(images, rest, self._ctf(rows, frequencies), power)
 
-    def _prepared(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-        """Rows that can be worked with: images, the rest of origins, the power of their noise."""
-        geometry, device = self.geometry, self.outside.device
+    def _fit(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Those rows that can be worked with, and their images as they are on disk."""
         images = self.fit.emptied(rows, torch.from_numpy(self.images.images(rows.numpy())))
         fit = self.fit.fit[rows]
-        rows, images = rows[fit], images[fit]
+        return rows[fit], images[fit]
+
+    def _prepared(self, rows: Tensor, images: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Images, the rest of their origins and the power of their noise."""
+        geometry, device = self.geometry, self.outside.device
         images, rest = centred_images(taken_to(images, device), self.offsets_px[rows])
         if not geometry.normalised:
             images = levelled(images, self.outside)
             _refuse_more_noise_than_images(geometry.noise_std, images)
             level = (geometry.noise_std * geometry.box) ** 2
             power = torch.full((len(rows), self.plane.n_shells), level, device=device)
-            return rows, images, rest, power
+            return images, rest, power
         images = normalised(images, self.outside)
         radius_px = geometry.diameter / 2 * geometry.box
-        power = noise_powers_outside(images, radius_px, self.plane, self.unmixing)
-        return rows, images, rest, power
+        return images, rest, noise_powers_outside(images, radius_px, self.plane, self.unmixing)
 
     def _ctf(self, rows: Tensor, frequencies: Tensor) -> Tensor | None:
         if self.optics is None:
@@ -178,7 +183,10 @@ class Reader:
         parts = []
         for rows, following in with_next(torch.from_numpy(block[::stride]) for block in blocks):
             self.images.expect(following.numpy())
-            rows, images, _, power = self._prepared(rows)
+            rows, images = self._fit(rows)
+            if len(rows) == 0:
+                continue
+            images, _, power = self._prepared(rows, images)
             parts.append((*self._seen(rows, images, coarse), power))
         return Brightness.at(coarse, *(torch.cat(part) for part in zip(*parts, strict=True)))
 
