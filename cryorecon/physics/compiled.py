@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -53,8 +54,12 @@ def in_threads(work: Callable[[int, int], None], count: int, points: int) -> Non
         work(0, count)
         return
     bounds = [count * i // threads for i in range(threads + 1)]
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(work, bounds[:-1], bounds[1:]))
+    # Starting a thread takes as long as some thousand points: this one takes a share, too.
+    with ThreadPoolExecutor(threads - 1) as pool:
+        others = [pool.submit(work, *share) for share in pairwise(bounds[1:])]
+        work(bounds[0], bounds[1])
+        for other in others:
+            other.result()
 
 
 @intrinsic

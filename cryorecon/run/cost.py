@@ -2,10 +2,10 @@
 
 Every figure is a count (images, rounds, voxels) times the time of one, measured on one core of a
 desktop machine with 64 px images (``docs/benchmarks.md``, ``docs/scaling.md``).
-Assumed: settled poses after about six
-rounds against half maps and two new searches, as on most of the simulated stacks there, or, of
-images that hardly tell their poses, after sixteen and four; images that a disk
-gives as fast as they are worked on; one thread (a second one gains up to 1.6).
+Assumed: settled poses after about six rounds against half maps, a new search of all images and one
+of those that fit worst, as on most of the simulated stacks there, or, of images that hardly tell
+their poses, after sixteen rounds and four searches of all; images that a disk gives as fast as
+they are worked on; one thread (a second one gains up to 1.6).
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ _FINE_EPOCHS = 7
 # these are refined besides.
 # Read by an encoder.
 _READ = 0.15e-3
-_ASSIGNED, _NEW_SEARCHES, _TRIED = 0.6e-3, 2, 1.0e-3
+_ASSIGNED, _NEW_SEARCHES, _TRIED = 0.5e-3, 1.25, 0.8e-3
 # The same of a hard set, whose grids go farther and leave up to 200 poses to refine; an image in
 # one of the search's last epochs.
 _HARD_SEARCHES, _HARD_GRID, _HARD_TRIED, _HARD_SEARCHED = 4, 6e-3, 10e-3, 5e-3
 _HARD_ROUNDS = 16
 # Rounds until poses settle; an image's pose steps in one; solving for maps, by padded voxel.
-_HALF_ROUNDS, _REFINED, _SOLVED = 6, 0.4e-3, 2e-7
+_HALF_ROUNDS, _REFINED, _SOLVED = 6, 0.25e-3, 1.5e-7
 # An image seen in training at 32 to 64 px by the dense encoder; others take as many times more.
 _TRAINED = 0.9e-3
 _ENCODERS = {"dense": 1.0, "small": 4.0, "paper": 100.0}
