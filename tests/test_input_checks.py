@@ -455,3 +455,14 @@ def test_stacks_whose_headers_contradict_the_table_are_counted(stack):
     (told,) = table_doubts(replace(one, headers=headers, _stacks=one.stacks * 3))
     assert "1.2 A by the header" in told
     assert "as of 2 of 3 stacks" in told
+
+
+@pytest.mark.parametrize("command", ["abinitio", "moments estimate"])
+def test_a_dry_run_lists_images_that_are_left_out(changed, cryorecon, tmp_path, command):
+    changed(lambda images: images * (np.arange(N) != 9)[:, None, None])
+    name = "no.h5" if "estimate" in command else "no"
+    words = (tmp_path / "changed.star", "-o", tmp_path / name, "--dry-run", "--json")
+    code, told, _ = cryorecon(*command.split(), *words)
+    assert code == 0
+    warnings = json.loads(told)["warnings"]
+    assert [w.startswith("1 of 60 images, blank") for w in warnings].count(True) == 1

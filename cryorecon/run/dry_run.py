@@ -88,7 +88,8 @@ def describe_abinitio(star: Path, options: AbinitioOptions, console: Console) ->
     )
     easy, hard = cost(hard=False), cost(hard=True)
     held, place = _tell_images(len(particles), box, options.keep, torch.device(options.device), say)
-    found |= {"warnings": doubts, "map_particles": n, "images_held": place}
+    found["warnings"] += doubts
+    found |= {"map_particles": n, "images_held": place}
     return found | _tell_cost(easy, held, say, options.device, hard)
 
 
@@ -108,7 +109,7 @@ def describe_moments(
     doubts = table_doubts(particles, ctf=wanted.ctf)
     for doubt in doubts:
         say(f"WARNING: {doubt}")
-    found["warnings"] = doubts
+    found["warnings"] += doubts
     radius, side = geometry.max_radius, geometry.side_angst
     say(f"radii to {radius} cycles per {side:.0f} A ({side / radius:.1f} A)")
     cost = moments_cost(geometry, len(particles))
@@ -126,7 +127,8 @@ def describe_reconstruct(
     """
     particles.euler_deg()
     say = _teller(console)
-    found = _tell_particles(particles, 0.8, say) | {"warnings": doubts}
+    found = _tell_particles(particles, 0.8, say)
+    found["warnings"] += doubts
     del found["diameter_angst"]  # Assumed, for the contrast alone.
     say("images are read once, in blocks")
     cost = backprojection_cost(len(particles), particles.box)
@@ -154,6 +156,7 @@ def _tell_particles(
         "diameter_angst": diameter * particles.box * particles.pixel_size_angst,
         "optics_groups": len(groups),
         "contrast": None,
+        "warnings": [],
     }
     if not ctf:
         return found
@@ -162,7 +165,8 @@ def _tell_particles(
     some = order[:: max(1, -(-len(order) // _LOOKED_AT))]
     looked_at = particles.subset(np.sort(some))
     images = load_observations(looked_at, diameter, keep="memory")
-    for text in left_out_text(looked_at, images.rows):
+    found["warnings"] = left_out_text(looked_at, images.rows)
+    for text in found["warnings"]:
         say(f"WARNING: {text}")
     look = FirstLook.at(images, diameter)
     score, sure = look.score(), look.sure_groups(images.group)
