@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from typer import BadParameter
 from typer.core import TyperCommand, TyperGroup
 
 # Groups of options, in the order in which help shows them.
@@ -131,9 +129,7 @@ class Command(TyperCommand):
         if "--help-all" in words:
             ctx.meta[_ALL], words = True, ["--help"]
         with _suggesting(self, ctx):
-            rest = super().parse_args(ctx, words)
-        _refuse_endless(self, ctx)
-        return rest
+            return super().parse_args(ctx, words)
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command, or what one of its options does in its place."""
@@ -194,14 +190,6 @@ class Command(TyperCommand):
     def format_epilog(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002
         """Write the examples as they are."""
         _write_epilog(self, formatter)
-
-
-def _refuse_endless(command: Any, ctx: Any) -> None:
-    """Stop at options that are no number, or larger than any."""
-    for param in command.params:
-        value = ctx.params.get(param.name)
-        if isinstance(value, float) and not math.isfinite(value):
-            raise BadParameter(f"{value} is not a finite number", ctx=ctx, param=param)
 
 
 class Group(TyperGroup):

@@ -62,7 +62,7 @@ def reconstruct_command(
         float,
         option(
             EXPERT, "Regularisation, as a fraction of a shell's mean weight.", metavar="X",
-            hidden=True, min=0,
+            hidden=True, min=0, max=1000,
         ),
     ] = 1e-3,
     padding: Annotated[
