@@ -9,7 +9,7 @@ import torch
 
 from cryorecon.engines import rounds
 from cryorecon.engines.reconstruction import RefineConfig, assign, telling_grid
-from cryorecon.engines.rounds import refine_round
+from cryorecon.engines.rounds import refine_round, renew_maps
 from cryorecon.engines.shrinking import ShrinkingBatch
 from cryorecon.io.mrc import read_map
 from cryorecon.io.particles import read_particles
@@ -99,6 +99,25 @@ def test_each_image_is_read_once_and_batches_do_not_matter(observed, half, joint
     torch.testing.assert_close(small.fsc, whole.fsc, atol=1e-4, rtol=0)
     for one, other in zip(small.maps, whole.maps, strict=True):
         assert (one - other).norm() < 1e-4 * other.norm()
+
+
+@pytest.mark.parametrize("half", HALVES.values(), ids=HALVES)
+def test_maps_from_poses_are_those_of_a_round_that_moves_none(observed, half, monkeypatch):
+    """With what images may have for other poses; likelihoods are not asked for."""
+    images, _, config = observed
+    before, state = (_state(observed, half) for _ in range(2))
+    for held in (before, state):
+        held.rivals.rotations[:, 0] = held.rotations.flip(0)
+        held.rivals.share[::3, 0] = 0.25
+    refine_round(before, images, config, fsc_curve, joint=False, n_steps=0)
+    likelihoods, band = state.log_likelihood.clone(), state.band
+    monkeypatch.setattr(rounds, "_IMAGES", 7)
+    renew_maps(state, images, fsc_curve)
+    torch.testing.assert_close(state.fsc, before.fsc, rtol=0, atol=1e-5)
+    for mine, other in zip(state.maps + state.halves, before.maps + before.halves, strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=1e-4 * float(other.abs().max()))
+    assert (state.log_likelihood == likelihoods).all()
+    assert state.band == band
 
 
 def test_images_are_read_in_the_order_of_the_file(observed, generator):
