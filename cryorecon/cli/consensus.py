@@ -78,6 +78,8 @@ def consensus_command(
     """
     if len(jobs) < 2:
         raise typer.BadParameter("give two jobs or more")
+    if agree_to == 0:
+        raise typer.BadParameter("--agree-to 0: give a resolution, or leave it out")
     # torch takes seconds to load: only when the command runs.
     from cryorecon.run.consensus.compare import ConsensusOptions, consensus
 
@@ -85,7 +87,7 @@ def consensus_command(
     prepare_folder(output, overwrite)
     options = ConsensusOptions(
         diameter_angst=diameter,
-        agree_to_angst=agree_to,
+        agree_to_angst=agree_to or 0.0,
         within_deg=within,
         symmetry=symmetry,
         allow_ambiguous=allow_ambiguous,

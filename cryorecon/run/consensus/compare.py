@@ -42,8 +42,8 @@ class ConsensusOptions:
     ----------
     diameter_angst : float, optional
         Of the particle; default: what the first job's settings say, else 0.8 of the box.
-    agree_to_angst : float, optional
-        Resolution that agreement must reach; default a quarter of the diameter.
+    agree_to_angst : float
+        Resolution that agreement must reach; 0: a quarter of the diameter.
     within_deg : float
         Poses that differ by no more agree.
     symmetry : str
@@ -55,7 +55,7 @@ class ConsensusOptions:
     """
 
     diameter_angst: float | None = None
-    agree_to_angst: float | None = None
+    agree_to_angst: float = 0.0
     within_deg: float = 5.0
     symmetry: str = "C1"
     allow_ambiguous: bool = False
@@ -201,7 +201,7 @@ def _diameter(jobs: list[Candidate], options: ConsensusOptions) -> float:
 def _needed(jobs: list[Candidate], diameter: float, options: ConsensusOptions) -> float:
     """Resolution, in angstrom, that agreement must reach."""
     told = options.agree_to_angst
-    return told if told is not None else diameter * _side_angst(jobs) / NEEDED_CYCLES
+    return told if told > 0 else diameter * _side_angst(jobs) / NEEDED_CYCLES
 
 
 def _refuse_options(jobs: list[Candidate], options: ConsensusOptions) -> None:
@@ -211,7 +211,7 @@ def _refuse_options(jobs: list[Candidate], options: ConsensusOptions) -> None:
             f"Poses cannot agree within {options.within_deg:g} degrees", "Give a positive angle"
         )
     finest = 2 * jobs[0].pixel_size_angst if jobs else 0.0
-    if options.agree_to_angst is not None and options.agree_to_angst < finest:
+    if 0 < options.agree_to_angst < finest:
         raise CryoreconError(
             f"Agreement to {options.agree_to_angst:g} A is asked for, beyond the maps' Nyquist, "
             f"{finest:g} A",
