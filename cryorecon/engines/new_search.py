@@ -129,7 +129,7 @@ def least_likely(state: Reconstruction, images: ImageSet, share: float) -> Tenso
 
     Where most images tell their poses, those that are wrong are among these.
     """
-    order = torch.argsort(state.log_likelihood)
+    order = torch.argsort(state.log_likelihood, stable=True)  # The same in all processes.
     order = order[torch.argsort(images.group[order], stable=True)]
     counts = torch.bincount(images.group)[images.group[order].long()]
     first = torch.searchsorted(images.group[order], images.group[order])
