@@ -111,7 +111,7 @@ def test_maps_from_poses_are_those_of_a_round_that_moves_none(observed, half, mo
         held.rivals.share[::3, 0] = 0.25
     refine_round(before, images, config, fsc_curve, joint=False, n_steps=0)
     likelihoods, band = state.log_likelihood.clone(), state.band
-    monkeypatch.setattr(rounds, "_IMAGES", 7)
+    monkeypatch.setattr(rounds, "image_batches", lambda *_: ShrinkingBatch(7))
     renew_maps(state, images, fsc_curve)
     torch.testing.assert_close(state.fsc, before.fsc, rtol=0, atol=1e-5)
     for mine, other in zip(state.maps + state.halves, before.maps + before.halves, strict=True):

@@ -75,7 +75,7 @@ def reassign(
 
     The second half set is searched in the first one's map as it is after its own search: where a
     particle is nearly symmetric, half maps may have settled on different copies, and would change
-    places for ever.
+    places for ever. Where only some are asked, too few move for that, and maps stay.
 
     Of the poses that a symmetric map (`state.group`) cannot tell apart one is tried.
 

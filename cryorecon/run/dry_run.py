@@ -66,7 +66,8 @@ def describe_abinitio(star: Path, options: AbinitioOptions, console: Console) ->
     ready = prepared(star, options)
     particles, rows, config = ready[:3]
     say = _teller(console)
-    found = _tell_particles(particles, config.diameter, say)
+    left_out = ", of run_data.star, too"
+    found = _tell_particles(particles, config.diameter, say, left_out=left_out)
     say(ready.width_text)
     doubts = ready.doubts + repeats(particles, config.diameter).texts()
     for doubt in doubts:
@@ -103,7 +104,7 @@ def describe_moments(
         check_full(geometry, psutil.virtual_memory().available)
     say = _teller(console)
     share = geometry.diameter_angst / (particles.box * particles.pixel_size_angst)
-    found = _tell_particles(particles, share, say, ctf=wanted.ctf)
+    found = _tell_particles(particles, share, say, ctf=wanted.ctf, left_out=" of the sums")
     assumed: Source = "assumed" if wanted.diameter_angst is None else "given"
     say(width_text(particles, share, assumed))
     doubts = table_doubts(particles, ctf=wanted.ctf)
@@ -140,7 +141,12 @@ def _teller(console: Console) -> Callable[[str], None]:
 
 
 def _tell_particles(
-    particles: Particles, diameter: float, say: Callable[[str], None], *, ctf: bool = True
+    particles: Particles,
+    diameter: float,
+    say: Callable[[str], None],
+    *,
+    ctf: bool = True,
+    left_out: str = "",
 ) -> dict[str, Any]:
     """Open the first and the last stack, and look at some images."""
     order = particles.file_order()
@@ -165,7 +171,9 @@ def _tell_particles(
     some = order[:: max(1, -(-len(order) // _LOOKED_AT))]
     looked_at = particles.subset(np.sort(some))
     images = load_observations(looked_at, diameter, keep="memory")
-    found["warnings"] = left_out_text(looked_at, images.rows)
+    if left_out:
+        where = f"left out{left_out}; {len(looked_at)} of {len(particles)} were looked at"
+        found["warnings"] = left_out_text(looked_at, images.rows, where)
     for text in found["warnings"]:
         say(f"WARNING: {text}")
     look = FirstLook.at(images, diameter)

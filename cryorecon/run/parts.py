@@ -33,7 +33,7 @@ class Place:
     number : int
         Rounds against half maps that are done.
     search_after : int
-        Round after which all images are searched again; -1: no more.
+        Round after which images are searched again; -1: no more.
     settled : bool
         Whether the half maps' rounds have ended.
     joint : int

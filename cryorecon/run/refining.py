@@ -14,8 +14,8 @@ from cryorecon.maps.fsc import fsc_curve
 from cryorecon.run.checkpoint import broken
 from cryorecon.run.parts import FIRST_NEW_SEARCH, Parts, Place
 
-# All images are searched again every second round while more than this share of them finds a
-# better pose.
+# Images are searched again every second round while more than this share of all finds a better
+# pose.
 _ENOUGH_FOUND = 0.02
 # With fewer images in doubt, wrong poses are among the worst that fit: after the first time, a new
 # search looks at so many alone.
@@ -67,7 +67,8 @@ class Refining(Parts):
         while place.joint < self.config.joint_rounds and not place.joint_settled:
             place.joint += 1
             report = self.round(state, images, place.number + place.joint, joint=True)
-            place.joint_settled = report.pose_change_deg < self.config.joint_settled_deg
+            still = state.band <= report.band
+            place.joint_settled = still and report.pose_change_deg < self.config.joint_settled_deg
             self.save(state, images, place)
 
     def keep(self, state: Reconstruction, images: ImageSet, *, halves: bool = True) -> None:

@@ -230,7 +230,7 @@ def moments_of(
         check_full(geometry, psutil.virtual_memory().available)
     source = sha256_of(particles.path)
     state = state_path(output)
-    if resume and (found := _finished(output, particles.path, geometry)) is not None:
+    if resume and (found := _finished(output, particles.path, geometry, say)) is not None:
         return found
     device = own_device(options.device, ranks)
     if ranks.first:
@@ -261,21 +261,30 @@ def moments_of(
     return result
 
 
-def _finished(output: Path, star: Path, geometry: MomentsGeometry) -> Moments | None:
+def _finished(
+    output: Path, star: Path, geometry: MomentsGeometry, say: Callable[[str], None] | None
+) -> Moments | None:
     """What an earlier run has finished, if it was of the same particles and options."""
     if state_path(output).exists():
         return None
     found = finished_moments(output, star)
-    same = found is not None and found.geometry.attributes() == geometry.attributes()
-    return found if same else None
+    if found is None or found.geometry.attributes() != geometry.attributes():
+        return None
+    if say is not None:
+        say(f"{output} is finished: nothing was averaged")
+    return found
 
 
 def _left_out(particles: Particles, fit: Tensor, n_used: int, resumed: bool) -> list[str]:
     """What is said of images that are not in the sums."""
     total = len(particles)
     if resumed and n_used < total:
-        # Which of them an earlier run left out, and why, it has told.
-        return [f"{total - n_used} of {total} images cannot be used, or outshine the others"]
+        # Which an earlier run left out, and why, the state does not hold.
+        known = left_out_text(particles, fit, "left out, if not before the interruption")
+        some = (
+            f"{total - n_used} of {total} images cannot be used, or outshine the others: left out"
+        )
+        return [some, *known]
     texts, n_bright = left_out_text(particles, fit, "left out"), len(fit) - n_used
     if n_bright:
         texts.append(f"{bright_text(n_bright, total)}; they are left out")

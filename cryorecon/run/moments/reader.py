@@ -174,7 +174,7 @@ class Reader:
         )
         return found, torch.ones_like(found.real) if gain is None else gain.float()
 
-    def _brightness(self) -> Brightness:
+    def _brightness(self) -> Brightness | None:
         particles, diameter = self.images.particles, self.geometry.diameter
         plane = self.plane.within(COARSE / diameter)
         coarse = Coarse.of(plane, diameter, self.outside.device, torch.float32)
@@ -188,6 +188,8 @@ class Reader:
                 continue
             images, _, power = self._prepared(rows, images)
             parts.append((*self._seen(rows, images, coarse), power))
+        if not parts:
+            return None
         return Brightness.at(coarse, *(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
